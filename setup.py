@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent
 
 
 def build_cuda() -> bool:
-    """True where nvcc and a CUDA torch are found (a GPU is not needed to build); UASPARSE_BUILD_CUDA decides otherwise."""
+    """True where nvcc and a CUDA torch are found (no GPU is needed), unless UASPARSE_BUILD_CUDA decides otherwise."""
     choice = os.environ.get("UASPARSE_BUILD_CUDA", "auto")
     if choice not in ("0", "1", "auto"):
         sys.exit(f"UASPARSE_BUILD_CUDA: expected 0 or 1, got {choice!r}")
