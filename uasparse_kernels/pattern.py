@@ -16,20 +16,20 @@ _INDEX_LIMIT = 2**31 - 1
 class SparsityPattern(nn.Module):
     """The active blocks of a weight of shape ``[out, in]`` or ``[out, in, kh, kw]``.
 
-    The weight is seen as ``[out, in, positions]`` (one position for a linear layer, ``kh * kw`` for a convolution) and cut
-    into blocks of ``block = (bh, bw)`` output by input channels at one position: a grid of ``out / bh`` rows and
-    ``in / bw * positions`` columns, column ``c * positions + p`` being channel block ``c`` at position ``p``. The block is
-    (1, 1) for unstructured sparsity, (r, 1) for columns shared by r output rows, or (b, b).
+    The weight is seen as ``[out, in, positions]`` (one position for a linear layer, ``kh * kw`` for a convolution) and
+    cut into blocks of ``block = (bh, bw)`` output by input channels at one position: a grid of ``out / bh`` rows and
+    ``in / bw * positions`` columns, column ``c * positions + p`` being channel block ``c`` at position ``p``. The block
+    is (1, 1) for unstructured sparsity, (r, 1) for columns shared by r output rows, or (b, b).
 
-    The active blocks are held in two orders, as int32 tensors, so that neither a product with the weight nor one with its
-    transpose moves values:
+    The active blocks are held in two orders, as int32 tensors, so that neither a product with the weight nor one with
+    its transpose moves values:
 
     * ``crow [rows + 1]``, ``col [num_blocks]``: by rows (CSR), the order of packed values;
-    * ``ccol [columns + 1]``, ``row [num_blocks]``, ``perm [num_blocks]``: by columns, ``perm`` being each block's place in
-      the order by rows.
+    * ``ccol [columns + 1]``, ``row [num_blocks]``, ``perm [num_blocks]``: by columns, ``perm`` being each block's place
+      in the order by rows.
 
-    It is an ``nn.Module`` without parameters, so that it moves, copies, pickles and is saved with the layer that owns it;
-    only ``crow`` and ``col`` are saved. A topology update changes the tensors in place, and never their sizes.
+    It is an ``nn.Module`` without parameters, so that it moves, copies, pickles and is saved with the layer that owns
+    it; only ``crow`` and ``col`` are saved. A topology update changes the tensors in place, and never their sizes.
     """
 
     crow: Tensor
@@ -83,8 +83,8 @@ class SparsityPattern(nn.Module):
         if not torch.equal(active, whole):
             count = int((active != whole).sum())
             raise ValueError(
-                f"Expected a mask made of whole {block[0]}x{block[1]} blocks, got one with {count} partly active blocks; "
-                "use a smaller block or fill these blocks."
+                f"Expected a mask made of whole {block[0]}x{block[1]} blocks, got one with {count} partly active "
+                "blocks; use a smaller block or fill these blocks."
             )
         return cls.from_blocks(shape, active.reshape(-1).nonzero().squeeze(1), block=block)
 

@@ -63,7 +63,7 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 def check_layer_arguments(
     op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None
 ) -> None:
-    """Raises where input, weight, pattern and bias do not fit each other in dtype, device or shape of weight and bias."""
+    """Raises where input, weight, pattern and bias differ in dtype or device, or weight or bias have a wrong shape."""
     pattern.is_packed(weight)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:

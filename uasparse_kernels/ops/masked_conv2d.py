@@ -105,7 +105,7 @@ def choose(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled sparse), "dense" (the vendor's, on the weight's dense form) or "reference"."""
+    """The kernel for a call: "cpu" (compiled, sparse), "dense" (the vendor's, on the dense form) or "reference"."""
     if not _library.has_kernel_for("masked_conv2d", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):

@@ -56,7 +56,7 @@ def masked_linear_reference(
 def choose(
     input_shape: tuple[int, ...], dtype: torch.dtype, device_type: str, pattern: SparsityPattern, *, packed: bool
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled sparse), "dense" (the vendor's, on the weight's dense form) or "reference"."""
+    """The kernel for a call: "cpu" (compiled, sparse), "dense" (the vendor's, on the dense form) or "reference"."""
     if not _library.has_kernel_for("masked_linear", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
@@ -88,9 +88,8 @@ def _backward_fake(grad_output, input, weight, crow, col, ccol, row, perm, shape
 
 def _setup_context(ctx, inputs, output):
     input, weight, _bias, *pattern, ctx.shape, ctx.block = inputs
-    needs_input, needs_weight = ctx.needs_input_grad[:2]
     # Only what some gradient needs is kept alive.
-    ctx.save_for_backward(input if needs_weight else None, weight, *pattern)
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *pattern)
     ctx.input_shape = input.shape
 
 
