@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,17 @@ class Choice(NamedTuple):
 
     kernel: str
     reason: str
+
+
+# Called with op and choice at every call of an op: how explain() learns what was picked.
+listeners: list[Callable[[str, Choice], None]] = []
+
+
+def announce(op: str, choice: Choice) -> str:
+    """Tells the listeners of a choice; returns its kernel."""
+    for listener in listeners:
+        listener(op, choice)
+    return choice.kernel
 
 
 def pattern_tensors(pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
