@@ -103,9 +103,8 @@ class SparseLayer(nn.Module):
                 pattern = pattern.to(self.weight.device)
                 packed = packed.to(self.weight)
                 own[prefix + "weight"] = packed if self.storage == "packed" else pattern.unpack(packed)
-            # The submodule finds there what was decided here: a dense checkpoint has no pattern, a bad one is not taken.
-            for name in ("crow", "col"):
-                state_dict[prefix + "pattern." + name] = getattr(pattern, name)
+            # What the submodule will find: a dense checkpoint has no pattern, and a bad one is not taken.
+            state_dict.update(pattern.state_dict(prefix=prefix + "pattern."))
             if self.storage == "packed" and own[prefix + "weight"].shape != self.weight.shape:
                 # Another number of active weights: the parameter keeps its identity and takes the new size.
                 self.weight.data = torch.empty_like(own[prefix + "weight"])
@@ -117,10 +116,16 @@ class SparseLayer(nn.Module):
             raise ValueError(f"Expected a bias of shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}.")
 
     def _pattern_from(self, own: dict[str, Tensor], prefix: str) -> SparsityPattern:
-        crow, col = own.get(prefix + "pattern.crow"), own.get(prefix + "pattern.col")
-        if crow is None or col is None:
+        """The checkpoint's pattern, which must have this layer's shape and block, else this layer's."""
+        if prefix + "pattern.layout" not in own:
             return self.pattern
-        return SparsityPattern(self.pattern.shape, crow, col, block=self.pattern.block)
+        pattern = SparsityPattern.from_state_dict(own, prefix + "pattern.")
+        if (pattern.shape, pattern.block) != (self.pattern.shape, self.pattern.block):
+            raise ValueError(
+                f"Expected a pattern of shape {self.pattern.shape} and block {self.pattern.block}, got {pattern.shape} "
+                f"and {pattern.block}."
+            )
+        return pattern
 
 
 class SparseLinear(SparseLayer):
