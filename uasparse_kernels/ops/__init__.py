@@ -2,10 +2,13 @@
 
 from uasparse_kernels.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from uasparse_kernels.ops.masked_linear import masked_linear, masked_linear_reference
+from uasparse_kernels.ops.unknown_aware_loss import unknown_aware_loss, unknown_aware_loss_reference
 
 __all__ = [
     "masked_conv2d",
     "masked_conv2d_reference",
     "masked_linear",
     "masked_linear_reference",
+    "unknown_aware_loss",
+    "unknown_aware_loss_reference",
 ]
