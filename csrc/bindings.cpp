@@ -22,6 +22,8 @@ TORCH_LIBRARY(uasparse, m) {
   // Values between storages: pack reads the active entries of a dense tensor, unpack writes them into zeros.
   m.def("pack(Tensor dense, Tensor crow, Tensor col, int[] block) -> Tensor");
   m.def("unpack(Tensor values, Tensor crow, Tensor col, int[] shape, int[] block) -> Tensor");
+  // Zeroes the inactive entries of a dense gradient.
+  m.def("keep_active_(Tensor(a!) dense, Tensor crow, Tensor col, int[] block) -> ()");
 
   // Gradients that output_mask (input, weight, bias) does not ask for come back as empty tensors.
   m.def("masked_linear(Tensor input, Tensor weight, Tensor? bias, " PATTERN ") -> Tensor");

@@ -18,6 +18,12 @@ except ImportError as error:
         stacklevel=2,
     )
 
+if compiled is not None:
+    # After the schemas: the implementations that are written in Python.
+    from uasparse_kernels import triton as _triton
+
+    _triton.register()
+
 
 def has_kernel(op: str, tensor: torch.Tensor) -> bool:
     """Whether a compiled (or Triton) kernel of ``op`` serves tensors on the device of ``tensor``."""

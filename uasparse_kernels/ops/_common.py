@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uasparse_kernels import _library
 from uasparse_kernels.pattern import SparsityPattern
 
 
@@ -45,6 +46,10 @@ class _MaskedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         index = ctx.saved_tensors
+        # The gradient is fresh from the vendor's kernel: it is masked in place, unless a graph is recorded through it.
+        if _library.has_kernel("keep_active_", grad) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            torch.ops.uasparse.keep_active_(grad, *index, ctx.block)
+            return grad, None, None, None
         values = torch.ops.uasparse.pack(grad, *index, ctx.block)
         return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None, None, None
 
@@ -54,6 +59,11 @@ def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     if pattern.is_packed(weight):
         return pattern.unpack(weight)
     return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
+
+
+def packed_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The weight as packed values for a block kernel; the gradient comes back in the weight's storage."""
+    return weight if pattern.is_packed(weight) else pattern.pack(weight)
 
 
 def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
