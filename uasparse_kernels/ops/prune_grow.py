@@ -1,7 +1,7 @@
 """Prune-and-grow of one sparse weight: the smallest active blocks leave, as many others come, all in place.
 
-:func:`prune_grow` is the whole update where the scores of all blocks are at hand. Its pieces serve updates that never hold
-them all: :func:`drop_candidates`, then :class:`GrowthCandidates` over tiles of scores (:func:`block_scores`) or
+:func:`prune_grow` is the whole update where the scores of all blocks are at hand. Its pieces serve updates that never
+hold them all: :func:`drop_candidates`, then :class:`GrowthCandidates` over tiles of scores (:func:`block_scores`) or
 :func:`random_candidates`, then :func:`apply`. Blocks are named by their flat index into the grid of blocks
 (``SparsityPattern.blocks``): int64, ascending.
 """
@@ -41,9 +41,9 @@ def prune_grow(
 ) -> PruneGrowResult:
     """One topology update as in RigL (arXiv 1911.11134) or SET: ``weight``, ``states`` and ``pattern`` change in place.
 
-    The ``ceil(fraction * blocks)`` active blocks of smallest norm are dropped and as many are grown, so that the count never
-    changes. A just-dropped block is a candidate for growth. Grown blocks start at zero, with zero state; what was kept is
-    kept bit for bit. Equal scores: the lower index first.
+    The ``ceil(fraction * blocks)`` active blocks of smallest norm are dropped and as many are grown, so that the count
+    never changes. A just-dropped block is a candidate for growth. Grown blocks start at zero, with zero state; what
+    was kept is kept bit for bit. Equal scores: the lower index first.
 
     Args:
         weight: packed or dense-stored. Only its magnitude counts: Frobenius norms of blocks.
@@ -211,8 +211,8 @@ def apply(
     All keep their identity and storage; grown entries become zero, in the states too. Linear time.
 
     Raises:
-        ValueError, TypeError: if the blocks are not distinct and ascending, the dropped not active, the grown active and not
-            dropped, or the states not of the weight's shape. Nothing is changed then.
+        ValueError, TypeError: if the blocks are not distinct and ascending, the dropped not active, the grown active
+            and not dropped, or the states not of the weight's shape. Nothing is changed then.
     """
     _check_states(weight, pattern, states)
     if not _library.has_kernel("prune_grow_", weight):
