@@ -132,10 +132,11 @@ inline T exp_base(T max) {
   return max == -static_cast<T>(__builtin_inf()) ? T(0) : max;
 }
 
+constexpr double kLeastKnown = 1e-7;  // 1 - u is at least this
+
 template <typename T>
 void loss_forward(const LossProblem<T>& problem, int64_t begin, int64_t end, T* losses, T* saved, LossSums* sums) {
   constexpr int64_t chunk = 1024;
-  constexpr T least_known = T(1e-7);  // 1 - u is at least this
   const int64_t unknown = problem.classes - 1;
   for (int64_t i = begin; i < end; ++i) {
     const T* z = problem.logits + i * problem.classes;
@@ -162,7 +163,7 @@ void loss_forward(const LossProblem<T>& problem, int64_t begin, int64_t end, T* 
     bool correct = false;
     if (target != unknown) {
       correct = z[target] == max && !contains(z, target, max);
-      const T known = others / sum, v = known < least_known ? least_known : known;  // 1 - u, without cancellation
+      const T known = others / sum, v = known < kLeastKnown ? T(kLeastKnown) : known;  // 1 - u, without cancellation
       const T u = 1 - v;
       loss = correct ? h : h * (1 + problem.alpha / (1 + problem.alpha * u));
       sums->threshold += static_cast<double>(v * h);
@@ -189,11 +190,12 @@ void loss_backward(const LossProblem<T>& problem, int64_t begin, int64_t end, co
     if (target != unknown) {
       w = 1;
       if (!__builtin_signbit(saved[2 * i + 1])) {
-        const T h = (base - z[target]) + log_of(sum), u = exp_nonpositive(z[unknown] - base) / sum;
-        const T slope = problem.alpha / (1 + problem.alpha * u);
+        constexpr T largest = 1 - kLeastKnown;
+        const T h = (base - z[target]) + log_of(sum), p = exp_nonpositive(z[unknown] - base) / sum;
+        const T u = p < largest ? p : largest, slope = problem.alpha / (1 + problem.alpha * u);
         w += slope;
-        // u = 0 first: an infinite h times it counts nothing. Near u = 1 the clamp stops the gradient.
-        if (u > 0 && 1 - u >= T(1e-7)) through_u = -h * slope * slope * u;
+        // u = 0 first: an infinite h times it counts nothing. At the clamp the gradient stops.
+        if (u > 0 && u < largest) through_u = -h * slope * slope * u;
       }
     }
     scaled_exp(z, problem.classes, base, g * (w - through_u) / sum, out, problem.logits_end);

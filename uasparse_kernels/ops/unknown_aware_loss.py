@@ -31,8 +31,7 @@ def unknown_aware_loss(
     Args:
         logits: ``[N, K + 1]``, K >= 1, any floating-point dtype; the arithmetic is in float32 (float64 for float64).
         target: int64 ``[N]`` in ``[0, K]``.
-        alpha: strength, >= 0; as a tensor of one element (of any device) it is not checked, so that nothing waits for
-            it.
+        alpha: strength, >= 0; as a tensor of one element (of any device) it is not checked: nothing waits for it.
         unknown_weight: factor of the samples of target K, >= 0.
         reduction: "mean" divides the sum of all samples by N.
 
