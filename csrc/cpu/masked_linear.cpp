@@ -147,7 +147,7 @@ void forward(const at::Tensor& input, const T* values, const T* bias, const Grid
   pack_panels<T>(input, panels, packed.as<T>());
   Product<T> p{};
   p.ptr = grid.crow, p.idx = grid.col, p.val = values;
-  p.columns = grid.columns, p.block_out = grid.bh, p.block_in = grid.bw;
+  p.columns = grid.columns, p.blocks = grid.blocks, p.block_out = grid.bh, p.block_in = grid.bw;
   p.stride_out = grid.bw, p.stride_in = 1;
   p.bias = bias, p.in = packed.as<T>();
   p.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
@@ -170,7 +170,7 @@ void input_gradient(const T* grad_panels, const Panels<T>& panels, const T* valu
   });
   Product<T> p{};
   p.ptr = grid.ccol, p.idx = grid.row, p.val = to;
-  p.columns = grid.rows, p.block_out = grid.bw, p.block_in = grid.bh;
+  p.columns = grid.rows, p.blocks = grid.blocks, p.block_out = grid.bw, p.block_in = grid.bh;
   p.stride_out = 1, p.stride_in = grid.bw;
   p.in = grad_panels;
   p.column_block = column_block(grid, grid.rows, grid.bh, sizeof(T) * panels.width(0));
@@ -189,7 +189,7 @@ void weight_gradient(const T* grad_panels, const T* input_panels, const Panels<T
       Sddmm<T> s{};
       s.ptr = grid.crow, s.idx = grid.col;
       s.begin = task * chunk, s.end = std::min(grid.rows, s.begin + chunk);
-      s.columns = grid.columns, s.bh = grid.bh, s.bw = grid.bw;
+      s.columns = grid.columns, s.blocks = grid.blocks, s.bh = grid.bh, s.bw = grid.bw;
       s.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
       s.cursor = cursor.as<int32_t>();
       s.grad = grad_values;

@@ -19,7 +19,7 @@ struct Product {
   const int32_t *ptr, *idx;           // blocks of each grid row, ascending
   const T* val;                       // [blocks] of block_out x block_in numbers
   int64_t begin, end;                 // grid rows
-  int64_t columns;                    // of the grid
+  int64_t columns, blocks;            // of the grid
   int64_t block_out, block_in;        // outputs and inputs of a block
   int64_t stride_out, stride_in;      // steps inside a block's values
   const T* bias;                      // for the output rows of begin onwards, or null
@@ -28,6 +28,8 @@ struct Product {
   int64_t width;
   int64_t column_block;               // grid columns taken together, so that their inputs stay in L1
   int32_t* cursor;                    // scratch [end - begin]
+
+  void prefetch_values(int64_t block) const { __builtin_prefetch(val + block * block_out * block_in); }
 };
 
 // grad[block, y, x] (+)= grad_output[row * bh + y, :] . input[column * bw + x, :] over the width.
@@ -35,7 +37,7 @@ template <typename T>
 struct Sddmm {
   const int32_t *ptr, *idx;
   int64_t begin, end;
-  int64_t columns;
+  int64_t columns, blocks;
   int64_t bh, bw;
   const T *grad_output, *input;       // panels of all outputs and inputs
   T* grad;                            // all values, in the order by rows
@@ -43,6 +45,8 @@ struct Sddmm {
   int64_t column_block;
   bool accumulate;                    // add to grad, or set it
   int32_t* cursor;
+
+  void prefetch_values(int64_t block) const { __builtin_prefetch(grad + block * bh * bw, 1); }
 };
 
 template <typename T>
