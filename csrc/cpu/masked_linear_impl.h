@@ -138,14 +138,13 @@ UASPARSE_INLINE void prefetch(const void* from, int64_t bytes) {
 // Unstructured: one output, one strip of NV vectors. U nonzeros go together, each with accumulators of its own where NV
 // alone would not cover the latency of a multiply-add.
 template <typename T, int NV>
-UASPARSE_INLINE void single_tile(const Product<T>& p, int64_t first, int64_t last, T* out, const T* bias,
-                                 int64_t lane) {
+UASPARSE_INLINE void single_tile(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out,
+                                 const T* bias) {
   constexpr int L = kLanes<T>, U = NV >= 8 ? 1 : 8 / NV;
   Vec<T> acc[U][NV] = {};
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) acc[0][v] = bias ? broadcast<T>(*bias) : load(out + v * L);
   const int64_t width = p.width;
-  const T* in = p.in + lane;
   int64_t i = first;
   for (; i + U <= last; i += U) {
 #pragma GCC unroll 16
@@ -172,8 +171,8 @@ UASPARSE_INLINE void single_tile(const Product<T>& p, int64_t first, int64_t las
 
 // Blocks: OB outputs share the inputs that they load; one strip of NV vectors.
 template <typename T, int OB, int NV>
-UASPARSE_INLINE void block_tile(const Product<T>& p, int64_t first, int64_t last, const T* val, T* out, const T* bias,
-                                int64_t lane) {
+UASPARSE_INLINE void block_tile(const Product<T>& p, const T* in, int64_t first, int64_t last, const T* val,
+                                T* out, const T* bias) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[OB][NV];
   const int64_t step = p.block_out * p.block_in, width = p.width;
@@ -182,7 +181,7 @@ UASPARSE_INLINE void block_tile(const Product<T>& p, int64_t first, int64_t last
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) acc[o][v] = bias ? broadcast<T>(bias[o]) : load(out + o * width + v * L);
   for (int64_t i = first; i < last; ++i) {
-    const T* x = p.in + p.idx[i] * p.block_in * width + lane;
+    const T* x = in + p.idx[i] * p.block_in * width;
     const T* w = val + i * step;
     for (int64_t k = 0; k < p.block_in; ++k, x += width, w += p.stride_in) {
       Vec<T> xs[NV];
@@ -205,70 +204,80 @@ constexpr int kStrip = kPanelVectors < 8 ? kPanelVectors : 8;      // accumulato
 constexpr int kBlockStrip = UASPARSE_VECTOR_BYTES == 64 ? 4 : 2;   // and of each of 4 outputs
 
 template <typename T>
-UASPARSE_INLINE void single_row(const Product<T>& p, int64_t first, int64_t last, T* out, const T* bias) {
+UASPARSE_INLINE void single_row(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out, const T* bias) {
   constexpr int L = kLanes<T>;
   int64_t lane = 0;
-  for (; lane + kStrip * L <= p.width; lane += kStrip * L) single_tile<T, kStrip>(p, first, last, out + lane, bias, lane);
+  for (; lane + kStrip * L <= p.width; lane += kStrip * L) single_tile<T, kStrip>(p, in + lane, first, last, out + lane, bias);
   if constexpr (kStrip > 4)
-    for (; lane + 4 * L <= p.width; lane += 4 * L) single_tile<T, 4>(p, first, last, out + lane, bias, lane);
-  for (; lane + 2 * L <= p.width; lane += 2 * L) single_tile<T, 2>(p, first, last, out + lane, bias, lane);
-  for (; lane < p.width; lane += L) single_tile<T, 1>(p, first, last, out + lane, bias, lane);
+    for (; lane + 4 * L <= p.width; lane += 4 * L) single_tile<T, 4>(p, in + lane, first, last, out + lane, bias);
+  for (; lane + 2 * L <= p.width; lane += 2 * L) single_tile<T, 2>(p, in + lane, first, last, out + lane, bias);
+  for (; lane < p.width; lane += L) single_tile<T, 1>(p, in + lane, first, last, out + lane, bias);
 }
 
 template <typename T, int OB>
-UASPARSE_INLINE void block_rows(const Product<T>& p, int64_t first, int64_t last, const T* val, T* out,
-                                const T* bias) {
+UASPARSE_INLINE void block_rows(const Product<T>& p, const T* in, int64_t first, int64_t last, const T* val,
+                                T* out, const T* bias) {
   constexpr int L = kLanes<T>;
   int64_t lane = 0;
   for (; lane + kBlockStrip * L <= p.width; lane += kBlockStrip * L)
-    block_tile<T, OB, kBlockStrip>(p, first, last, val, out + lane, bias, lane);
-  for (; lane < p.width; lane += L) block_tile<T, OB, 1>(p, first, last, val, out + lane, bias, lane);
+    block_tile<T, OB, kBlockStrip>(p, in + lane, first, last, val, out + lane, bias);
+  for (; lane < p.width; lane += L) block_tile<T, OB, 1>(p, in + lane, first, last, val, out + lane, bias);
 }
 
-// Calls visit(grid row, first, last, first column block?) for the nonzeros of each row in each column block.
+// Calls visit(panel, grid row, first, last, first column block?) for the nonzeros of each row in each column block. The
+// segments are found once for all panels; that pass also fetches the values into a near cache.
 template <typename P, typename Visit>
 UASPARSE_INLINE void for_each_segment(const P& p, Visit visit) {
-  for (int64_t r = p.begin; r < p.end; ++r) p.cursor[r - p.begin] = p.ptr[r];
+  const int64_t rows = p.end - p.begin;
+  int32_t *firsts = p.scratch, *lasts = p.scratch + rows;
+  const int32_t* ptr = p.ptr + p.begin;
+  if (rows == 0) return;
+  const int64_t ahead = (ptr[rows] - ptr[0]) / rows * p.column_block / p.columns;
+  for (int64_t r = 0; r < rows; ++r) lasts[r] = ptr[r];
   for (int64_t c = 0; c < p.columns; c += p.column_block) {
     const int64_t limit = c + p.column_block;
-    for (int64_t r = p.begin; r < p.end; ++r) {
-      int32_t* cursor = p.cursor + (r - p.begin);
-      const int64_t first = *cursor;
-      int64_t last = p.ptr[r + 1];
-      if (limit < p.columns) *cursor = static_cast<int32_t>(last = segment_end(p.idx, first, last, limit, p.blocks));
-      if (r + 2 < p.end) {
-        __builtin_prefetch(p.idx + cursor[2] + 8);
-        p.prefetch_values(cursor[2] + 8);
+    if (limit >= p.columns) {
+      for (int64_t r = 0; r < rows; ++r) firsts[r] = lasts[r], lasts[r] = ptr[r + 1];
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (r + 4 < rows)
+          for (int64_t i = 0; i <= ahead; i += 16) {
+            __builtin_prefetch(p.idx + lasts[r + 4] + i);
+            p.prefetch_values(lasts[r + 4] + i);
+          }
+        firsts[r] = lasts[r];
+        lasts[r] = static_cast<int32_t>(segment_end(p.idx, firsts[r], ptr[r + 1], limit, p.blocks));
       }
-      visit(r, first, last, c == 0);
     }
+    for (int64_t panel = 0; panel < p.panels; ++panel)
+      for (int64_t r = 0; r < rows; ++r) visit(panel, r, firsts[r], lasts[r], c == 0);
   }
 }
 
 template <typename T>
 void product(const Product<T>& p) {
   static constexpr T zeros[4] = {};
-  const int64_t step = p.block_out * p.width;
   if (p.block_out == 1 && p.block_in == 1) {
-    for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool start) __attribute__((always_inline)) {
-      T* out = p.out + (r - p.begin) * p.width;
-      if (r + 1 < p.end) prefetch(out + p.width, sizeof(T) * p.width);
-      const T* bias = p.bias ? p.bias + (r - p.begin) : zeros;
-      if (start || first < last) single_row(p, first, last, out, start ? bias : nullptr);
+    for_each_segment(p, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool start) UASPARSE_LAMBDA {
+      if (!start && first == last) return;
+      const T* bias = !start ? nullptr : p.bias ? p.bias + r : zeros;
+      T* out = p.out + panel * p.out_panel + r * p.width;
+      prefetch(out + p.width, sizeof(T) * p.width);
+      single_row(p, p.in + panel * p.in_panel, first, last, out, bias);
     });
     return;
   }
-  for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool start) __attribute__((always_inline)) {
+  for_each_segment(p, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool start) UASPARSE_LAMBDA {
     if (!start && first == last) return;
-    T* out = p.out + (r - p.begin) * step;
-    int64_t o = 0;
-    for (; o < p.block_out; o += o + 4 <= p.block_out ? 4 : 1) {
-      const T* bias = !start ? nullptr : p.bias ? p.bias + (r - p.begin) * p.block_out + o : zeros;
+    const T* in = p.in + panel * p.in_panel;
+    T* out = p.out + panel * p.out_panel + r * p.block_out * p.width;
+    for (int64_t o = 0; o < p.block_out; o += o + 4 <= p.block_out ? 4 : 1) {
+      const T* bias = !start ? nullptr : p.bias ? p.bias + r * p.block_out + o : zeros;
       const T* val = p.val + o * p.stride_out;
       if (o + 4 <= p.block_out)
-        block_rows<T, 4>(p, first, last, val, out + o * p.width, bias);
+        block_rows<T, 4>(p, in, first, last, val, out + o * p.width, bias);
       else
-        block_rows<T, 1>(p, first, last, val, out + o * p.width, bias);
+        block_rows<T, 1>(p, in, first, last, val, out + o * p.width, bias);
     }
   });
 }
@@ -339,16 +348,16 @@ UASPARSE_INLINE void dot_strip(const Sddmm<T>& p, const T* grad_output, const T*
 }
 
 template <typename T>
-UASPARSE_INLINE void dot_row(const Sddmm<T>& p, const T* grad_output, int64_t first, int64_t last) {
+UASPARSE_INLINE void dot_row(const Sddmm<T>& p, const T* grad_output, const T* in, int64_t first, int64_t last,
+                             bool accumulate) {
   constexpr int L = kLanes<T>;
   int64_t lane = 0;
-  bool accumulate = p.accumulate;
   for (; lane + kStrip * L <= p.width; lane += kStrip * L, accumulate = true)
-    dot_strip<T, kStrip>(p, grad_output + lane, p.input + lane, first, last, accumulate);
+    dot_strip<T, kStrip>(p, grad_output + lane, in + lane, first, last, accumulate);
   for (; lane + 2 * L <= p.width; lane += 2 * L, accumulate = true)
-    dot_strip<T, 2>(p, grad_output + lane, p.input + lane, first, last, accumulate);
+    dot_strip<T, 2>(p, grad_output + lane, in + lane, first, last, accumulate);
   for (; lane < p.width; lane += L, accumulate = true)
-    dot_strip<T, 1>(p, grad_output + lane, p.input + lane, first, last, accumulate);
+    dot_strip<T, 1>(p, grad_output + lane, in + lane, first, last, accumulate);
 }
 
 // Blocks: Y x X dot products of one block together.
@@ -377,31 +386,41 @@ UASPARSE_INLINE void dot_tile(const T* dy, const T* in, int64_t width, T* grad, 
 }
 
 template <typename T>
+UASPARSE_INLINE void dot_block(const Sddmm<T>& p, const T* dy, const T* in, T* grad, bool accumulate) {
+  const int64_t width = p.width, bw = p.bw;
+  for (int64_t y = 0; y < p.bh; y += y + 4 <= p.bh ? 4 : 1) {
+    const T* d = dy + y * width;
+    for (int64_t x = 0; x < bw; x += x + 2 <= bw ? 2 : 1) {
+      T* to = grad + y * bw + x;
+      const T* from = in + x * width;
+      if (y + 4 <= p.bh && x + 2 <= bw)
+        dot_tile<T, 4, 2>(d, from, width, to, bw, accumulate);
+      else if (y + 4 <= p.bh)
+        dot_tile<T, 4, 1>(d, from, width, to, bw, accumulate);
+      else if (x + 2 <= bw)
+        dot_tile<T, 1, 2>(d, from, width, to, bw, accumulate);
+      else
+        dot_tile<T, 1, 1>(d, from, width, to, bw, accumulate);
+    }
+  }
+}
+
+template <typename T>
 void sddmm(const Sddmm<T>& p) {
   if (p.bh == 1 && p.bw == 1) {
-    for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool) __attribute__((always_inline)) {
-      dot_row(p, p.grad_output + r * p.width, first, last);
+    for_each_segment(p, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool) UASPARSE_LAMBDA {
+      if (first == last) return;
+      const T* dy = p.grad_output + panel * p.grad_panel + (p.begin + r) * p.width;
+      prefetch(dy + p.width, sizeof(T) * p.width);
+      dot_row(p, dy, p.input + panel * p.input_panel, first, last, p.accumulate || panel > 0);
     });
     return;
   }
-  for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool) __attribute__((always_inline)) {
+  for_each_segment(p, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool) UASPARSE_LAMBDA {
+    const T* dy = p.grad_output + panel * p.grad_panel + (p.begin + r) * p.bh * p.width;
     for (int64_t i = first; i < last; ++i) {
-      const T* in = p.input + static_cast<uint32_t>(p.idx[i]) * p.bw * p.width;
-      for (int64_t y = 0; y < p.bh; y += y + 4 <= p.bh ? 4 : 1) {
-        const T* dy = p.grad_output + (r * p.bh + y) * p.width;
-        T* grad = p.grad + (i * p.bh + y) * p.bw;
-        for (int64_t x = 0; x < p.bw; x += x + 2 <= p.bw ? 2 : 1) {
-          const T* from = in + x * p.width;
-          if (y + 4 <= p.bh && x + 2 <= p.bw)
-            dot_tile<T, 4, 2>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-          else if (y + 4 <= p.bh)
-            dot_tile<T, 4, 1>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-          else if (x + 2 <= p.bw)
-            dot_tile<T, 1, 2>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-          else
-            dot_tile<T, 1, 1>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-        }
-      }
+      const T* in = p.input + panel * p.input_panel + static_cast<uint32_t>(p.idx[i]) * p.bw * p.width;
+      dot_block(p, dy, in, p.grad + i * p.bh * p.bw, p.accumulate || panel > 0);
     }
   });
 }
