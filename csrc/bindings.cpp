@@ -9,6 +9,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "cpu/isa.h"
+
 #ifndef UASPARSE_CUDA_ARCHS
 #define UASPARSE_CUDA_ARCHS ""
 #endif
@@ -50,5 +52,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of uasparse_kernels; importing it registers the ops of torch.ops.uasparse.";
   m.attr("torch_version") = UASPARSE_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
+  m.def("cpu_isa", [] { return uasparse::isa_name(uasparse::cpu_isa()); });
   m.attr("cuda_archs") = UASPARSE_CUDA_ARCHS;
 }

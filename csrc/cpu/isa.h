@@ -1,30 +1,20 @@
-// Which instruction set the CPU kernels use: the best one that this CPU has, or what UASPARSE_CPU_ISA names
-// (portable, avx2 or avx512; one that the CPU lacks is not taken).
+// Which instruction set the CPU kernels use, decided once, at run time.
+//
+// A kernel source <op>_impl.h is compiled once for each instruction set, in the small files <op>_portable.cpp,
+// <op>_avx2.cpp and <op>_avx512.cpp, between isa_begin.h and isa_end.h. Such a file includes every other header BEFORE
+// isa_begin.h and none of ATen: an inline function of a shared header that is compiled for AVX-512 could be the copy
+// that the linker keeps for everyone.
+//
+// The environment variable UASPARSE_CPU_ISA=portable|avx2|avx512 forces one (CI runs the tests with each); asking for
+// one that the machine lacks is an error.
 #pragma once
-
-#include <cstdlib>
-#include <cstring>
 
 namespace uasparse {
 
 enum class Isa { portable, avx2, avx512 };
 
-inline Isa cpu_isa() {
-  static const Isa chosen = [] {
-    Isa best = Isa::portable;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
-    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      best = Isa::avx512;
-#endif
-    const char* wanted = std::getenv("UASPARSE_CPU_ISA");
-    if (wanted == nullptr) return best;
-    if (std::strcmp(wanted, "portable") == 0) return Isa::portable;
-    if (std::strcmp(wanted, "avx2") == 0 && best == Isa::avx512) return Isa::avx2;
-    return best;
-  }();
-  return chosen;
-}
+// The forced or else the best instruction set. Throws std::runtime_error for a value that is unknown or not supported.
+Isa cpu_isa();
+const char* isa_name(Isa isa);
 
 }  // namespace uasparse

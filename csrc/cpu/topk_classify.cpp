@@ -2,8 +2,8 @@
 
 #include <cmath>
 
-#include "isa.h"
-#include "topk_indices.h"
+#include "cpu/isa.h"
+#include "cpu/topk_indices.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

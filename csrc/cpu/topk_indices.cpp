@@ -7,7 +7,7 @@
 // A bracket that misses (the counts of pass 2 tell) is replaced by one that holds everything; so the result is exact
 // whatever the sample was. Threads share chunks of a fixed size: it does not depend on their number either.
 
-#include "topk_indices.h"
+#include "cpu/topk_indices.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
