@@ -60,7 +60,7 @@ struct Bracket {
   float low, high;
 };
 
-// Holds the rank-th best of n scores almost surely: five standard deviations of the sample's quantile to each side.
+// Holds the rank-th best of n scores almost surely: four standard deviations of the sample's quantile to each side.
 Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order) {
   const int64_t size = std::clamp<int64_t>(n / 64, 1024, 32768);
   std::vector<float> sample(size);
@@ -72,7 +72,7 @@ Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order
     sample[i] = std::isnan(x) ? -std::numeric_limits<float>::infinity() : x;
   }
   const double quantile = static_cast<double>(rank) / n, middle = quantile * size;
-  const double margin = 5 * std::sqrt(size * quantile * (1 - quantile)) + 1;
+  const double margin = 4 * std::sqrt(size * quantile * (1 - quantile)) + 1;
   const int64_t upper = static_cast<int64_t>(middle - margin), lower = static_cast<int64_t>(middle + margin) + 1;
   Bracket bracket{-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
   if (upper > 0) {
@@ -166,20 +166,24 @@ class Selection {
     Chunk& chunk = chunks_[c];
     Key* keys = entries.keys + c * entries.capacity;
     uint16_t* places = entries.places + c * entries.capacity;
+    const T* const scores = scores_;
+    const Order order = order_;
+    chunk.above += count_bits(above_ + begin, end - begin);
     for (int64_t w = begin; w < end; ++w) {
-      chunk.above += std::popcount(above_[w]);
       if (chunk.maybe + 64 > entries.capacity) return false;
       int64_t count = chunk.maybe;
       const auto collect = [&](uint64_t bits) {
         const int64_t i = w * 64 + (std::countr_zero(bits) & 63);
-        keys[count] = key_of(preference(scores_[i], order_));
+        keys[count] = key_of(preference(scores[i], order));
         places[count++] = static_cast<uint16_t>(i - chunk_begin * 64);
       };
       // Two are written whether they are there or not, which spares a mispredicted branch a word.
       uint64_t bits = maybe[w - begin];
-      chunk.maybe += std::popcount(bits);
-      for (int i = 0; i < 2; ++i, bits &= bits - 1) collect(bits);
-      for (; bits != 0; bits &= bits - 1) collect(bits);
+      for (int i = 0; i < 2; ++i, bits &= bits - 1) {
+        chunk.maybe += bits != 0;
+        collect(bits);
+      }
+      for (; bits != 0; bits &= bits - 1, ++chunk.maybe) collect(bits);
     }
     return true;
   }
@@ -223,25 +227,8 @@ class Selection {
         ties_here -= equal;
         above_[begin + places[i] / 64] |= static_cast<uint64_t>(taken) << (places[i] % 64);
       }
-      write_indices(begin, end, indices + offset[c], indices + offset[c + 1]);
+      write_indices(above_ + begin, end - begin, begin * 64, indices + offset[c], indices + offset[c + 1]);
     });
-  }
-
-  // Indices of the bits set in words [begin, end), from `to` up to `last`.
-  void write_indices(int64_t begin, int64_t end, int64_t* to, const int64_t* last) {
-    int64_t w = begin;
-    // Eight at once, needed or not (those too many are overwritten by the next word's), while there is room.
-    for (; w < end && last - to >= 64; ++w) {
-      uint64_t bits = above_[w];
-      int64_t* const next = to + std::popcount(bits);
-      do {
-        for (int i = 0; i < 8; ++i, bits &= bits - 1) to[i] = w * 64 + std::countr_zero(bits);
-        to += 8;
-      } while (bits != 0);
-      to = next;
-    }
-    for (; w < end; ++w)
-      for (uint64_t bits = above_[w]; bits != 0; bits &= bits - 1) *to++ = w * 64 + std::countr_zero(bits);
   }
 
   // The key of the rank-th best entry (rank from 1), digit by digit from the top.
