@@ -36,7 +36,7 @@ Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice
 
 
 def with_config(**fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for every field of FitConfig but the `fixed` ones, and hands all over as one `config`."""
+    """Gives a command an option for every field of FitConfig but the `fixed` ones; hands all over as one `config`."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(FitConfig)
@@ -108,16 +108,23 @@ def evaluate_command(
 @with_config(method="rigl", loss="ce", vote=False, unknowns="none", sparsity=0.9, seed=0)  # set by --arm and --seeds
 def compare_command(
     config: FitConfig,
-    suite: Annotated[str, typer.Option(help=f"A prepared study ({', '.join(SUITES)}); other options are then ignored.")] = "",
+    suite: Annotated[
+        str, typer.Option(help=f"A prepared study ({', '.join(SUITES)}); other options are then ignored.")
+    ] = "",
     arm: Annotated[
         list[str],
-        typer.Option(help="Method, may be given several times; parts joined by +: " + ", ".join(p for v in ARM_PARTS.values() for p in v)),
+        typer.Option(
+            help="Method, may be given several times; parts joined by +: "
+            + ", ".join(p for v in ARM_PARTS.values() for p in v)
+        ),
     ] = ["rigl", "rigl+vote", "rigl+moon+vote", "rigl+vote+patch-shuffle"],  # noqa: B006
     seeds: Annotated[int, typer.Option(help="Seeds 0 to N-1.")] = 3,
     sparsity: Annotated[list[float], typer.Option(help="May be given several times.")] = [0.9],  # noqa: B006
     ood: Ood = [],  # noqa: B006
     score: ScoreNames = [],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="Folder of the study; finished runs in it are kept.")] = Path("runs/compare"),
+    out: Annotated[Path, typer.Option(help="Folder of the study; finished runs in it are kept.")] = Path(
+        "runs/compare"
+    ),
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -130,7 +137,9 @@ def compare_command(
     )  # fmt: skip
     summary = compare(study, out, device=device, console=console)
     print_summary(summary, console)
-    console.print(f"Written: {out / 'summary.json'}" + (f", {out / 'comparison.png'}" if study.unknowns else ""), soft_wrap=True)
+    console.print(
+        f"Written: {out / 'summary.json'}" + (f", {out / 'comparison.png'}" if study.unknowns else ""), soft_wrap=True
+    )
 
 
 @app.command("demo")

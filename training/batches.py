@@ -26,7 +26,9 @@ class Normalise:
     @classmethod
     def of(cls, images: Tensor) -> Normalise:
         """Takes the statistics of uint8 images [N, C, H, W]; a channel that is constant gets std 1."""
-        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
+        counts = torch.stack(
+            [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+        ).double()
         levels = torch.arange(256, dtype=torch.float64) / 255
         weights = counts / counts.sum(1, keepdim=True)
         mean = weights @ levels

@@ -41,7 +41,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Reads a checkpoint with weights_only=True (it can run no code). Raises CheckpointError."""
     if not path.is_file():
-        raise CheckpointError(f"Expected a checkpoint at {path}, found none. `fit` writes model.pt into its run folder.")
+        raise CheckpointError(
+            f"Expected a checkpoint at {path}, found none. `fit` writes model.pt into its run folder."
+        )
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:

@@ -100,9 +100,7 @@ def compare(
     return summary
 
 
-def _run(
-    run: Run, suite: Suite, folder: Path, device: str, console: Console, data: TrainTest
-) -> dict[str, Any]:
+def _run(run: Run, suite: Suite, folder: Path, device: str, console: Console, data: TrainTest) -> dict[str, Any]:
     file = folder / "results.json"
     if not file.is_file():
         return fit(

@@ -85,8 +85,8 @@ class FitConfig:
             raise TrainingError(f"Expected 0 < lr_min <= lr_max, got lr_min {self.lr_min} and lr_max {self.lr_max}.")
         if self.loss == "moon" and not 0 < self.warmup_epochs < self.epochs:
             raise TrainingError(
-                f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: alpha "
-                "rises only after the warm-up."
+                f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
+                "alpha rises only after the warm-up."
             )
         _ = self.block_size, self.holdout_classes
 
@@ -144,11 +144,14 @@ def with_arm(config: FitConfig, arm: str) -> FitConfig:
     seen: set[str] = set()
     for part in arm.split("+"):
         key, value = next(
-            ((key, value) for key, values in ARM_PARTS.items() if part in values for value in [values[part]]), (None, None)
+            ((key, value) for key, values in ARM_PARTS.items() if part in values for value in [values[part]]),
+            (None, None),
         )
         if key is None or key in seen:
             known = "; ".join(f"{key}: {', '.join(values)}" for key, values in ARM_PARTS.items())
-            raise TrainingError(f"Cannot read {part!r} in the arm {arm!r}. Expected one at most of each, joined by +: {known}.")
+            raise TrainingError(
+                f"Cannot read {part!r} in the arm {arm!r}. Expected one at most of each, joined by +: {known}."
+            )
         seen.add(key)
         chosen[key] = value
     return replace(config, **chosen)

@@ -41,5 +41,7 @@ def _is_state(value: Any, parameter: Tensor) -> bool:
 
 def _index_bytes(layer: nn.Module) -> int:
     """Bytes of the integer tensors of the layer's pattern, each counted once."""
-    tensors = {t.data_ptr(): t for t in vars(layer.pattern).values() if isinstance(t, Tensor) and not t.is_floating_point()}
+    tensors = {
+        t.data_ptr(): t for t in vars(layer.pattern).values() if isinstance(t, Tensor) and not t.is_floating_point()
+    }
     return sum(t.nbytes for t in tensors.values())

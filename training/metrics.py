@@ -45,7 +45,9 @@ def detection_metrics(known: Tensor, unknown: Tensor) -> dict[str, float]:
     """
     for name, values in (("known", known), ("unknown", unknown)):
         if len(values) == 0 or not bool(torch.isfinite(values).all()):
-            raise TrainingError(f"Expected finite scores of at least one {name} image, got {len(values)}, some not finite.")
+            raise TrainingError(
+                f"Expected finite scores of at least one {name} image, got {len(values)}, some not finite."
+            )
     scores = torch.cat([known, unknown]).double().numpy()
     is_unknown = np.concatenate([np.zeros(len(known), int), np.ones(len(unknown), int)])
     return {

@@ -57,7 +57,12 @@ def _mlp(spec: ModelSpec) -> nn.Module:
     """784-300-100-K for MNIST-sized images (LeNet-300-100, usual in work on pruning)."""
     num_inputs = spec.in_channels * spec.image_size**2
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(num_inputs, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, spec.num_outputs)
+        nn.Flatten(),
+        nn.Linear(num_inputs, 300),
+        nn.ReLU(),
+        nn.Linear(300, 100),
+        nn.ReLU(),
+        nn.Linear(100, spec.num_outputs),
     )
 
 

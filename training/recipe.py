@@ -34,7 +34,9 @@ def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float) ->
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * progress))
 
 
-def build_network(config: FitConfig, num_classes: int, in_channels: int, image_size: int) -> tuple[nn.Module, nn.Module]:
+def build_network(
+    config: FitConfig, num_classes: int, in_channels: int, image_size: int
+) -> tuple[nn.Module, nn.Module]:
     """Builds (network, loss) as the config says; the network is sparse unless the method is dense."""
     loss_fn = LOSSES[config.loss](
         LossSpec(
@@ -211,8 +213,8 @@ class Trainer:
         if config.vote and config.method in ("rigl", "set") and config.stop_fraction > start:
             raise TrainingError(
                 f"The vote starts after {start:.0%} of the epochs, but the topology changes until stop_fraction "
-                f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. Give a stop_fraction of at "
-                f"most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more epochs."
+                f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. Give a stop_fraction "
+                f"of at most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more epochs."
             )
 
 

@@ -93,13 +93,15 @@ def reliability_diagram(known: dict[str, Any]) -> Figure:
     upper.plot([bins["confidence"][k] for k in filled], [bins["accuracy"][k] for k in filled], "k.")
     upper.plot([0, 1], [0, 1], color="0.6")
     upper.set(title=f"ECE {known['ece']:.2%}, accuracy {known['accuracy']:.2%}", ylabel="accuracy", xlim=(0, 1))
-    lower.bar([(k + 0.5) * width for k in filled], [bins["share"][k] for k in filled], width, color="0.7", edgecolor="white")
+    lower.bar(
+        [(k + 0.5) * width for k in filled], [bins["share"][k] for k in filled], width, color="0.7", edgecolor="white"
+    )
     lower.set(xlabel="confidence", ylabel="share of images")
     return figure
 
 
 def comparison_bars(summary: dict[str, Any]) -> Figure:
-    """AUROC an OOD set: a group of bars an arm, a bar a score; mean over the seeds, whiskers of one standard deviation."""
+    """AUROC an OOD set: a group of bars an arm, a bar a score; mean over the seeds, whiskers one standard deviation."""
     arms, sets = list(summary["arms"]), summary["unknown"]
     figure, axes = _panels(len(sets))
     scores = list(dict.fromkeys(s for arm in summary["arms"].values() for s in next(iter(arm["unknown"].values()), {})))
@@ -148,8 +150,9 @@ def known_table(rows: Iterable[tuple[str, dict[str, float]]]) -> Table:
     for arm, known in rows:
         table.add_row(
             arm,
-            f"{known['accuracy'] * 100:.2f}", f"{known['ece'] * 100:.2f}", f"{known['nll']:.4f}", f"{known['brier']:.4f}",
-        )  # fmt: skip
+            *(f"{known[name] * 100:.2f}" for name in ("accuracy", "ece")),
+            *(f"{known[name]:.4f}" for name in ("nll", "brier")),
+        )
     return table
 
 
@@ -157,9 +160,7 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
     """A figure with `count` axes, up to four a row."""
     columns = min(4, max(1, count))
     rows = -(-max(1, count) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.8 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, list(axes.flat[:count])

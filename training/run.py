@@ -73,9 +73,7 @@ def fit(
         cost = training_cost(trainer.model, trainer.optimizer)
         model = trainer.result()
         save_checkpoint(run_dir / "model.pt", {"result": model.state_dict(), **_about(trainer)})
-        judged = evaluate(
-            model, data, unknown_sets, normalise=trainer.normalise, device=trainer.device, scores=scores
-        )
+        judged = evaluate(model, data, unknown_sets, normalise=trainer.normalise, device=trainer.device, scores=scores)
         results = {
             "arm": config.arm,
             "config": config.to_dict(),
@@ -125,7 +123,9 @@ def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, conso
             history.append(record)
             progress.update(task, completed=trainer.epoch * len(trainer.batches))
             _save(trainer, history, run_dir)
-            line = f"{config.arm} epoch {trainer.epoch}/{config.epochs}: loss {record['train_loss']:.4f}, test accuracy "
+            line = (
+                f"{config.arm} epoch {trainer.epoch}/{config.epochs}: loss {record['train_loss']:.4f}, test accuracy "
+            )
             line += f"{record['test_accuracy']:.4f}, {record['seconds']:.1f} s"
             log.info(line)
             if not console.is_terminal:
@@ -133,7 +133,9 @@ def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, conso
 
 
 def _save(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path) -> None:
-    save_checkpoint(run_dir / "last.pt", {**trainer.state_dict(), "history": history, "config": trainer.config.to_dict()})
+    save_checkpoint(
+        run_dir / "last.pt", {**trainer.state_dict(), "history": history, "config": trainer.config.to_dict()}
+    )
     lines = "".join(json.dumps(record) + "\n" for record in history)
     write_atomically(run_dir / "metrics.jsonl", lambda file: file.write(lines.encode()) and None)
 
@@ -157,7 +159,9 @@ def _check_folder(config: FitConfig, run_dir: Path, resume: bool) -> None:
     if resume and (run_dir / "config.json").is_file():
         differences = FitConfig.from_dict(read_json(run_dir / "config.json")).differences(config)
         if differences:
-            raise CheckpointError(f"{run_dir} holds a run with other settings: {'; '.join(differences)} (there and here).")
+            raise CheckpointError(
+                f"{run_dir} holds a run with other settings: {'; '.join(differences)} (there and here)."
+            )
 
 
 def save_scores(path: Path, judged: Evaluation) -> None:

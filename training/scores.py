@@ -44,7 +44,13 @@ class Judge:
 
     @classmethod
     def of(
-        cls, model: nn.Module, normalise: Normalise, num_classes: int, images: Tensor, labels: Tensor, device: torch.device
+        cls,
+        model: nn.Module,
+        normalise: Normalise,
+        num_classes: int,
+        images: Tensor,
+        labels: Tensor,
+        device: torch.device,
     ) -> Judge:
         """`images` (uint8) and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FIT_IMAGES]
@@ -96,7 +102,7 @@ def _mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
 
 
 def _react(judge: Judge) -> Callable[[Outputs], Tensor]:
-    """Energy with penultimate features clipped at a quantile (pytorch-ood's ReAct, on features that are there already)."""
+    """Energy with penultimate features clipped at a quantile (ReAct, on features that are there already)."""
     threshold = judge.fit.features.flatten().kthvalue(int(REACT_QUANTILE * judge.fit.features.numel())).values
     head = head_of(judge.model)
 

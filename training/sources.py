@@ -60,7 +60,9 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
             "Delete it and fetch it again."
         )
     if len(data) < 4 or data[:3] != b"\x00\x00\x08":
-        raise DataError(f"{file} is no idx file of unsigned bytes: expected it to start 00 00 08, got {data[:4].hex(' ')}.")
+        raise DataError(
+            f"{file} is no idx file of unsigned bytes: expected it to start 00 00 08, got {data[:4].hex(' ')}."
+        )
     num_dims = data[3]
     header = 4 + 4 * num_dims
     if len(data) < header:
@@ -68,7 +70,8 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
     shape = struct.unpack(f">{num_dims}I", data[4:header])
     if len(data) - header != math.prod(shape):
         raise DataError(
-            f"{file} is damaged: its header says {shape}, which is {math.prod(shape)} bytes, but {len(data) - header} follow."
+            f"{file} is damaged: its header says {shape}, which is {math.prod(shape)} bytes, but "
+            f"{len(data) - header} follow."
         )
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
@@ -161,8 +164,8 @@ def read_image_folder(folder: Path, size: int | None = None) -> tuple[Tensor, Te
     num_bytes = len(files) * first.shape[0] * side * side
     if num_bytes > MAX_FOLDER_BYTES:
         raise DataError(
-            f"{len(files)} images of {side}x{side} take {num_bytes / 2**30:.1f} GiB; images are held in memory, at most "
-            f"{MAX_FOLDER_BYTES / 2**30:.0f} GiB of them. Give a smaller --image-size."
+            f"{len(files)} images of {side}x{side} take {num_bytes / 2**30:.1f} GiB; images are held in memory, at "
+            f"most {MAX_FOLDER_BYTES / 2**30:.0f} GiB of them. Give a smaller --image-size."
         )
     images = torch.empty(len(files), first.shape[0], side, side, dtype=torch.uint8)
 

@@ -47,7 +47,9 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator) -> Tensor:
     """
     num, channels, height, width = x.shape
     if height % grid or width % grid:
-        raise TrainingError(f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid.")
+        raise TrainingError(
+            f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid."
+        )
     order = torch.rand(num, grid * grid, generator=generator).argsort(1).to(x.device, non_blocking=True)
     cut = x.view(num, channels, grid, height // grid, grid, width // grid)
     patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(num, grid * grid, channels, height // grid, width // grid)

@@ -60,7 +60,7 @@ class Vote:
     def _check_frozen(self) -> None:
         if self.topology is not None and not self.topology.frozen:
             raise TrainingError(
-                "Expected a frozen topology for the vote, got one that still changes: the average of networks with different "
-                "patterns would be denser than they are. Start the vote later (a smaller vote_fraction) or stop the "
+                "Expected a frozen topology for the vote, got one that still changes: the average of networks with "
+                "different patterns would be denser than they are. Start the vote later (a smaller vote_fraction) or stop the "
                 "topology earlier (a smaller stop_fraction)."
             )
