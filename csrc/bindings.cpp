@@ -1,0 +1,51 @@
+// Op schemas and build facts; the kernels register themselves in csrc/<device>/<op>*.cpp.
+//
+// A SparsityPattern reaches an op as five int32 tensors over the grid of blocks [rows, columns]
+// (uasparse_kernels/pattern.py): crow [rows + 1] and col [blocks] list the active blocks by rows; ccol [columns + 1],
+// row [blocks] and perm [blocks] list them by columns, perm giving each one's place in the order by rows, which is the
+// order of packed values. `shape` is the weight's shape, `block` the block's. A weight of `shape` is dense-stored
+// (inactive entries are zero), any other is packed: [nnz] for 1x1 blocks, else [blocks, block_rows, block_columns].
+
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#ifndef UASPARSE_CUDA_ARCHS
+#define UASPARSE_CUDA_ARCHS ""
+#endif
+
+#define PATTERN "Tensor crow, Tensor col, Tensor ccol, Tensor row, Tensor perm, int[] shape, int[] block"
+#define CONVOLUTION "int[] stride, int[] padding, int[] dilation, int groups"
+
+TORCH_LIBRARY(uasparse, m) {
+  // Values between storages: pack reads the active entries of a dense tensor, unpack writes them into zeros.
+  m.def("pack(Tensor dense, Tensor crow, Tensor col, int[] block) -> Tensor");
+  m.def("unpack(Tensor values, Tensor crow, Tensor col, int[] shape, int[] block) -> Tensor");
+
+  // Gradients that output_mask (input, weight, bias) does not ask for come back as empty tensors.
+  m.def("masked_linear(Tensor input, Tensor weight, Tensor? bias, " PATTERN ") -> Tensor");
+  m.def("masked_linear_backward(Tensor grad_output, Tensor input, Tensor weight, " PATTERN
+        ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("masked_conv2d(Tensor input, Tensor weight, Tensor? bias, " PATTERN ", " CONVOLUTION ") -> Tensor");
+  m.def("masked_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, " PATTERN ", " CONVOLUTION
+        ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+
+  // Indices (int64, ascending) of the k largest or smallest of scores [n]; of equal scores the lower index wins.
+  m.def("topk_indices(Tensor scores, int k, bool largest) -> Tensor");
+  // Replaces the blocks `dropped` by the blocks `grown` (int64, ascending, flat indices into the grid of blocks; the
+  // two may overlap) in the pattern, the weight and each of the states; grown entries become zero.
+  m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "
+        "Tensor(f!) row, Tensor(g!) perm, Tensor dropped, Tensor grown, int[] shape, int[] block) -> ()");
+
+  // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N] for the backward.
+  m.def("unknown_aware_loss(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("unknown_aware_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor alpha, Tensor saved, "
+        "float unknown_weight, int reduction) -> Tensor");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of uasparse_kernels; importing it registers the ops of torch.ops.uasparse.";
+  m.attr("torch_version") = UASPARSE_TORCH_VERSION;
+  m.attr("compiler") = __VERSION__;
+  m.attr("cuda_archs") = UASPARSE_CUDA_ARCHS;
+}

@@ -1,0 +1,86 @@
+"""Build of the compiled parts: C++ for the CPU always, CUDA C++ where nvcc and a CUDA build of torch are.
+
+UASPARSE_BUILD_CUDA=0|1   leave the CUDA parts out, or insist on them (default: build them where they can be)
+UASPARSE_WERROR=1         treat C++ warnings as errors (tests and CI do)
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CFLAGS   as torch.utils.cpp_extension honours them
+"""
+
+import glob
+import os
+import pathlib
+import shutil
+import site
+import sys
+import sysconfig
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    sys.exit(
+        "uasparse_kernels: torch is needed to build. Install it first (pip install torch), then install this package "
+        "with --no-build-isolation."
+    )
+
+ROOT = pathlib.Path(__file__).parent
+
+
+def build_cuda() -> bool:
+    """True where nvcc and a CUDA torch are found (no GPU is needed), unless UASPARSE_BUILD_CUDA decides otherwise."""
+    choice = os.environ.get("UASPARSE_BUILD_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        sys.exit(f"UASPARSE_BUILD_CUDA: expected 0 or 1, got {choice!r}")
+    if choice == "0" or not sources("csrc/cuda/*.cu"):
+        return False
+    has_nvcc = bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc"))
+    possible = has_nvcc and torch.version.cuda is not None
+    if choice == "1" and not possible:
+        sys.exit(
+            "UASPARSE_BUILD_CUDA=1 needs nvcc on the PATH (or CUDA_HOME) and a CUDA build of torch; "
+            f"found nvcc: {has_nvcc}, torch.version.cuda: {torch.version.cuda}."
+        )
+    return possible
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(pathlib.Path(p).relative_to(ROOT)) for p in glob.glob(str(ROOT / pattern)))
+
+
+def pip_cuda_includes() -> list[str]:
+    """Headers (cusparse.h and friends) that torch's CUDA headers need and that pip brings with torch."""
+    roots = [*site.getsitepackages(), str(pathlib.Path(torch.__file__).parents[1])]
+    found = {p for root in roots for p in glob.glob(os.path.join(root, "nvidia", "*", "include"))}
+    return sorted(found)
+
+
+warnings = ["-Wall", "-Wextra"] + (["-Werror"] if os.environ.get("UASPARSE_WERROR") == "1" else [])
+# Warnings are for our own sources: a folder given by -isystem is not searched as one of -I.
+system = [f"-isystem{path}" for path in [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]]
+cxx_flags = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", *warnings, *system]
+files = sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
+common = {
+    "include_dirs": [str(ROOT / "csrc")],
+    "define_macros": [("UASPARSE_TORCH_VERSION", f'"{torch.__version__}"')],
+    "depends": sources("csrc/*.h") + sources("csrc/*/*.h") + sources("csrc/*/*.cuh"),
+}
+if build_cuda():
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    common["define_macros"].append(("UASPARSE_CUDA_ARCHS", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
+    common["include_dirs"] += pip_cuda_includes()
+    extension = cpp_extension.CUDAExtension(
+        "uasparse_kernels._C",
+        files + sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu"),
+        extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++20", "--Werror", "all-warnings"]},
+        **common,
+    )
+else:
+    extension = cpp_extension.CppExtension(
+        "uasparse_kernels._C", files, extra_compile_args={"cxx": cxx_flags}, extra_link_args=["-fopenmp"], **common
+    )
+
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+)

@@ -1,0 +1,50 @@
+"""Loads the compiled ops (``torch.ops.uasparse``) where they were built, and says which of them serve a device."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import torch
+
+try:
+    from uasparse_kernels import _C as compiled
+except ImportError as error:
+    compiled: ModuleType | None = None  # type: ignore[no-redef]
+    warnings.warn(
+        f"uasparse_kernels: the compiled kernels could not be loaded ({error}); slow references in eager torch serve "
+        "instead. Install the package with a C++ compiler present to build them.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def has_kernel(op: str, tensor: torch.Tensor) -> bool:
+    """Whether a compiled (or Triton) kernel of ``op`` serves tensors on the device of ``tensor``."""
+    return has_kernel_for(op, tensor.device.type)
+
+
+def has_kernel_for(op: str, device_type: str) -> bool:
+    if compiled is None:
+        return False
+    # A meta tensor goes where fakes go: to the op, whose fake knows the shape.
+    if device_type == "meta":
+        return True
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"uasparse::{op}", device_type.upper())
+
+
+def register_fake(op: str):
+    """Decorator: registers the shape function of ``op`` where the op exists."""
+
+    def decorate(function):
+        if compiled is not None:
+            torch.library.register_fake(f"uasparse::{op}")(function)
+        return function
+
+    return decorate
+
+
+def register_autograd(op: str, backward, setup_context) -> None:
+    """Registers the derivative of ``op`` where the op exists."""
+    if compiled is not None:
+        torch.library.register_autograd(f"uasparse::{op}", backward, setup_context=setup_context)

@@ -1,0 +1,95 @@
+"""What the ops share: the choice of a kernel, the dense form of a weight, checks of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from uasparse_kernels.pattern import SparsityPattern
+
+
+class Choice(NamedTuple):
+    """The kernel that serves a call, and why it was picked."""
+
+    kernel: str
+    reason: str
+
+
+# Called with op and choice at every call of an op: how explain() learns what was picked.
+listeners: list[Callable[[str, Choice], None]] = []
+
+
+def announce(op: str, choice: Choice) -> str:
+    """Tells the listeners of a choice; returns its kernel."""
+    for listener in listeners:
+        listener(op, choice)
+    return choice.kernel
+
+
+def pattern_tensors(pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return pattern.crow, pattern.col, pattern.ccol, pattern.row, pattern.perm
+
+
+class _MaskedGradient(torch.autograd.Function):
+    """The identity on a weight that is kept masked; its gradient is masked."""
+
+    @staticmethod
+    def forward(ctx, weight, pattern):
+        ctx.pattern = pattern
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.pattern.unpack(ctx.pattern.pack(grad)), None
+
+
+def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The weight as a dense tensor for a vendor's kernel; the gradient comes back masked, in the weight's storage."""
+    if pattern.is_packed(weight):
+        return pattern.unpack(weight)
+    return _MaskedGradient.apply(weight, pattern)
+
+
+def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The dense, masked weight in plain torch: for packed storage by indexing, for dense storage by the mask."""
+    if not pattern.is_packed(weight):
+        return weight * pattern.to_mask()
+    flat = weight.new_zeros(pattern.to_mask().numel())
+    return flat.index_put((pattern.indices().view(-1),), weight.reshape(-1)).view(pattern.shape)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in the dtype of torch.autocast where it is on, as torch casts them for its own matmul."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )
+
+
+def check_layer_arguments(
+    op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None
+) -> None:
+    """Raises where input, weight, pattern and bias differ in dtype or device, or weight or bias have a wrong shape."""
+    pattern.is_packed(weight)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.dtype != input.dtype:
+            raise TypeError(f"{op}: expected input and {name} of one dtype, got {input.dtype} and {tensor.dtype}.")
+        if tensor.device != input.device:
+            raise ValueError(f"{op}: expected input and {name} on one device, got {input.device} and {tensor.device}.")
+    if not input.is_floating_point():
+        raise TypeError(f"{op}: expected a floating-point input, got {input.dtype}.")
+    if pattern.device != input.device:
+        raise ValueError(
+            f"{op}: expected input and pattern on one device, got {input.device} and {pattern.device}; "
+            f"move the pattern with pattern.to({str(input.device)!r})."
+        )
+    if bias is not None and tuple(bias.shape) != pattern.shape[:1]:
+        raise ValueError(f"{op}: expected a bias of shape {pattern.shape[:1]}, got {tuple(bias.shape)}.")

@@ -1,0 +1,184 @@
+"""2-D convolution with a weight that has a sparsity pattern, in the work of its active entries."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.modules.utils import _pair
+
+from uasparse_kernels import _library
+from uasparse_kernels.ops._common import (
+    Choice,
+    announce,
+    autocast,
+    check_layer_arguments,
+    dense_form,
+    pattern_tensors,
+    reference_weight,
+)
+from uasparse_kernels.pattern import SparsityPattern
+
+IntPair = int | tuple[int, int]
+
+
+def masked_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with a sparse weight; the arguments are those of ``torch.nn.functional.conv2d``.
+
+    Args:
+        input: ``[N, C, H, W]`` (contiguous or channels_last), any floating-point dtype; accumulation is in float32 for
+            bfloat16 and float16.
+        weight: dense-stored (``[out, C / groups, kh, kw]``, inactive entries zero: the layers keep them so) or packed
+            (``pattern.packed_shape``). Its gradient has the same storage.
+        pattern: of shape ``[out, C / groups, kh, kw]``; its block rows must not cross groups.
+        bias: ``[out]``.
+
+    Returns:
+        ``[N, out, H', W']`` of the input's dtype.
+
+    Raises:
+        ValueError, TypeError: if shapes, dtypes or devices do not fit.
+    """
+    input, weight, bias = autocast(input, weight, bias)
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    _check(input, weight, pattern, bias, stride, padding, dilation, groups)
+    choice = choose(
+        input.shape,
+        input.dtype,
+        input.device.type,
+        pattern,
+        packed=pattern.is_packed(weight),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    kernel = announce("masked_conv2d", choice)
+    if kernel == "reference":
+        return masked_conv2d_reference(input, weight, pattern, bias, stride, padding, dilation, groups)
+    if kernel == "dense":
+        return F.conv2d(input, dense_form(weight, pattern), bias, stride, padding, dilation, groups)
+    return torch.ops.uasparse.masked_conv2d(
+        input,
+        weight,
+        bias,
+        *pattern_tensors(pattern),
+        pattern.shape,
+        pattern.block,
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+
+
+def masked_conv2d_reference(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """What :func:`masked_conv2d` computes, in plain torch."""
+    return F.conv2d(input, reference_weight(weight, pattern), bias, stride, padding, dilation, groups)
+
+
+def choose(
+    input_shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device_type: str,
+    pattern: SparsityPattern,
+    *,
+    packed: bool,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Choice:
+    """The kernel for a call: "cpu" (compiled, sparse), "dense" (the vendor's, on the dense form) or "reference"."""
+    if not _library.has_kernel_for("masked_conv2d", device_type):
+        return Choice("reference", f"no compiled kernel for {device_type}")
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return Choice("dense", f"no sparse kernel for {dtype}")
+    return Choice("cpu", f"sparse kernel at density {pattern.density:.3g}")
+
+
+def output_size(input_shape, weight_shape, stride, padding, dilation) -> tuple[int, int]:
+    """Height and width of a convolution's output (torch.nn.Conv2d, "Shape")."""
+    height, width = (
+        (input_shape[2 + i] + 2 * padding[i] - dilation[i] * (weight_shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return height, width
+
+
+def _check(input, weight, pattern, bias, stride, padding, dilation, groups) -> None:
+    shape, block = pattern.shape, pattern.block
+    if len(shape) != 4:
+        raise ValueError(f"masked_conv2d: expected a pattern of shape [out, in / groups, kh, kw], got {shape}.")
+    if groups < 1 or shape[0] % groups or (shape[0] // groups) % block[0]:
+        raise ValueError(
+            f"masked_conv2d: expected groups that divide the output size {shape[0]} into whole blocks of {block[0]} "
+            f"rows, got {groups}."
+        )
+    if input.dim() != 4 or input.shape[1] != shape[1] * groups:
+        raise ValueError(
+            f"masked_conv2d: expected an input [N, {shape[1] * groups}, H, W] for a weight of shape {shape} and "
+            f"{groups} groups, got {tuple(input.shape)}."
+        )
+    if min(stride) < 1 or min(dilation) < 1 or min(padding) < 0:
+        raise ValueError(
+            f"masked_conv2d: expected stride and dilation >= 1 and padding >= 0, got {stride}, {dilation}, {padding}."
+        )
+    check_layer_arguments("masked_conv2d", input, weight, pattern, bias)
+    if min(output_size(input.shape, shape, stride, padding, dilation)) < 1:
+        raise ValueError(
+            f"masked_conv2d: the kernel {shape[2:]} with dilation {dilation} is larger than the padded input "
+            f"{tuple(s + 2 * p for s, p in zip(input.shape[2:], padding, strict=True))}."
+        )
+
+
+@_library.register_fake("masked_conv2d")
+def _fake(input, weight, bias, crow, col, ccol, row, perm, shape, block, stride, padding, dilation, groups):
+    height, width = output_size(input.shape, shape, stride, padding, dilation)
+    return input.new_empty((input.shape[0], shape[0], height, width))
+
+
+@_library.register_fake("masked_conv2d_backward")
+def _backward_fake(
+    grad_output, input, weight, crow, col, ccol, row, perm, shape, block, stride, padding, dilation, groups, output_mask
+):
+    sizes = (input.shape, weight.shape, (shape[0],))
+    return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    input, weight, _bias, *pattern = inputs[:8]
+    ctx.geometry = inputs[8:]
+    # Only what some gradient needs is kept alive.
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *pattern)
+    ctx.input_shape = input.shape
+
+
+def _backward(ctx, grad_output):
+    input, weight, *pattern = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:3])
+    if input is None:
+        input = grad_output.new_empty(1).expand(ctx.input_shape)
+    grads = torch.ops.uasparse.masked_conv2d_backward(grad_output, input, weight, *pattern, *ctx.geometry, mask)
+    return (*(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), *[None] * 11)
+
+
+_library.register_autograd("masked_conv2d", _backward, _setup_context)

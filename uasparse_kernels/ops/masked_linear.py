@@ -1,0 +1,107 @@
+"""``input @ (weight * mask).T + bias`` for a weight that has a sparsity pattern, in the work of its active entries."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uasparse_kernels import _library
+from uasparse_kernels.ops._common import (
+    Choice,
+    announce,
+    autocast,
+    check_layer_arguments,
+    dense_form,
+    pattern_tensors,
+    reference_weight,
+)
+from uasparse_kernels.pattern import SparsityPattern
+
+
+def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None = None) -> Tensor:
+    """Linear layer with a sparse weight.
+
+    Args:
+        input: ``[..., in]``, any floating-point dtype; accumulation is in float32 for bfloat16 and float16.
+        weight: dense-stored (``[out, in]``, inactive entries zero: the layers keep them so) or packed
+            (``pattern.packed_shape``). Its gradient has the same storage.
+        pattern: of shape ``[out, in]``.
+        bias: ``[out]``.
+
+    Returns:
+        ``[..., out]`` of the input's dtype.
+
+    Raises:
+        ValueError, TypeError: if shapes, dtypes or devices do not fit.
+    """
+    input, weight, bias = autocast(input, weight, bias)
+    _check(input, weight, pattern, bias)
+    choice = choose(input.shape, input.dtype, input.device.type, pattern, packed=pattern.is_packed(weight))
+    kernel = announce("masked_linear", choice)
+    if kernel == "reference":
+        return masked_linear_reference(input, weight, pattern, bias)
+    if kernel == "dense":
+        return F.linear(input, dense_form(weight, pattern), bias)
+    return torch.ops.uasparse.masked_linear(
+        input, weight, bias, *pattern_tensors(pattern), pattern.shape, pattern.block
+    )
+
+
+def masked_linear_reference(
+    input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None = None
+) -> Tensor:
+    """What :func:`masked_linear` computes, in plain torch."""
+    return F.linear(input, reference_weight(weight, pattern), bias)
+
+
+def choose(
+    input_shape: tuple[int, ...], dtype: torch.dtype, device_type: str, pattern: SparsityPattern, *, packed: bool
+) -> Choice:
+    """The kernel for a call: "cpu" (compiled, sparse), "dense" (the vendor's, on the dense form) or "reference"."""
+    if not _library.has_kernel_for("masked_linear", device_type):
+        return Choice("reference", f"no compiled kernel for {device_type}")
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return Choice("dense", f"no sparse kernel for {dtype}")
+    return Choice("cpu", f"sparse kernel at density {pattern.density:.3g}")
+
+
+def _check(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:
+    if len(pattern.shape) != 2:
+        raise ValueError(f"masked_linear: expected a pattern of shape [out, in], got {pattern.shape}.")
+    if input.dim() < 1 or input.shape[-1] != pattern.shape[1]:
+        raise ValueError(
+            f"masked_linear: expected an input [..., {pattern.shape[1]}] for a weight of shape {pattern.shape}, "
+            f"got {tuple(input.shape)}."
+        )
+    check_layer_arguments("masked_linear", input, weight, pattern, bias)
+
+
+@_library.register_fake("masked_linear")
+def _fake(input, weight, bias, crow, col, ccol, row, perm, shape, block):
+    return input.new_empty((*input.shape[:-1], shape[0]))
+
+
+@_library.register_fake("masked_linear_backward")
+def _backward_fake(grad_output, input, weight, crow, col, ccol, row, perm, shape, block, output_mask):
+    sizes = (input.shape, weight.shape, (shape[0],))
+    return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
+
+
+def _setup_context(ctx, inputs, output):
+    input, weight, _bias, *pattern, ctx.shape, ctx.block = inputs
+    # Only what some gradient needs is kept alive.
+    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *pattern)
+    ctx.input_shape = input.shape
+
+
+def _backward(ctx, grad_output):
+    input, weight, *pattern = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:3])
+    if input is None:
+        input = grad_output.new_empty(1).expand(ctx.input_shape)
+    grads = torch.ops.uasparse.masked_linear_backward(grad_output, input, weight, *pattern, ctx.shape, ctx.block, mask)
+    return (*(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), *[None] * 7)
+
+
+_library.register_autograd("masked_linear", _backward, _setup_context)
