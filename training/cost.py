@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import uasparse_kernels as ua
+
 
 def training_cost(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int | float]:
     """Counts parameters and bytes as they are held now.
@@ -15,7 +17,7 @@ def training_cost(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     sparsity. Bytes are those of parameters plus optimiser state (memory_bytes), of the pattern's index tensors, and of
     parameters plus the same optimiser state in the dense network.
     """
-    sparse = {id(m.weight): m for m in model.modules() if getattr(m, "pattern", None) is not None}
+    sparse = {id(m.weight): m for m in model.modules() if isinstance(m, ua.SparseLinear | ua.SparseConv2d)}
     active = dense = held_bytes = dense_bytes = 0
     for parameter in model.parameters():
         layer = sparse.get(id(parameter))
@@ -40,8 +42,5 @@ def _is_state(value: Any, parameter: Tensor) -> bool:
 
 
 def _index_bytes(layer: nn.Module) -> int:
-    """Bytes of the integer tensors of the layer's pattern, each counted once."""
-    tensors = {
-        t.data_ptr(): t for t in vars(layer.pattern).values() if isinstance(t, Tensor) and not t.is_floating_point()
-    }
-    return sum(t.nbytes for t in tensors.values())
+    """Bytes of the index tensors of the layer's pattern, in both orders."""
+    return sum(buffer.nbytes for buffer in layer.pattern.buffers())

@@ -13,6 +13,7 @@ from pytorch_ood.model import WideResNet
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
+import uasparse_kernels as ua
 from training.errors import TrainingError
 
 
@@ -47,7 +48,7 @@ def build_model(name: str, num_outputs: int, in_channels: int, image_size: int, 
 
 def head_of(model: nn.Module) -> nn.Module:
     """Returns the last linear layer (dense or sparse); its input are the penultimate features."""
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "SparseLinear"]
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear | ua.SparseLinear)]
     if not heads:
         raise TrainingError(f"{type(model).__name__} has no linear layer, so no penultimate features to score.")
     return heads[-1]

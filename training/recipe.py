@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import uasparse_kernels as ua
 from torch import Tensor, nn
 
+import uasparse_kernels as ua
 from training.batches import Batches, Normalise
 from training.config import FitConfig
 from training.data import TrainTest
@@ -118,12 +118,12 @@ class Trainer:
             if on_step is not None:
                 on_step(index, loss.detach())
         self._finite.raise_if_found(self.epoch)
+        mean_loss, accuracy = (totals / len(self.batches)).tolist()
+        record = {"epoch": self.epoch + 1, "train_loss": mean_loss, "train_accuracy": accuracy, "lr": rate}
+        if hasattr(self.loss_fn, "alpha"):
+            record["alpha"] = float(self.loss_fn.alpha)  # of this epoch; step_epoch sets that of the next
         self.loss_fn.step_epoch()
         self.epoch += 1
-        mean_loss, accuracy = (totals / len(self.batches)).tolist()
-        record = {"epoch": self.epoch, "train_loss": mean_loss, "train_accuracy": accuracy, "lr": rate}
-        if hasattr(self.loss_fn, "alpha"):
-            record["alpha"] = float(self.loss_fn.alpha)
         record["seconds"] = time.perf_counter() - start
         return record
 
@@ -204,7 +204,7 @@ class Trainer:
             delta_t=config.delta_t,
             drop_fraction=config.drop_fraction,
             stop_fraction=config.stop_fraction,
-            generator=torch.Generator(self.device).manual_seed(config.seed),
+            generator=torch.Generator().manual_seed(config.seed),
         )
 
     def _check_vote_settings(self) -> None:
@@ -213,8 +213,8 @@ class Trainer:
         if config.vote and config.method in ("rigl", "set") and config.stop_fraction > start:
             raise TrainingError(
                 f"The vote starts after {start:.0%} of the epochs, but the topology changes until stop_fraction "
-                f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. Give a stop_fraction "
-                f"of at most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more epochs."
+                f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. "
+                f"Give a stop_fraction of at most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more epochs."
             )
 
 
