@@ -76,13 +76,13 @@ def test_missing_idx_file(idx_folder):
 
 def test_labels_that_do_not_match_the_images(idx_folder):
     (idx_folder[0] / "train-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(19, np.uint8)))
-    with pytest.raises(DataError, match="expected 20 labels, integers from 0, got 19"):
+    with pytest.raises(DataError, match=r"expected 20 labels, integers from 0, got 19"):
         load_train_test(f"idx:{idx_folder[0]}")
 
 
 def test_fashion_mnist_checksum(idx_folder, monkeypatch):
     """Files of the right names and form, but other content, are refused."""
-    with pytest.raises(DataError, match="expected SHA-256 c59f468a.*, got "):
+    with pytest.raises(DataError, match=r"expected SHA-256 c59f468a.*, got "):
         load_train_test("fashion-mnist", data_dir=idx_folder[0])
 
 
@@ -92,7 +92,7 @@ def test_fashion_mnist_without_files_or_network(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data_module, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     monkeypatch.setattr(data_module.torchvision.datasets.FashionMNIST, "__init__", offline)
-    with pytest.raises(DataError, match="apt-get install dataset-fashion-mnist.*no network"):
+    with pytest.raises(DataError, match=r"apt-get install dataset-fashion-mnist.*no network"):
         load_train_test("fashion-mnist", data_dir=tmp_path / "data")
 
 
@@ -170,10 +170,10 @@ def test_damaged_image(image_folder):
 
 
 def test_folder_without_a_split_or_images(tmp_path):
-    with pytest.raises(DataError, match="Expected .*/train/<class>/<image>"):
+    with pytest.raises(DataError, match=r"Expected .*/train/<class>/<image>"):
         load_train_test(f"folder:{tmp_path}")
     (tmp_path / "train" / "ant").mkdir(parents=True)
-    with pytest.raises(DataError, match="No images below"):
+    with pytest.raises(DataError, match=r"No images below"):
         load_train_test(f"folder:{tmp_path}")
 
 
@@ -193,10 +193,10 @@ def test_holdout():
     assert torch.equal(known.test.images, every.test.images[~left_out])
     # Class "9" is number 7 now.
     assert torch.equal(known.test.images[known.test.labels == 7], every.test.images[every.test.labels == 9])
-    with pytest.raises(DataError, match="needs classes held out"):
+    with pytest.raises(DataError, match=r"needs classes held out"):
         load_unknowns("holdout", every)
     for wrong in ((10,), (-1,), tuple(range(9))):
-        with pytest.raises(DataError, match="expected class indices from 0 to 9, leaving at least two"):
+        with pytest.raises(DataError, match=r"expected class indices from 0 to 9, leaving at least two"):
             load_train_test("digits", holdout=wrong)
 
 
@@ -304,16 +304,16 @@ def test_patch_shuffle_replaces_a_share_of_the_batch():
 
 
 def test_patch_shuffle_refuses_what_it_cannot_cut():
-    with pytest.raises(TrainingError, match="divides 9x9 images, got 4"):
+    with pytest.raises(TrainingError, match=r"divides 9x9 images, got 4"):
         shuffle_patches(torch.zeros(1, 1, 9, 9), 4, torch.Generator())
-    with pytest.raises(TrainingError, match="between 0 and 1, got 1.5"):
+    with pytest.raises(TrainingError, match=r"between 0 and 1, got 1.5"):
         PatchShuffle(3, share=1.5)
 
 
 def test_train_test_with_other_channels_is_refused(image_folder):
     for file in (image_folder / "test").rglob("*.png"):
         Image.open(file).convert("L").save(file)
-    with pytest.raises(DataError, match="3 channels in training, 1 in test"):
+    with pytest.raises(DataError, match=r"3 channels in training, 1 in test"):
         load_train_test(f"folder:{image_folder}")
 
 

@@ -36,7 +36,7 @@ def test_detection_metrics_count_ties_half():
 
 @pytest.mark.parametrize("bad", [torch.tensor([0.0, math.nan]), torch.tensor([math.inf]), torch.empty(0)])
 def test_detection_metrics_refuse_scores_that_rank_nothing(bad):
-    with pytest.raises(TrainingError, match="finite scores of at least one unknown image"):
+    with pytest.raises(TrainingError, match=r"finite scores of at least one unknown image"):
         detection_metrics(torch.tensor([0.0, 1.0]), bad)
 
 

@@ -112,8 +112,9 @@ class FitConfig:
 
     @property
     def arm(self) -> str:
-        """The short name of the method: topology, loss, vote, unknowns."""
-        parts = [self.method, self.loss] + ["vote"] * self.vote + [self.unknowns] * (self.unknowns != "none")
+        """The short name of the method: topology, and what is not plain of loss, vote and unknowns."""
+        parts = [self.method] + [self.loss] * (self.loss != "ce") + ["vote"] * self.vote
+        parts += [self.unknowns] * (self.unknowns != "none")
         return "+".join(parts)
 
     def to_dict(self) -> dict[str, Any]:

@@ -214,7 +214,8 @@ class Trainer:
             raise TrainingError(
                 f"The vote starts after {start:.0%} of the epochs, but the topology changes until stop_fraction "
                 f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. "
-                f"Give a stop_fraction of at most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more epochs."
+                f"Give a stop_fraction of at most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more "
+                "epochs."
             )
 
 

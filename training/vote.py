@@ -61,6 +61,6 @@ class Vote:
         if self.topology is not None and not self.topology.frozen:
             raise TrainingError(
                 "Expected a frozen topology for the vote, got one that still changes: the average of networks with "
-                "different patterns would be denser than they are. Start the vote later (a smaller vote_fraction) or stop "
-                "the topology earlier (a smaller stop_fraction)."
+                "different patterns would be denser than they are. Start the vote later (a smaller vote_fraction) or "
+                "stop the topology earlier (a smaller stop_fraction)."
             )
