@@ -94,29 +94,38 @@ class SparseLayer(nn.Module):
         if weight is not None:
             try:
                 pattern = self._pattern_from(own, prefix)
-                dense_or_packed = weight if pattern.is_packed(weight) else pattern.pack(weight)
-                packed = dense_or_packed.to(device=self.weight.device, dtype=self.weight.dtype)
-                own[prefix + "weight"] = (
-                    packed if self.storage == "packed" else pattern.to(packed.device).unpack(packed)
-                )
+                self._check_bias(own.get(prefix + "bias"))
+                packed = weight if pattern.is_packed(weight) else pattern.pack(weight)
             except ValueError as error:
                 errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-                return
-            if prefix + "pattern.crow" not in state_dict:
-                # A dense checkpoint has no pattern: this layer's stays, and its submodule finds it there.
-                for name in ("crow", "col"):
-                    state_dict[prefix + "pattern." + name] = getattr(self.pattern, name)
+                pattern, own = self.pattern, self.state_dict(prefix=prefix)
+            else:
+                pattern = pattern.to(self.weight.device)
+                packed = packed.to(self.weight)
+                own[prefix + "weight"] = packed if self.storage == "packed" else pattern.unpack(packed)
+            # What the submodule will find: a dense checkpoint has no pattern, and a bad one is not taken.
+            state_dict.update(pattern.state_dict(prefix=prefix + "pattern."))
             if self.storage == "packed" and own[prefix + "weight"].shape != self.weight.shape:
                 # Another number of active weights: the parameter keeps its identity and takes the new size.
                 self.weight.data = torch.empty_like(own[prefix + "weight"])
                 self.weight.grad = None
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
 
+    def _check_bias(self, bias: Tensor | None) -> None:
+        if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
+            raise ValueError(f"Expected a bias of shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}.")
+
     def _pattern_from(self, own: dict[str, Tensor], prefix: str) -> SparsityPattern:
-        crow, col = own.get(prefix + "pattern.crow"), own.get(prefix + "pattern.col")
-        if crow is None or col is None:
+        """The checkpoint's pattern, which must have this layer's shape and block, else this layer's."""
+        if prefix + "pattern.layout" not in own:
             return self.pattern
-        return SparsityPattern(self.pattern.shape, crow, col, block=self.pattern.block)
+        pattern = SparsityPattern.from_state_dict(own, prefix + "pattern.")
+        if (pattern.shape, pattern.block) != (self.pattern.shape, self.pattern.block):
+            raise ValueError(
+                f"Expected a pattern of shape {self.pattern.shape} and block {self.pattern.block}, got {pattern.shape} "
+                f"and {pattern.block}."
+            )
+        return pattern
 
 
 class SparseLinear(SparseLayer):

@@ -37,20 +37,23 @@ class _MaskedGradient(torch.autograd.Function):
     """The identity on a weight that is kept masked; its gradient is masked."""
 
     @staticmethod
-    def forward(ctx, weight, pattern):
-        ctx.pattern = pattern
+    def forward(ctx, weight, crow, col, block):
+        ctx.save_for_backward(crow, col)
+        ctx.block = block
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.pattern.unpack(ctx.pattern.pack(grad)), None
+        index = ctx.saved_tensors
+        values = torch.ops.uasparse.pack(grad, *index, ctx.block)
+        return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None, None, None
 
 
 def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """The weight as a dense tensor for a vendor's kernel; the gradient comes back masked, in the weight's storage."""
     if pattern.is_packed(weight):
         return pattern.unpack(weight)
-    return _MaskedGradient.apply(weight, pattern)
+    return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
 
 
 def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:

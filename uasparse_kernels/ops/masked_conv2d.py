@@ -153,15 +153,24 @@ def _check(input, weight, pattern, bias, stride, padding, dilation, groups) -> N
 @_library.register_fake("masked_conv2d")
 def _fake(input, weight, bias, crow, col, ccol, row, perm, shape, block, stride, padding, dilation, groups):
     height, width = output_size(input.shape, shape, stride, padding, dilation)
-    return input.new_empty((input.shape[0], shape[0], height, width))
+    return _empty_like(input, (input.shape[0], shape[0], height, width))
 
 
 @_library.register_fake("masked_conv2d_backward")
 def _backward_fake(
     grad_output, input, weight, crow, col, ccol, row, perm, shape, block, stride, padding, dilation, groups, output_mask
 ):
-    sizes = (input.shape, weight.shape, (shape[0],))
-    return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
+    grad_input = _empty_like(input, input.shape) if output_mask[0] else input.new_empty(0)
+    sizes = (weight.shape, (shape[0],))
+    grads = (input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask[1:], strict=True))
+    return grad_input, *grads
+
+
+def _empty_like(input, size):
+    """In the memory format of ``input``: contiguous or channels_last, as the kernels write it."""
+    return torch.empty(
+        size, dtype=input.dtype, device=input.device, memory_format=torch._prims_common.suggest_memory_format(input)
+    )
 
 
 def _setup_context(ctx, inputs, output):

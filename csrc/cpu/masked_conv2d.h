@@ -1,0 +1,99 @@
+// The kernels of masked_conv2d as plain functions on raw pointers: what masked_conv2d.cpp (checks, threads, order of
+// work) asks of masked_conv2d_impl.h, compiled once for each instruction set (isa.h).
+//
+// Activations are packed: row q of a window of rows is [channels][phases][columns][lanes], one lane an image of the
+// batch. conv_geometry.h says how a strided convolution becomes a unit-stride one over phases. So a nonzero weight is one
+// number times contiguous vectors at a fixed offset, whatever the kernel's size, stride or dilation.
+#pragma once
+
+#include <cstdint>
+
+namespace uasparse {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// A nonzero weight: `offset` leads from the packed source position of an output to the one that this weight multiplies.
+template <typename T>
+struct ConvEntry;
+template <>
+struct ConvEntry<float> {
+  float value;
+  int32_t offset;
+};
+template <>
+struct ConvEntry<double> {
+  double value;
+  int64_t offset;
+};
+
+// out[r][c][x][lane] (+)= sum over the entries of channel c of value * source[r][x][lane + offset], for a tile of
+// rows x vectors positions and the channels [begin, end).
+template <typename T>
+struct ConvProduct {
+  const ConvEntry<T>* entries;
+  const int64_t* first;  // entries of channel c: [first[c], first[c + 1])
+  int64_t begin, end;
+  const T* source;
+  int64_t source_row;
+  T* out;
+  int64_t out_row, out_channel;
+  bool start;     // begin with the bias (or zero) instead of what `out` holds
+  const T* bias;  // of each channel, or null
+  int rows, vectors;
+};
+
+// grad[i] (+)= sum over rows and vectors of grad_output[c][r][x] * input[r][x + offset[i]], i over the entries of the
+// channels [begin, end).
+template <typename T>
+struct ConvSddmm {
+  const int32_t* offset;
+  const int64_t* first;
+  int64_t begin, end;
+  const T* input;
+  int64_t input_row;
+  const T* grad_output;
+  int64_t grad_row, grad_channel;
+  int64_t rows, vectors;
+  T* grad;
+};
+
+// Moves [outer][inner] elements of `lanes` images to or from packed vectors at outer_offset[i] + inner_offset[j] (a
+// negative offset: not stored). An image pointer is null where the batch has no image for the lane.
+template <typename T>
+struct ConvMove {
+  int64_t outer, inner;
+  int64_t outer_stride, inner_stride;  // of the image
+  const int64_t *outer_offset, *inner_offset;
+  T* packed;
+};
+
+constexpr int kMaxLanes = 16;
+
+template <typename T>
+struct ConvKernels {
+  int lanes;
+  int max_vectors;  // accumulators of one tile
+  void (*product)(const ConvProduct<T>&);
+  void (*sddmm)(const ConvSddmm<T>&);
+  void (*pack)(const ConvMove<T>&, const T* const* images);
+  void (*unpack)(const ConvMove<T>&, T* const* images);
+  void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);
+  void (*unpack_bf16)(const ConvMove<T>&, BFloat16* const* images);
+};
+
+namespace portable {
+extern const ConvKernels<float> conv_float;
+extern const ConvKernels<double> conv_double;
+}  // namespace portable
+namespace avx2 {
+extern const ConvKernels<float> conv_float;
+extern const ConvKernels<double> conv_double;
+}  // namespace avx2
+namespace avx512 {
+extern const ConvKernels<float> conv_float;
+extern const ConvKernels<double> conv_double;
+}  // namespace avx512
+
+}  // namespace uasparse

@@ -1,0 +1,364 @@
+// Inner loops of masked_conv2d (contracts: masked_conv2d.h), for the instruction set in force.
+//
+// product: a tile of rows x vectors output positions of one output channel stays in registers while the channel's
+//   entries stream by; an entry is one broadcast and one multiply-add with a memory operand a vector. The tile is as
+//   large as the registers allow, because the entry's own cost (two loads) is spread over it.
+// sddmm: kGroup entries of one output channel take the dot product of the same grad_output positions with their input
+//   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
+// pack, unpack: lanes x lanes transposes in registers between images and packed vectors.
+
+#include "cpu/vec.h"
+
+namespace uasparse::UASPARSE_ISA {
+
+template <typename T>
+constexpr int kMaxVectors = UASPARSE_VECTOR_BYTES == 64 ? 16 : UASPARSE_VECTOR_BYTES == 32 ? 12 : 8;
+constexpr int kMaxRows = 4;
+constexpr int kGroup = 8;
+
+// --- product
+
+template <typename T, int kRows, int kVectors>
+void product_tile(const ConvProduct<T>& p) {
+  constexpr int L = kLanes<T>;
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const ConvEntry<T>* entry = p.entries + p.first[c];
+    const ConvEntry<T>* const end = p.entries + p.first[c + 1];
+    T* const out = p.out + c * p.out_channel;
+    Vec<T> sum[kRows][kVectors];
+    if (p.start) {
+      const Vec<T> bias = broadcast<T>(p.bias ? p.bias[c] : T(0));
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = bias;
+    } else {
+      if (entry == end) continue;
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * p.out_row + v * L);
+    }
+    for (; entry != end; ++entry) {
+      const T* source = p.source + entry->offset;
+      const Vec<T> value = broadcast<T>(entry->value);
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += value * load(source + r * p.source_row + v * L);
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < kVectors; ++v) store(out + r * p.out_row + v * L, sum[r][v]);
+  }
+}
+
+template <typename T, int kRows, int kVectors = kMaxVectors<T> / kRows>
+void product_rows(const ConvProduct<T>& p) {
+  if constexpr (kVectors > 0) {
+    if (p.vectors == kVectors) return product_tile<T, kRows, kVectors>(p);
+    product_rows<T, kRows, kVectors - 1>(p);
+  }
+}
+
+template <typename T>
+void product(const ConvProduct<T>& p) {
+  switch (p.rows) {
+    case 1: return product_rows<T, 1>(p);
+    case 2: return product_rows<T, 2>(p);
+    case 3: return product_rows<T, 3>(p);
+    default: return product_rows<T, kMaxRows>(p);
+  }
+}
+
+// --- shuffles
+
+template <typename T>
+struct SameSizeInt;
+template <>
+struct SameSizeInt<float> {
+  using type = int32_t;
+};
+template <>
+struct SameSizeInt<double> {
+  using type = int64_t;
+};
+
+#ifndef __has_builtin
+#define __has_builtin(x) 0
+#endif
+
+template <typename T, typename Index, int... I>
+UASPARSE_INLINE Vec<T> shuffle_by(Vec<T> a, Vec<T> b, Index, std::integer_sequence<int, I...>) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, Index::of(I)...);
+#else
+  return __builtin_shuffle(a, b, Vec<typename SameSizeInt<T>::type>{Index::of(I)...});
+#endif
+}
+
+// Lane i of the result is lane Index::of(i) of a and b, one after the other.
+template <typename T, typename Index>
+UASPARSE_INLINE Vec<T> shuffle(Vec<T> a, Vec<T> b) {
+  return shuffle_by<T>(a, b, Index{}, std::make_integer_sequence<int, kLanes<T>>{});
+}
+
+// Within chunks of kChunk lanes: runs of kRun lanes of the lower (kUpper = 0) or upper half of a and b alternate.
+template <typename T, int kChunk, int kRun, int kUpper>
+struct Interleave {
+  static constexpr int of(int i) {
+    const int chunk = i / kChunk, lane = i % kChunk, run = lane / kRun;
+    return (run % 2) * kLanes<T> + chunk * kChunk + kUpper * kChunk / 2 + run / 2 * kRun + lane % kRun;
+  }
+};
+
+template <typename T, int kChunk, int kRun>
+UASPARSE_INLINE void interleave(Vec<T>& a, Vec<T>& b) {
+  const Vec<T> lower = shuffle<T, Interleave<T, kChunk, kRun, 0>>(a, b);
+  b = shuffle<T, Interleave<T, kChunk, kRun, 1>>(a, b);
+  a = lower;
+}
+
+// v[i] lane j <-> v[j] lane i, in log2(lanes) rounds; the first ones stay inside 128 bits, where shuffles are cheap.
+template <typename T>
+UASPARSE_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
+  constexpr int L = kLanes<T>, S = 16 / sizeof(T), G = L / S;
+  // S x S blocks inside the 128-bit lanes, for each S consecutive vectors.
+  for (int g = 0; g < L; g += S) {
+    if constexpr (S == 2) {
+      interleave<T, 2, 1>(v[g], v[g + 1]);
+    } else {
+      interleave<T, 4, 1>(v[g], v[g + 2]);      // a0c0a1c1, a2c2a3c3
+      interleave<T, 4, 1>(v[g + 1], v[g + 3]);  // b0d0b1d1, b2d2b3d3
+      interleave<T, 4, 1>(v[g], v[g + 1]);      // a0b0c0d0, a1b1c1d1
+      interleave<T, 4, 1>(v[g + 2], v[g + 3]);
+    }
+  }
+  // The G x G blocks among the 128-bit lanes.
+  for (int i = 0; i < S; ++i) {
+    if constexpr (G == 2) {
+      interleave<T, L, S>(v[i], v[S + i]);
+    } else if constexpr (G == 4) {
+      interleave<T, L, S>(v[i], v[2 * S + i]);
+      interleave<T, L, S>(v[S + i], v[3 * S + i]);
+      interleave<T, L, S>(v[i], v[S + i]);
+      interleave<T, L, S>(v[2 * S + i], v[3 * S + i]);
+    }
+  }
+}
+
+// --- sddmm
+
+// to[i] += sum of the lanes of v[i], i < count.
+template <typename T>
+UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
+  constexpr int L = kLanes<T>;
+  T sums[kGroup];
+  if constexpr (sizeof(T) == 4 && L >= 4) {
+    for (int g = 0; g < kGroup; g += 4) {
+      for (int i = 0; i < 2; ++i) {
+        interleave<T, 4, 1>(v[g + i], v[g + i + 2]);
+        v[g + i] += v[g + i + 2];
+      }
+      interleave<T, 4, 1>(v[g], v[g + 1]);
+      v[g] += v[g + 1];  // in each 128 bits a partial sum of v[g] ... v[g + 3]
+    }
+    if constexpr (L == 4) {
+      store(sums, v[0]);
+      store(sums + 4, v[4]);
+    } else {
+      interleave<T, L, L / 2>(v[0], v[4]);
+      v[0] += v[4];
+      T lanes[L];
+      if constexpr (L == 16) {
+        // Two pairs of partial sums are left: [v0-3, v0-3, v4-7, v4-7].
+        v[1] = v[0];
+        interleave<T, L / 2, 4>(v[0], v[1]);
+        v[0] += v[1];
+      }
+      store(lanes, v[0]);
+      for (int i = 0; i < kGroup; ++i) sums[i] = lanes[i % 4 + i / 4 * (L / 2)];
+    }
+  } else {
+    for (int i = 0; i < kGroup; ++i) sums[i] = sum<T>(v[i]);
+  }
+  for (int i = 0; i < count; ++i) to[i] += sums[i];
+}
+
+template <typename T, int kCount>
+UASPARSE_INLINE void sddmm_group(const ConvSddmm<T>& p, const T* grad_output, const int32_t* offset, T* grad) {
+  constexpr int L = kLanes<T>;
+  // Few entries: several sums each, so that the latency of the multiply-add does not bound the loop.
+  constexpr int kChains = kCount <= 2 ? 4 : kCount <= 4 ? 2 : 1;
+  Vec<T> sum[kCount][kChains] = {};
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const T* g = grad_output + r * p.grad_row;
+    const T* input[kCount];
+    for (int i = 0; i < kCount; ++i) input[i] = p.input + r * p.input_row + offset[i];
+    int64_t x = 0;
+    for (; x + kChains <= p.vectors; x += kChains)
+      for (int k = 0; k < kChains; ++k) {
+        const Vec<T> v = load(g + (x + k) * L);
+        for (int i = 0; i < kCount; ++i) sum[i][k] += v * load(input[i] + (x + k) * L);
+      }
+    for (; x < p.vectors; ++x) {
+      const Vec<T> v = load(g + x * L);
+      for (int i = 0; i < kCount; ++i) sum[i][0] += v * load(input[i] + x * L);
+    }
+  }
+  Vec<T> total[kGroup] = {};
+  for (int i = 0; i < kCount; ++i) {
+    total[i] = sum[i][0];
+    for (int k = 1; k < kChains; ++k) total[i] += sum[i][k];
+  }
+  add_lane_sums<T>(total, grad, kCount);
+}
+
+template <typename T>
+void sddmm(const ConvSddmm<T>& p) {
+  static_assert(kGroup == 8);
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const T* grad_output = p.grad_output + c * p.grad_channel;
+    int64_t i = p.first[c];
+    const int64_t end = p.first[c + 1];
+    for (; i + kGroup <= end; i += kGroup) sddmm_group<T, kGroup>(p, grad_output, p.offset + i, p.grad + i);
+    switch (end - i) {
+      case 7: sddmm_group<T, 7>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 6: sddmm_group<T, 6>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 5: sddmm_group<T, 5>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 4: sddmm_group<T, 4>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 3: sddmm_group<T, 3>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 2: sddmm_group<T, 2>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 1: sddmm_group<T, 1>(p, grad_output, p.offset + i, p.grad + i); break;
+      default: break;
+    }
+  }
+}
+
+// --- pack and unpack
+
+template <typename T>
+UASPARSE_INLINE T to_number(T x) {
+  return x;
+}
+template <typename T>
+UASPARSE_INLINE T to_number(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+UASPARSE_INLINE void from_number(float x, float* to) { *to = x; }
+UASPARSE_INLINE void from_number(double x, double* to) { *to = x; }
+UASPARSE_INLINE void from_number(float x, BFloat16* to) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  // To nearest, ties to even; a NaN stays one.
+  to->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+UASPARSE_INLINE void from_number(double x, BFloat16* to) { from_number(float(x), to); }
+
+template <typename T, typename S>
+UASPARSE_INLINE Vec<T> load_as(const S* from) {
+  T numbers[kLanes<T>];
+  for (int i = 0; i < kLanes<T>; ++i) numbers[i] = to_number<T>(from[i]);
+  return load(numbers);
+}
+template <>
+UASPARSE_INLINE Vec<float> load_as<float, float>(const float* from) {
+  return load(from);
+}
+template <>
+UASPARSE_INLINE Vec<double> load_as<double, double>(const double* from) {
+  return load(from);
+}
+
+template <typename T, typename S>
+UASPARSE_INLINE void store_as(S* to, Vec<T> v) {
+  T numbers[kLanes<T>];
+  store(numbers, v);
+  for (int i = 0; i < kLanes<T>; ++i) from_number(numbers[i], to + i);
+}
+template <>
+UASPARSE_INLINE void store_as<float, float>(float* to, Vec<float> v) {
+  store(to, v);
+}
+template <>
+UASPARSE_INLINE void store_as<double, double>(double* to, Vec<double> v) {
+  store(to, v);
+}
+
+template <typename T, typename S>
+bool all_present(S* const* images) {
+  bool all = true;
+  for (int l = 0; l < kLanes<T>; ++l) all = all && images[l] != nullptr;
+  return all;
+}
+
+template <typename T, typename S, bool kAll>
+void pack_lanes(const ConvMove<T>& m, const S* const* images) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < m.outer; ++i) {
+    if (m.outer_offset[i] < 0) continue;
+    T* const to = m.packed + m.outer_offset[i];
+    const int64_t from = i * m.outer_stride;
+    int64_t j = 0;
+    if (m.inner_stride == 1) {
+      for (; j + L <= m.inner; j += L) {
+        Vec<T> v[L];
+        for (int l = 0; l < L; ++l)
+          v[l] = kAll || images[l] != nullptr ? load_as<T, S>(images[l] + from + j) : Vec<T>{};
+        transpose<T>(v);
+        for (int k = 0; k < L; ++k)
+          if (m.inner_offset[j + k] >= 0) store(to + m.inner_offset[j + k], v[k]);
+      }
+    }
+    for (; j < m.inner; ++j) {
+      if (m.inner_offset[j] < 0) continue;
+      T numbers[L];
+      for (int l = 0; l < L; ++l)
+        numbers[l] = kAll || images[l] != nullptr ? to_number<T>(images[l][from + j * m.inner_stride]) : T(0);
+      store(to + m.inner_offset[j], load(numbers));
+    }
+  }
+}
+
+template <typename T, typename S>
+void pack(const ConvMove<T>& m, const S* const* images) {
+  all_present<T>(images) ? pack_lanes<T, S, true>(m, images) : pack_lanes<T, S, false>(m, images);
+}
+
+template <typename T, typename S, bool kAll>
+void unpack_lanes(const ConvMove<T>& m, S* const* images) {
+  constexpr int L = kLanes<T>;
+  for (int64_t i = 0; i < m.outer; ++i) {
+    if (m.outer_offset[i] < 0) continue;
+    const T* const from = m.packed + m.outer_offset[i];
+    const int64_t to = i * m.outer_stride;
+    int64_t j = 0;
+    if (m.inner_stride == 1) {
+      for (; j + L <= m.inner; j += L) {
+        Vec<T> v[L];
+        for (int k = 0; k < L; ++k) v[k] = load(from + m.inner_offset[j + k]);
+        transpose<T>(v);
+        for (int l = 0; l < L; ++l)
+          if (kAll || images[l] != nullptr) store_as<T, S>(images[l] + to + j, v[l]);
+      }
+    }
+    for (; j < m.inner; ++j) {
+      const T* numbers = from + m.inner_offset[j];
+      for (int l = 0; l < L; ++l)
+        if (kAll || images[l] != nullptr) from_number(numbers[l], images[l] + to + j * m.inner_stride);
+    }
+  }
+}
+
+template <typename T, typename S>
+void unpack(const ConvMove<T>& m, S* const* images) {
+  all_present<T>(images) ? unpack_lanes<T, S, true>(m, images) : unpack_lanes<T, S, false>(m, images);
+}
+
+template <typename T>
+constexpr ConvKernels<T> kConvKernels = {
+    kLanes<T>,      kMaxVectors<T>,  product<T>,           sddmm<T>,
+    pack<T, T>,     unpack<T, T>,    pack<T, BFloat16>,    unpack<T, BFloat16>,
+};
+
+const ConvKernels<float> conv_float = kConvKernels<float>;
+const ConvKernels<double> conv_double = kConvKernels<double>;
+
+}  // namespace uasparse::UASPARSE_ISA

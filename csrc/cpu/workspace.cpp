@@ -1,0 +1,94 @@
+#include "cpu/workspace.h"
+
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+namespace uasparse {
+namespace {
+
+struct Buffer {
+  void* data;
+  size_t capacity;
+};
+
+struct Pool {
+  std::mutex mutex;
+  std::vector<Buffer> free;
+  size_t bytes = 0;
+};
+
+// Never destroyed: a thread may still hold a workspace when the process exits.
+Pool& pool() {
+  static Pool* instance = new Pool;
+  return *instance;
+}
+
+}  // namespace
+
+Workspace::Workspace(size_t bytes) {
+  if (bytes == 0) return;
+  {
+    // The smallest buffer that fits, unless it is far too large to be tied up by this request.
+    Pool& p = pool();
+    std::lock_guard<std::mutex> lock(p.mutex);
+    size_t best = p.free.size();
+    for (size_t i = 0; i < p.free.size(); ++i) {
+      const size_t capacity = p.free[i].capacity;
+      if (capacity < bytes || capacity > 4 * bytes + (size_t{1} << 16)) continue;
+      if (best == p.free.size() || capacity < p.free[best].capacity) best = i;
+    }
+    if (best < p.free.size()) {
+      data_ = p.free[best].data;
+      capacity_ = p.free[best].capacity;
+      p.bytes -= capacity_;
+      p.free[best] = p.free.back();
+      p.free.pop_back();
+      return;
+    }
+  }
+  // Huge pages where they are worth it: the kernels' accesses are spread over the whole buffer.
+  constexpr size_t huge = size_t{2} << 20;
+  const size_t alignment = bytes >= huge ? huge : 4096;
+  capacity_ = (bytes + alignment - 1) / alignment * alignment;
+  data_ = std::aligned_alloc(alignment, capacity_);
+  if (data_ == nullptr) throw std::bad_alloc();
+#ifdef __linux__
+  if (alignment == huge) madvise(data_, capacity_, MADV_HUGEPAGE);
+#endif
+}
+
+Workspace::~Workspace() {
+  if (data_ == nullptr) return;
+  Pool& p = pool();
+  {
+    std::lock_guard<std::mutex> lock(p.mutex);
+    if (p.bytes + capacity_ <= kPoolBytes) {
+      p.free.push_back({data_, capacity_});
+      p.bytes += capacity_;
+      return;
+    }
+  }
+  std::free(data_);
+}
+
+void free_workspaces() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  for (const Buffer& buffer : p.free) std::free(buffer.data);
+  p.free.clear();
+  p.bytes = 0;
+}
+
+TORCH_LIBRARY_FRAGMENT(uasparse, m) {
+  m.def("free_workspaces() -> ()", [] { free_workspaces(); });
+}
+
+}  // namespace uasparse

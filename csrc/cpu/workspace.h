@@ -1,0 +1,34 @@
+// Reusable scratch memory of the CPU kernels.
+//
+// Fresh large allocations page-fault on every call, which costs as much as the kernels themselves; so a Workspace takes
+// a buffer from a process-wide pool and gives it back when it goes out of scope. The pool keeps at most kPoolBytes;
+// torch.ops.uasparse.free_workspaces() empties it. Memory is aligned to 64 bytes and not initialised.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace uasparse {
+
+constexpr size_t kPoolBytes = size_t{256} << 20;
+
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+void free_workspaces();
+
+}  // namespace uasparse
