@@ -168,14 +168,18 @@ def _fitting(configs: list[Config], tokens: int) -> list[Config]:
 
 
 def product(
-    x: Tensor, values: Tensor, bias: Tensor | None, offsets: Tensor, index: Tensor, perm: Tensor | None, block: int
-) -> Tensor:
-    """``[tokens, rows * block]`` of ``x [tokens, columns * block]``; ``perm`` walks the transpose of the weight."""
+    x: Tensor, values: Tensor, bias: Tensor | None, offsets: Tensor, index: Tensor, perm: Tensor | None, block: int,
+    op: str = "matmul", out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``[tokens, rows * block]`` of ``x [tokens, columns * block]``; ``perm`` walks the transpose of the weight.
+
+    ``op`` names the setting of float32 precision that holds; the result is written to ``out`` if that is given.
+    """
     tokens, rows = x.shape[0], offsets.numel() - 1
-    y = x.new_empty(tokens, rows * block)
+    y = x.new_empty(tokens, rows * block) if out is None else out
     if tokens == 0:
         return y
-    device, precision = _launch.device_of(x), _launch.precision(x.dtype, "matmul")
+    device, precision = _launch.device_of(x), _launch.precision(x.dtype, op)
     order = _launch.longest_first(offsets)
 
     def launch(config: Config) -> None:
@@ -194,18 +198,18 @@ def product(
     return y
 
 
-def sampled_product(dy: Tensor, x: Tensor, col: Tensor, row: Tensor, perm: Tensor, block: int) -> Tensor:
+def sampled_product(
+    dy: Tensor, x: Tensor, col: Tensor, row: Tensor, perm: Tensor, block: int, op: str = "matmul"
+) -> Tensor:
     """``dy^T x`` at the active blocks: ``[blocks, block, block]``."""
     tokens, blocks = x.shape[0], col.numel()
     out = x.new_empty(blocks, block, block)
     if tokens == 0 or blocks == 0:
         return out.zero_()
-    device, precision = _launch.device_of(x), _launch.precision(x.dtype, "matmul")
+    device, precision = _launch.device_of(x), _launch.precision(x.dtype, op)
 
     def launch(config: Config) -> None:
-        parts = _launch.splits(device, blocks, triton.cdiv(tokens, config.tile))
-        part = triton.cdiv(triton.cdiv(tokens, parts), config.tile) * config.tile
-        parts = triton.cdiv(tokens, part)
+        part, parts = partition(device, blocks, tokens, config.tile)
         target = out if parts == 1 else x.new_empty((parts, blocks, block, block), dtype=torch.float32)
         sampled_kernel[(blocks * parts,)](
             dy, x, target, col, row, perm, tokens, blocks, part, dy.stride(0), x.stride(0),
@@ -218,6 +222,13 @@ def sampled_product(dy: Tensor, x: Tensor, col: Tensor, row: Tensor, perm: Tenso
     key = ("linear sampled", x.dtype, precision, block, _launch.size_class(tokens), _launch.size_class(blocks))
     _launch.launch_tuned(key, x, configs, launch)
     return out
+
+
+def partition(device: _launch.Device, blocks: int, rows: int, tile: int) -> tuple[int, int]:
+    """The rows of a part of a sampled product, whole tiles, and the number of parts."""
+    parts = _launch.splits(device, blocks, triton.cdiv(rows, tile))
+    part = triton.cdiv(triton.cdiv(rows, parts), tile) * tile
+    return part, triton.cdiv(rows, part)
 
 
 def add_parts(parts: Tensor, out: Tensor) -> None:
