@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from uasparse_kernels.triton import masked_linear
+from uasparse_kernels.triton import masked_conv2d, masked_linear, pattern
 from uasparse_kernels.triton._launch import Config
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
@@ -31,6 +31,9 @@ BLOCKS = (16, 32, 64, 128)
 # dtype, precision of a float32 product.
 KINDS = [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"), ("fp32", "ieee")]
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+# Integers that are multiples of 16: sizes of blocks of features.
+ALIGNED = ("stride_x", "stride_y", "stride_dy", "channels", "out_channels")
 
 
 class Case(NamedTuple):
@@ -53,6 +56,8 @@ def cases(quick: bool = False) -> Iterator[Case]:
             continue
         for block in blocks:
             yield from _linear_cases(dtype, precision, block, quick)
+            yield from _conv_cases(dtype, precision, block, quick)
+    yield from _other_cases(quick)
 
 
 def _linear_cases(dtype: str, precision: str, block: int, quick: bool) -> Iterator[Case]:
@@ -88,20 +93,99 @@ def _linear_cases(dtype: str, precision: str, block: int, quick: bool) -> Iterat
         )
 
 
-def compile_case(case: Case, arch: int) -> Any:
-    """The compiled kernel; strides are taken to be multiples of 16, as sizes are."""
+def _conv_cases(dtype: str, precision: str, block: int, quick: bool) -> Iterator[Case]:
+    pointer, index = f"*{dtype}", "*i32"
+    geometry = ["height", "width", "out_height", "out_width", "channels", "out_channels", "kernel_width"]
+    geometry += [f"{name}_{axis}" for name in ("stride", "padding", "dilation") for axis in "hw"]
+    label = f"{dtype} {precision if dtype == 'fp32' else ''} b{block}"
+    common = {"POSITIONS": 9, "BLOCK": block, "PRECISION": precision}
+    for config in masked_conv2d.product_configs(block, ITEMSIZE[dtype], precision)[: 1 if quick else None]:
+        tile = {"TILE": config.tile, "DEPTH": config.depth}
+        yield Case(
+            "conv product",
+            masked_conv2d.product_kernel,
+            dict.fromkeys(("x", "values", "bias", "y"), pointer) | dict.fromkeys(("crow", "col", "order"), index),
+            ["pixels", "rows", "group", *geometry],
+            {**common, **tile, "HAS_BIAS": True, "ORDERED": True},
+            config,
+            label,
+        )
+    for config in masked_conv2d.product_configs(block, ITEMSIZE[dtype], precision, True)[: 1 if quick else None]:
+        tile = {"TILE": config.tile, "DEPTH": config.depth}
+        for strided in (False, True):
+            yield Case(
+                "conv transposed" + (" strided" if strided else ""),
+                masked_conv2d.transposed_kernel,
+                dict.fromkeys(("dy", "values", "dx"), pointer) | dict.fromkeys(("col", "ccol", "row", "perm"), index),
+                ["pixels", "rows", "group", *geometry],
+                {**common, **tile, "STRIDED": strided},
+                config,
+                label,
+            )
+    for config in masked_conv2d.sampled_configs(block, ITEMSIZE[dtype], precision)[: 1 if quick else None]:
+        yield Case(
+            "conv sampled",
+            masked_conv2d.sampled_kernel,
+            dict.fromkeys(("dy", "x", "out"), pointer) | dict.fromkeys(("col", "row", "perm"), index),
+            ["pixels", "blocks", "part", *geometry],
+            {**common, "TILE": config.tile},
+            config,
+            label,
+        )
+
+
+def _other_cases(quick: bool) -> Iterator[Case]:
+    for dtype in ("fp32",) if quick else ("fp32", "bf16"):
+        parts = {"parts": "*fp32", "out": f"*{dtype}"}
+        config = Config(1024, 0, 4, 3)
+        yield Case(
+            "add parts", masked_linear.add_parts_kernel, parts, ["count", "splits"], {"TILE": 1024}, config, dtype
+        )
+        for block in ((1, 1),) if quick else ((1, 1), (4, 1), (64, 64)):
+            shape = {"BLOCK_ROWS": block[0], "BLOCK_COLUMNS": block[1], "TILE": 1024}
+            indices = {"crow": "*i32", "col": "*i32"}
+            for to_dense in (False, True):
+                yield Case(
+                    "unpack" if to_dense else "pack",
+                    pattern.move_kernel,
+                    {"dense": f"*{dtype}", "values": f"*{dtype}", **indices},
+                    ["positions", "programs", "stride_out", "stride_in", "stride_position"],
+                    {**shape, "TO_DENSE": to_dense},
+                    config,
+                    f"{dtype} b{block[0]}x{block[1]}",
+                )
+            yield Case(
+                "keep active",
+                pattern.keep_active_kernel,
+                {"dense": f"*{dtype}", **indices},
+                ["width", "stride_out"],
+                {**shape, "ZEROS": 2048},
+                config,
+                f"{dtype} b{block[0]}x{block[1]}",
+            )
+
+
+def compile_case(case: Case, arch: int, *, ones: Container[str] = ()) -> Any:
+    """The compiled kernel; feature sizes are taken to be multiples of 16, as they are.
+
+    Args:
+        ones: integer arguments that are 1, which Triton makes constants.
+    """
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(case.constants)
     attributes = {}
     for place, name in enumerate(case.function.arg_names):
-        if name in case.integers:
+        if name in ones:
+            signature[name] = "constexpr"
+            constants[name] = 1
+        elif name in case.integers:
             signature[name] = "i32"
         elif case.pointers.get(name) is not None:
             signature[name] = case.pointers[name]  # type: ignore[assignment]
         else:
             signature[name] = "constexpr"
             constants.setdefault(name, None)
-        if name in case.pointers or name.startswith("stride"):
+        if signature[name] != "constexpr" and (name in case.pointers or name in ALIGNED):
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(case.function, signature, constants, attributes)
     options = {"num_warps": case.config.warps, "num_stages": case.config.stages}

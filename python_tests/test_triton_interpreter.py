@@ -18,7 +18,7 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
     VERSION < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4),
     reason="the interpreter of Triton before 3.7 fails with numpy 2.4 and later",
 )
-@pytest.mark.parametrize("name", ["masked_linear", "masked_conv2d", "pattern"])
+@pytest.mark.parametrize("name", ["masked_linear", "masked_conv2d", "pattern", "dispatch"])
 def test_kernels(name):
     if importlib.util.find_spec("uasparse_kernels._C") is None:
         pytest.skip("needs the compiled ops")

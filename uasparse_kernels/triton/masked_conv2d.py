@@ -193,15 +193,17 @@ def _split(m, height, width):
     return m // (height * width), m // width % height, m % width
 
 
-def product_configs(block: int, itemsize: int, precision: str, strided: bool = False) -> list[Config]:
+def product_configs(block: int, itemsize: int, precision: str, transposed: bool = False) -> list[Config]:
     """Tiles of product_kernel and transposed_kernel to choose from; the first serves unmeasured."""
     depth = min(block, 64 if itemsize == 2 else 32)
-    wide = block >= 64
-    if precision == "ieee" and itemsize == 4:
-        return [Config(64, min(depth, 32), 8 if wide else 4, 3), Config(128, 16, 8, 3)]
-    if block == 128:
-        return [Config(128, depth, 8, 5), Config(64, depth, 4, 5)]
-    return [Config(128, depth, 4, 5), Config(64, depth, 4, 5), Config(128, depth, 8, 5)]
+    # As in the linear kernel, of the stages only some hold tiles; the transposed kernel reads two indices ahead.
+    stages = 7 if transposed else 5
+    warps = 8 if block == 128 else 4
+    if itemsize == 2:
+        return [Config(128, depth, warps, stages), Config(64, depth, 4, stages), Config(128, depth, 8, stages - 2)]
+    if precision == "tf32":
+        return [Config(128, depth, warps, stages), Config(64, depth, 4, stages)]
+    return [Config(64, min(depth, 16), 8 if block >= 64 else 4, 3), Config(64, depth, 8, 3)]
 
 
 def sampled_configs(block: int, itemsize: int, precision: str) -> list[Config]:
@@ -211,9 +213,9 @@ def sampled_configs(block: int, itemsize: int, precision: str) -> list[Config]:
         if wide:
             return [Config(64, 0, 4 if block < 128 else 8, 3), Config(64, 0, 8, 4)]
         return [Config(128, 0, 4, 3), Config(64, 0, 4, 3)]
-    if precision == "ieee":
-        return [Config(32, 0, 8 if wide else 4, 3), Config(16, 0, 8 if wide else 2, 3)]
-    return [Config(32, 0, 8 if wide else 4, 3), Config(64, 0, 8 if wide else 4, 2)]
+    if precision == "tf32":
+        return [Config(32, 0, 8 if wide else 4, 3), Config(64, 0, 8 if wide else 4, 2)]
+    return [Config(16, 0, 8 if wide else 4, 3)]
 
 
 class _Geometry:
@@ -309,7 +311,7 @@ def _transposed(dy: Tensor, values: Tensor, col, ccol, row, perm, dx: Tensor, bl
         )  # fmt: skip
 
     key = ("conv transposed", dy.dtype, precision, block, size.key(), _launch.density_class(values.shape[0], rows))
-    _launch.launch_tuned(key, dy, product_configs(block, dy.element_size(), precision, strided), launch)
+    _launch.launch_tuned(key, dy, product_configs(block, dy.element_size(), precision, True), launch)
 
 
 def _sampled(dy: Tensor, x: Tensor, col: Tensor, row: Tensor, perm: Tensor, block: int, size: _Geometry) -> Tensor:

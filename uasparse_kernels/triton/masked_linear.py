@@ -155,7 +155,7 @@ def sampled_configs(block: int, itemsize: int, precision: str) -> list[Config]:
     wide = block >= 64
     if itemsize == 2:
         if wide:
-            return [Config(64, 0, 4 if block < 128 else 8, 4), Config(128, 0, 8, 3), Config(64, 0, 4, 3)]
+            return [Config(64, 0, 4 if block < 128 else 8, 4), Config(128, 0, 8, 3), Config(64, 0, 8, 3)]
         return [Config(128, 0, 4, 3), Config(64, 0, 2, 4), Config(256, 0, 4, 2)]
     if precision == "ieee":
         return [Config(32, 0, 8 if wide else 4, 3), Config(16, 0, 8 if wide else 2, 3)]
