@@ -1,5 +1,6 @@
 # make demo    sets up everything in .venv and trains a 90 %-sparse network with the whole method beside plain RigL
 # make test    sets up everything in .venv, checks style and types, builds with warnings as errors, runs all tests
+# make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in ten minutes, with what is installed
 # make dist    builds wheel and sdist, installs the sdist into an empty environment and tries it from another folder
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment (one that is there is used as it is).
@@ -26,6 +27,10 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.PHONY: gpu-check
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--folder $(OUT))
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
