@@ -17,3 +17,12 @@ def make_pattern():
         return ua.SparsityPattern.random(shape, density, block=block, device=device)
 
     return make
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of a CUDA device need one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -2,6 +2,8 @@
 
 #include "cpu/masked_linear.h"
 
+#include <utility>
+
 #if defined(__x86_64__)
 #define UASPARSE_ISA_AVX512
 #include "cpu/isa_begin.h"

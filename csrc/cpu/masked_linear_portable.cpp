@@ -2,6 +2,8 @@
 
 #include "cpu/masked_linear.h"
 
+#include <utility>
+
 #include "cpu/isa_begin.h"
 
 #include "cpu/masked_linear_impl.h"

@@ -1,7 +1,7 @@
 """Prune-and-grow of one sparse weight: the smallest active blocks leave, as many others come, all in place.
 
-:func:`prune_grow` is the whole update where the scores of all blocks are at hand. Its pieces serve updates that never hold
-them all: :func:`drop_candidates`, then :class:`GrowthCandidates` over tiles of scores (:func:`block_scores`) or
+:func:`prune_grow` is the whole update where the scores of all blocks are at hand. Its pieces serve updates that never
+hold them all: :func:`drop_candidates`, then :class:`GrowthCandidates` over tiles of scores (:func:`block_scores`) or
 :func:`random_candidates`, then :func:`apply`. Blocks are named by their flat index into the grid of blocks
 (``SparsityPattern.blocks``): int64, ascending.
 """
@@ -41,9 +41,9 @@ def prune_grow(
 ) -> PruneGrowResult:
     """One topology update as in RigL (arXiv 1911.11134) or SET: ``weight``, ``states`` and ``pattern`` change in place.
 
-    The ``ceil(fraction * blocks)`` active blocks of smallest norm are dropped and as many are grown, so that the count never
-    changes. A just-dropped block is a candidate for growth. Grown blocks start at zero, with zero state; what was kept is
-    kept bit for bit. Equal scores: the lower index first.
+    The ``ceil(fraction * blocks)`` active blocks of smallest norm are dropped and as many are grown, so that the count
+    never changes. A just-dropped block is a candidate for growth. Grown blocks start at zero, with zero state; what was
+    kept is kept bit for bit. Equal scores: the lower index first.
 
     Args:
         weight: packed or dense-stored. Only its magnitude counts: Frobenius norms of blocks.
@@ -194,7 +194,7 @@ def random_candidates(
 
     ``generator`` is a CPU generator; the draw does not depend on the pattern's device.
     """
-    kept = _kept(pattern, dropped)
+    kept = kept_blocks(pattern, dropped)
     free = math.prod(pattern.grid) - kept.numel()
     ranks = sample_indices(free, k, generator).to(pattern.device)
     # The i-th kept block has kept[i] - i free ones before it: rank r is moved up by the kept blocks at or before it.
@@ -211,8 +211,8 @@ def apply(
     All keep their identity and storage; grown entries become zero, in the states too. Linear time.
 
     Raises:
-        ValueError, TypeError: if the blocks are not distinct and ascending, the dropped not active, the grown active and not
-            dropped, or the states not of the weight's shape. Nothing is changed then.
+        ValueError, TypeError: if blocks are not distinct and ascending, dropped ones not active, grown ones active and
+            not dropped, or states not of the weight's shape. Nothing is changed then.
     """
     _check_states(weight, pattern, states)
     if not _library.has_kernel("prune_grow_", weight):
@@ -231,7 +231,7 @@ def exclude_kept_(scores: Tensor, first: int, pattern: SparsityPattern, dropped:
     if _library.has_kernel("exclude_kept_", scores):
         torch.ops.uasparse.exclude_kept_(scores, first, pattern.crow, pattern.col, dropped, pattern.grid[1])
         return
-    kept = _kept(pattern, dropped) - first
+    kept = kept_blocks(pattern, dropped) - first
     scores[kept[(kept >= 0) & (kept < scores.numel())]] = math.nan
 
 
@@ -255,7 +255,7 @@ def prune_grow_reference(
         grown = random_candidates(pattern, dropped, k, generator)
     else:
         scores = block_scores(grow_scores, pattern.block).nan_to_num(-math.inf, math.inf, -math.inf)
-        scores[_kept(pattern, dropped)] = math.nan
+        scores[kept_blocks(pattern, dropped)] = math.nan
         grown = topk_indices_reference(scores, k)
     _apply_reference(weight, pattern, dropped, grown, states)
     return PruneGrowResult(dropped, grown)
@@ -264,7 +264,7 @@ def prune_grow_reference(
 @torch.no_grad()
 def _apply_reference(weight, pattern, dropped, grown, states) -> None:
     """By way of dense tensors, for a packed weight too."""
-    kept = _kept(pattern, dropped)
+    kept = kept_blocks(pattern, dropped)
     new = SparsityPattern.from_blocks(pattern.shape, torch.cat([kept, grown]).sort().values, block=pattern.block)
     rest = SparsityPattern.from_blocks(pattern.shape, kept, block=pattern.block).to_mask()
     for tensor in (weight, *states):
@@ -277,11 +277,11 @@ def _apply_reference(weight, pattern, dropped, grown, states) -> None:
     pattern.assign_(new)
 
 
-def _kept(pattern: SparsityPattern, dropped: Tensor) -> Tensor:
+def kept_blocks(pattern: SparsityPattern, dropped: Tensor) -> Tensor:
     """Flat indices of the active blocks that are not dropped, ascending."""
     active = pattern.blocks()
     keep = torch.ones_like(active, dtype=torch.bool)
-    keep[torch.searchsorted(active, dropped)] = False
+    keep[torch.searchsorted(active, dropped.contiguous())] = False
     return active[keep]
 
 

@@ -11,9 +11,9 @@ from uasparse_kernels import _library
 def topk_indices(scores: Tensor, k: int, *, largest: bool = True, magnitude: bool = False) -> Tensor:
     """Indices of the ``k`` largest (or smallest) of ``scores [n]``, or of their absolute values: int64, ascending.
 
-    Exactly ``k``; of equal scores the lower index is taken first (-0 equals 0), and NaN comes after every number, whether
-    the largest or the smallest are asked for. The result does not depend on the number of threads. Linear time: on the CPU
-    about one pass over the scores.
+    Exactly ``k``; of equal scores the lower index is taken first (-0 equals 0), and NaN comes after every number,
+    whether the largest or the smallest are asked for. The result does not depend on the number of threads. Linear time:
+    on the CPU about one pass over the scores.
 
     Raises:
         ValueError, TypeError: if ``scores`` is not a row of floating-point numbers or ``k`` is not in ``[0, n]``.

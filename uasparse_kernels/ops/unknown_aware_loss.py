@@ -31,14 +31,14 @@ def unknown_aware_loss(
     Args:
         logits: ``[N, K + 1]``, K >= 1, any floating-point dtype; the arithmetic is in float32 (float64 for float64).
         target: int64 ``[N]`` in ``[0, K]``.
-        alpha: strength, >= 0; as a tensor of one element (of any device) it is not checked, so that nothing waits for it.
+        alpha: strength, >= 0; as a tensor of one element (of any device) it is not checked: nothing waits for it.
         unknown_weight: factor of the samples of target K, >= 0.
         reduction: "mean" divides the sum of all samples by N.
 
     Returns:
-        ``loss``, float32 (float64 for float64), of shape ``[]`` (or ``[N]`` for "none"); for N = 0 its mean is nan, as that
-        of ``torch.nn.functional.cross_entropy``. And ``threshold``: the mean of ``(1 - u) * h`` over the samples of known
-        target, from which alpha is tuned; 0 where there are none; without gradient.
+        ``loss``, float32 (float64 for float64), of shape ``[]`` (or ``[N]`` for "none"); for N = 0 its mean is nan, as
+        that of ``torch.nn.functional.cross_entropy``. And ``threshold``: the mean of ``(1 - u) * h`` over the samples
+        of known target, from which alpha is tuned; 0 where there are none; without gradient.
 
     Raises:
         ValueError, TypeError: if shapes, dtypes, devices or options do not fit.

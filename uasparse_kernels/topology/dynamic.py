@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from uasparse_kernels.nn.layers import SparseLayer
-from uasparse_kernels.ops import prune_grow
+from uasparse_kernels.ops.prune_grow import apply
 from uasparse_kernels.topology.growth import GradientCapture
 from uasparse_kernels.topology.methods import METHODS, LayerUpdate, Method
 from uasparse_kernels.topology.schedule import CosineSchedule
@@ -73,6 +73,10 @@ class DynamicSparsity:
             generator.manual_seed(int(torch.randint(2**62, ())))
         self.generator = generator
         self.steps = 0
+        # DDP makes the weights alike at its construction, but the patterns only with broadcast_buffers=True.
+        for layer in self.layers.values():
+            for tensor in layer.pattern.buffers():
+                self._agree(tensor)
         self._captures: dict[str, GradientCapture] = {}
         if self.method is not None and self.method.needs_gradient:
             for name, layer in self.layers.items():
@@ -134,13 +138,13 @@ class DynamicSparsity:
             plans.append((layer, dropped, self._agree(grown)))
         # Everything is decided before anything changes.
         for layer, dropped, grown in plans:
-            prune_grow.apply(layer.weight, layer.pattern, dropped, grown, self._states(layer.weight))
+            apply(layer.weight, layer.pattern, dropped, grown, self._states(layer.weight))
 
-    def _agree(self, grown: Tensor) -> Tensor:
-        """The first process's choice, where there are several."""
+    def _agree(self, tensor: Tensor) -> Tensor:
+        """Takes over the first process's tensor, in place, where there are several."""
         if self.group is not None:
-            torch.distributed.broadcast(grown, torch.distributed.get_global_rank(self.group, 0), group=self.group)
-        return grown
+            torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(self.group, 0), group=self.group)
+        return tensor
 
     def _states(self, weight: nn.Parameter) -> list[Tensor]:
         """Tensors that belong to the weight entry by entry: optimiser state, and a gradient in flight."""
