@@ -9,6 +9,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "cpu/isa.h"
+
 #ifndef UASPARSE_CUDA_ARCHS
 #define UASPARSE_CUDA_ARCHS ""
 #endif
@@ -29,14 +31,17 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("masked_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, " PATTERN ", " CONVOLUTION
         ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
-  // Indices (int64, ascending) of the k largest or smallest of scores [n]; of equal scores the lower index wins.
-  m.def("topk_indices(Tensor scores, int k, bool largest) -> Tensor");
+  // Indices (int64, ascending) of the k largest or smallest of scores [n], or of their absolute values; of equal scores
+  // the lower index wins, and NaN comes after every number.
+  m.def("topk_indices(Tensor scores, int k, bool largest, bool magnitude=False) -> Tensor");
+  // scores [n] of the blocks from flat index `first` on: those of active blocks that are not in `dropped` become NaN.
+  m.def("exclude_kept_(Tensor(a!) scores, int first, Tensor crow, Tensor col, Tensor dropped, int columns) -> ()");
   // Replaces the blocks `dropped` by the blocks `grown` (int64, ascending, flat indices into the grid of blocks; the
   // two may overlap) in the pattern, the weight and each of the states; grown entries become zero.
   m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "
         "Tensor(f!) row, Tensor(g!) perm, Tensor dropped, Tensor grown, int[] shape, int[] block) -> ()");
 
-  // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N] for the backward.
+  // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N, 2] for the backward.
   m.def("unknown_aware_loss(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "
         "-> (Tensor, Tensor, Tensor)");
   m.def("unknown_aware_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor alpha, Tensor saved, "
@@ -47,5 +52,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of uasparse_kernels; importing it registers the ops of torch.ops.uasparse.";
   m.attr("torch_version") = UASPARSE_TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
+  m.def("cpu_isa", [] { return uasparse::isa_name(uasparse::cpu_isa()); });
   m.attr("cuda_archs") = UASPARSE_CUDA_ARCHS;
 }

@@ -1,4 +1,23 @@
-from uasparse_kernels import ops
-from uasparse_kernels.pattern import SparsityPattern
+"""Fast dynamic sparse training for PyTorch, with networks that say when an input is of a kind that they never saw."""
 
-__all__ = ["SparsityPattern", "ops"]
+from uasparse_kernels import nn, ops, topology
+from uasparse_kernels.convert import densify, sparsify
+from uasparse_kernels.explain import backend_info, explain
+from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
+from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.topology import DynamicSparsity
+
+__all__ = [
+    "DynamicSparsity",
+    "SparseConv2d",
+    "SparseLinear",
+    "SparsityPattern",
+    "UnknownAwareLoss",
+    "backend_info",
+    "densify",
+    "explain",
+    "nn",
+    "ops",
+    "sparsify",
+    "topology",
+]

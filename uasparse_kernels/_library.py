@@ -24,7 +24,9 @@ def has_kernel(op: str, tensor: torch.Tensor) -> bool:
     return has_kernel_for(op, tensor.device.type)
 
 
+@torch.compiler.assume_constant_result
 def has_kernel_for(op: str, device_type: str) -> bool:
+    """As :func:`has_kernel`, by device type."""
     if compiled is None:
         return False
     # A meta tensor goes where fakes go: to the op, whose fake knows the shape.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ class SparsityPattern(nn.Module):
       in the order by rows.
 
     It is an ``nn.Module`` without parameters, so that it moves, copies, pickles and is saved with the layer that owns
-    it; only ``crow`` and ``col`` are saved. A topology update changes the tensors in place, and never their sizes.
+    it; ``crow``, ``col`` and ``layout`` (shape and block) are saved. A topology update changes the tensors in place,
+    and never their sizes.
     """
 
+    layout: Tensor
     crow: Tensor
     col: Tensor
     ccol: Tensor
@@ -42,6 +44,7 @@ class SparsityPattern(nn.Module):
         super().__init__()
         self.shape, self.block = _check_shape(shape, block)
         _check_csr(crow, col, self.grid)
+        self.register_buffer("layout", torch.tensor([*self.shape, *self.block], device=crow.device))
         self.register_buffer("crow", crow.to(torch.int32))
         self.register_buffer("col", col.to(torch.int32))
         for name, tensor in zip(("ccol", "row", "perm"), _transpose(self.crow, self.col, self.grid[1]), strict=True):
@@ -96,6 +99,12 @@ class SparsityPattern(nn.Module):
         crow = torch.zeros(rows + 1, dtype=torch.int64, device=blocks.device)
         torch.cumsum(counts, 0, out=crow[1:])
         return cls(shape, crow, blocks % columns, block=block)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> SparsityPattern:
+        """The pattern saved in a state_dict under ``prefix``."""
+        layout = state_dict[prefix + "layout"].tolist()
+        return cls(layout[:-2], state_dict[prefix + "crow"], state_dict[prefix + "col"], block=layout[-2:])
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -206,12 +215,16 @@ class SparsityPattern(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Takes another pattern of any number of blocks; a bad one is an error and changes nothing."""
-        crow, col = (state_dict.get(prefix + name) for name in ("crow", "col"))
-        if crow is None or col is None:
-            missing += [prefix + name for name in ("crow", "col") if prefix + name not in state_dict]
+        absent = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
+        if absent:
+            missing += absent
             return
         try:
-            new = SparsityPattern(self.shape, crow, col, block=self.block).to(self.device)
+            new = self.from_state_dict(state_dict, prefix).to(self.device)
+            if (new.shape, new.block) != (self.shape, self.block):
+                raise ValueError(
+                    f"Expected a pattern of shape {self.shape} and block {self.block}, got {new.shape} and {new.block}."
+                )
         except ValueError as error:
             errors.append(f"{prefix.rstrip('.')}: {error}")
             return

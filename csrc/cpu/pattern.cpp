@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "checks.h"
+#include "cpu/pattern.h"
 
 namespace uasparse {
 namespace {
@@ -37,6 +38,8 @@ int64_t positions_of(at::IntArrayRef shape) {
   for (size_t i = 2; i < shape.size(); ++i) positions *= shape[i];
   return positions;
 }
+
+}  // namespace
 
 at::Tensor pack(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef block) {
   check_csr(crow, col, dense.sizes(), block);
@@ -75,8 +78,6 @@ at::Tensor unpack(const at::Tensor& values, const at::Tensor& crow, const at::Te
   });
   return dense;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
   m.impl("pack", &pack);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,17 @@ class Choice(NamedTuple):
     reason: str
 
 
+# Called with op and choice at every call of an op: how explain() learns what was picked.
+listeners: list[Callable[[str, Choice], None]] = []
+
+
+def announce(op: str, choice: Choice) -> str:
+    """Tells the listeners of a choice; returns its kernel."""
+    for listener in listeners:
+        listener(op, choice)
+    return choice.kernel
+
+
 def pattern_tensors(pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return pattern.crow, pattern.col, pattern.ccol, pattern.row, pattern.perm
 
@@ -25,20 +37,23 @@ class _MaskedGradient(torch.autograd.Function):
     """The identity on a weight that is kept masked; its gradient is masked."""
 
     @staticmethod
-    def forward(ctx, weight, pattern):
-        ctx.pattern = pattern
+    def forward(ctx, weight, crow, col, block):
+        ctx.save_for_backward(crow, col)
+        ctx.block = block
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.pattern.unpack(ctx.pattern.pack(grad)), None
+        index = ctx.saved_tensors
+        values = torch.ops.uasparse.pack(grad, *index, ctx.block)
+        return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None, None, None
 
 
 def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """The weight as a dense tensor for a vendor's kernel; the gradient comes back masked, in the weight's storage."""
     if pattern.is_packed(weight):
         return pattern.unpack(weight)
-    return _MaskedGradient.apply(weight, pattern)
+    return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
 
 
 def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:

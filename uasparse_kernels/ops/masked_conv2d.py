@@ -10,6 +10,7 @@ from torch.nn.modules.utils import _pair
 from uasparse_kernels import _library
 from uasparse_kernels.ops._common import (
     Choice,
+    announce,
     autocast,
     check_layer_arguments,
     dense_form,
@@ -50,7 +51,7 @@ def masked_conv2d(
     input, weight, bias = autocast(input, weight, bias)
     stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
     _check(input, weight, pattern, bias, stride, padding, dilation, groups)
-    kernel = choose(
+    choice = choose(
         input.shape,
         input.dtype,
         input.device.type,
@@ -60,7 +61,8 @@ def masked_conv2d(
         padding=padding,
         dilation=dilation,
         groups=groups,
-    ).kernel
+    )
+    kernel = announce("masked_conv2d", choice)
     if kernel == "reference":
         return masked_conv2d_reference(input, weight, pattern, bias, stride, padding, dilation, groups)
     if kernel == "dense":

@@ -9,6 +9,7 @@ from torch import Tensor
 from uasparse_kernels import _library
 from uasparse_kernels.ops._common import (
     Choice,
+    announce,
     autocast,
     check_layer_arguments,
     dense_form,
@@ -36,7 +37,8 @@ def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias:
     """
     input, weight, bias = autocast(input, weight, bias)
     _check(input, weight, pattern, bias)
-    kernel = choose(input.shape, input.dtype, input.device.type, pattern, packed=pattern.is_packed(weight)).kernel
+    choice = choose(input.shape, input.dtype, input.device.type, pattern, packed=pattern.is_packed(weight))
+    kernel = announce("masked_linear", choice)
     if kernel == "reference":
         return masked_linear_reference(input, weight, pattern, bias)
     if kernel == "dense":

@@ -1,0 +1,92 @@
+"""How everything here is timed: variants interleaved in one process, medians, ratios, roofs measured beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import uasparse_kernels as ua
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:
+    """Median seconds of a call of each variant, all called in turn so that the machine's moods meet them alike.
+
+    Args:
+        seconds: time to spend on each variant, about.
+        rounds: calls of each at least.
+    """
+    slowest = 0.0
+    for call in variants.values():
+        call()
+        start = time.perf_counter()
+        call()
+        slowest = max(slowest, time.perf_counter() - start)
+    rounds = max(rounds, min(1000, int(seconds / max(slowest, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def matmul_roof() -> float:
+    """GFLOP/s that torch's own float32 matmul reaches at 1024x1024x1024 with the current number of threads."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return 2 * 1024**3 / interleave({"matmul": lambda: a @ b}, seconds=0.5)["matmul"] / 1e9
+
+
+def copy_roof() -> float:
+    """GB/s (read and written) of a copy of 256 MiB with the current number of threads."""
+    a = torch.zeros(64 << 20)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / interleave({"copy": lambda: b.copy_(a)}, seconds=0.5)["copy"] / 1e9
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: processor, threads, versions, commit."""
+    info = ua.backend_info()
+    root = Path(__file__).parents[1]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": info["cpu_isa"],
+        "gpu": info["gpu"],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "uasparse_kernels": commit or info["uasparse_kernels"],
+    }
+
+
+def save(suite: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **facts: Any) -> Path:
+    """Writes the rows of a suite and what they depend on to ``<folder>/<suite>.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{suite}.json"
+    path.write_text(json.dumps({"suite": suite, "machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})" if name == "AMD EPYC" else name

@@ -1,0 +1,355 @@
+// masked_linear on the CPU: checks, storage, threads and workspaces around the kernels of masked_linear.h.
+//
+// With B the batch (all leading dimensions), activations are packed to panels [channels][64 of the batch]; then
+//   forward      output panel   = W x input panel             tasks: panels x ranges of grid rows
+//   grad input   input panel    = W^T x grad_output panel     tasks: panels x ranges of grid columns
+//   grad weight  dots of rows of the two panels (SDDMM)       tasks: ranges of grid rows, over all panels in order
+// Every number is computed by one task in a fixed order, so results do not depend on the number of threads.
+// Dense-stored weights are packed first and their gradient is unpacked; bfloat16 is computed in float32.
+
+#include "cpu/masked_linear.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "cpu/isa.h"
+#include "cpu/pattern.h"
+#include "cpu/workspace.h"
+
+namespace uasparse {
+
+template <>
+const LinearKernels<float>& linear_kernels<float>() {
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::avx512) return avx512::linear_float;
+  if (cpu_isa() == Isa::avx2) return avx2::linear_float;
+#endif
+  return portable::linear_float;
+}
+
+template <>
+const LinearKernels<double>& linear_kernels<double>() {
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::avx512) return avx512::linear_double;
+  if (cpu_isa() == Isa::avx2) return avx2::linear_double;
+#endif
+  return portable::linear_double;
+}
+
+namespace {
+
+// Outputs of a task: their panel stays in a core's L2 cache.
+constexpr int64_t kTaskOutputs = 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Grid {
+  const int32_t *crow, *col, *ccol, *row, *perm;
+  int64_t rows, columns, blocks, bh, bw;
+
+  int64_t out() const { return rows * bh; }
+  int64_t in() const { return columns * bw; }
+  int64_t values() const { return blocks * bh * bw; }
+};
+
+// How the batch is cut into panels of numbers of T.
+template <typename T>
+struct Panels {
+  static constexpr int64_t tile = kTileBytes / sizeof(T);
+  int64_t batch, count, last;
+
+  explicit Panels(int64_t batch) : batch(batch), count(ceil_div(batch, tile)) {
+    constexpr int64_t unit = kLaneBytes / sizeof(T);
+    last = ceil_div(batch - (count - 1) * tile, unit) * unit;
+  }
+  int64_t width(int64_t panel) const { return panel + 1 < count ? tile : last; }
+  int64_t batch_of(int64_t panel) const { return std::min(tile, batch - panel * tile); }
+  int64_t lanes() const { return (count - 1) * tile + last; }
+  size_t bytes(int64_t channels) const { return sizeof(T) * lanes() * channels; }
+};
+
+// Grid columns whose inputs share L1: enough of them for ~10 blocks a row, else none of it pays (docs/cpu-kernels.md).
+int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column, int64_t width_bytes) {
+  const double density = static_cast<double>(grid.blocks) / std::max<double>(1, grid.rows * grid.columns);
+  const int64_t l1 = std::max<int64_t>(1, 28 * 1024 / (inputs_per_column * width_bytes));
+  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(10 / density, 1e9)) : columns;
+  if (wanted > 4 * l1) return columns;
+  return std::clamp<int64_t>(std::max(l1, wanted), 1, columns);
+}
+
+// Rows of `tensor` [batch, channels], contiguous, into panels.
+template <typename T>
+void pack_panels(const at::Tensor& tensor, const Panels<T>& panels, T* to) {
+  const LinearKernels<T>& kernels = linear_kernels<T>();
+  const int64_t channels = tensor.size(1), chunk = 256, chunks = ceil_div(channels, chunk);
+  at::parallel_for(0, panels.count * chunks, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t panel = task / chunks, c = task % chunks * chunk, width = panels.width(panel);
+      const int64_t offset = panel * panels.tile * channels + c, count = std::min(chunk, channels - c);
+      T* out = to + panel * panels.tile * channels + c * width;
+      if (tensor.scalar_type() == at::kBFloat16) {
+        const auto* from = static_cast<const uint16_t*>(tensor.const_data_ptr()) + offset;
+        kernels.pack_bf16(from, channels, panels.batch_of(panel), count, out, width);
+      } else {
+        kernels.pack(static_cast<const T*>(tensor.const_data_ptr()) + offset, channels, panels.batch_of(panel), count,
+                     out, width);
+      }
+    }
+  });
+}
+
+// result [batch, outputs] = what `product` describes, over all panels. `rows` grid rows.
+template <typename T>
+void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, const at::Tensor& result) {
+  const LinearKernels<T>& kernels = linear_kernels<T>();
+  const int64_t outputs = result.size(1), inputs = product.columns * product.block_in, block = product.block_out;
+  const int64_t threads = at::get_num_threads();
+  int64_t chunk = std::max<int64_t>(1, kTaskOutputs / block);
+  if (threads > 1) chunk = std::clamp<int64_t>(ceil_div(rows * panels.count, 2 * threads), 1, chunk);
+  const int64_t chunks = ceil_div(rows, chunk);
+  at::parallel_for(0, panels.count * chunks, 1, [&](int64_t begin, int64_t end) {
+    const Workspace scratch(sizeof(T) * chunk * block * std::max(panels.last, panels.count > 1 ? panels.tile : 0));
+    const Workspace cursor(sizeof(int32_t) * chunk);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t panel = task / chunks, row = task % chunks * chunk, count = std::min(chunk, rows - row);
+      Product<T> p = product;
+      p.begin = row;
+      p.end = row + count;
+      p.width = panels.width(panel);
+      p.in = product.in + panel * panels.tile * inputs;
+      p.out = scratch.as<T>();
+      p.bias = product.bias ? product.bias + row * block : nullptr;
+      p.cursor = cursor.as<int32_t>();
+      kernels.product(p);
+      const int64_t offset = panel * panels.tile * outputs + row * block, batch = panels.batch_of(panel);
+      if (result.scalar_type() == at::kBFloat16) {
+        auto* to = static_cast<uint16_t*>(result.mutable_data_ptr()) + offset;
+        kernels.unpack_bf16(p.out, p.width, count * block, to, outputs, batch);
+      } else {
+        kernels.unpack(p.out, p.width, count * block, static_cast<T*>(result.mutable_data_ptr()) + offset, outputs,
+                       batch);
+      }
+    }
+  });
+}
+
+template <typename T>
+void forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
+  const Panels<T> panels(input.size(0));
+  const Workspace packed(panels.bytes(grid.in()));
+  pack_panels<T>(input, panels, packed.as<T>());
+  Product<T> p{};
+  p.ptr = grid.crow, p.idx = grid.col, p.val = values;
+  p.columns = grid.columns, p.blocks = grid.blocks, p.block_out = grid.bh, p.block_in = grid.bw;
+  p.stride_out = grid.bw, p.stride_in = 1;
+  p.bias = bias, p.in = packed.as<T>();
+  p.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
+  run_product(p, grid.rows, panels, output);
+}
+
+template <typename T>
+void input_gradient(const T* grad_panels, const Panels<T>& panels, const T* values, const Grid& grid,
+                    const at::Tensor& grad_input) {
+  // Values by columns: read once for all panels.
+  const int64_t size = grid.bh * grid.bw;
+  const Workspace transposed(sizeof(T) * grid.values());
+  T* to = transposed.as<T>();
+  at::parallel_for(0, grid.blocks, 4096, [&](int64_t begin, int64_t end) {
+    if (size == 1) {
+      for (int64_t i = begin; i < end; ++i) to[i] = values[grid.perm[i]];
+    } else {
+      for (int64_t i = begin; i < end; ++i) std::copy_n(values + grid.perm[i] * size, size, to + i * size);
+    }
+  });
+  Product<T> p{};
+  p.ptr = grid.ccol, p.idx = grid.row, p.val = to;
+  p.columns = grid.rows, p.blocks = grid.blocks, p.block_out = grid.bw, p.block_in = grid.bh;
+  p.stride_out = 1, p.stride_in = grid.bw;
+  p.in = grad_panels;
+  p.column_block = column_block(grid, grid.rows, grid.bh, sizeof(T) * panels.width(0));
+  run_product(p, grid.columns, panels, grad_input);
+}
+
+template <typename T>
+void weight_gradient(const T* grad_panels, const T* input_panels, const Panels<T>& panels, const Grid& grid,
+                     T* grad_values) {
+  const LinearKernels<T>& kernels = linear_kernels<T>();
+  const int64_t chunk = std::clamp<int64_t>(ceil_div(grid.rows, 4 * at::get_num_threads()), 1,
+                                            std::max<int64_t>(1, kTaskOutputs / grid.bh));
+  at::parallel_for(0, ceil_div(grid.rows, chunk), 1, [&](int64_t begin, int64_t end) {
+    const Workspace cursor(sizeof(int32_t) * chunk);
+    for (int64_t task = begin; task < end; ++task) {
+      Sddmm<T> s{};
+      s.ptr = grid.crow, s.idx = grid.col;
+      s.begin = task * chunk, s.end = std::min(grid.rows, s.begin + chunk);
+      s.columns = grid.columns, s.blocks = grid.blocks, s.bh = grid.bh, s.bw = grid.bw;
+      s.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
+      s.cursor = cursor.as<int32_t>();
+      s.grad = grad_values;
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        s.grad_output = grad_panels + panel * panels.tile * grid.out();
+        s.input = input_panels + panel * panels.tile * grid.in();
+        s.width = panels.width(panel);
+        s.accumulate = panel > 0;
+        kernels.sddmm(s);
+      }
+    }
+  });
+}
+
+template <typename T>
+void bias_gradient(const T* grad_panels, const Panels<T>& panels, int64_t outputs, T* sums) {
+  at::parallel_for(0, outputs, 512, [&](int64_t begin, int64_t end) {
+    for (int64_t panel = 0; panel < panels.count; ++panel) {
+      const int64_t width = panels.width(panel);
+      const T* from = grad_panels + panel * panels.tile * outputs + begin * width;
+      linear_kernels<T>().row_sums(from, width, end - begin, sums + begin, panel > 0);
+    }
+  });
+}
+
+// ---- the ops ----------------------------------------------------------------------------------------------------
+
+at::ScalarType compute_type(at::ScalarType type) { return type == at::kBFloat16 ? at::kFloat : type; }
+
+// The pattern's tensors, checked against the weight's shape, block and device.
+Grid check_grid(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
+                const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block) {
+  TORCH_CHECK_VALUE(shape.size() == 2, "masked_linear: expected a weight shape [out, in], got ", shape, ".");
+  check_csr(crow, col, shape, block);
+  check_csr(ccol, row, {shape[1], shape[0]}, {block[1], block[0]});
+  TORCH_CHECK_TYPE(perm.scalar_type() == at::kInt, "Expected an int32 perm, got ", perm.scalar_type(), ".");
+  TORCH_CHECK_VALUE(row.numel() == col.numel() && perm.numel() == col.numel() && perm.is_contiguous(), "Expected ",
+                    col.numel(), " entries in row and perm, got ", row.numel(), " and ", perm.numel(), ".");
+  return {crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), ccol.const_data_ptr<int32_t>(),
+          row.const_data_ptr<int32_t>(), perm.const_data_ptr<int32_t>(), shape[0] / block[0], shape[1] / block[1],
+          col.numel(), block[0], block[1]};
+}
+
+void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), "masked_linear: expected ", name, " of dtype ",
+                   like.scalar_type(), ", got ", tensor.scalar_type(), ".");
+}
+
+bool is_dense(const at::Tensor& weight, at::IntArrayRef shape, const Grid& grid) {
+  if (weight.sizes() == shape) return true;
+  TORCH_CHECK_VALUE(weight.numel() == grid.values(), "masked_linear: expected a weight of shape ", shape, " or ",
+                    grid.values(), " packed values, got ", weight.sizes(), ".");
+  return false;
+}
+
+// Packed, contiguous values in the type of the computation.
+at::Tensor compute_values(const at::Tensor& weight, bool dense, const at::Tensor& crow, const at::Tensor& col,
+                          at::IntArrayRef block) {
+  const at::Tensor packed = dense ? pack(weight, crow, col, block) : weight.contiguous();
+  return packed.to(compute_type(weight.scalar_type()));
+}
+
+template <typename Body>
+void dispatch(at::ScalarType type, Body body) {
+  switch (type) {
+    case at::kFloat:
+    case at::kBFloat16: return body(float{});
+    case at::kDouble: return body(double{});
+    default:
+      TORCH_CHECK_TYPE(false, "masked_linear: expected float32, float64 or bfloat16, got ", type, ".");
+  }
+}
+
+at::Tensor masked_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                         const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
+                         const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block) {
+  const Grid grid = check_grid(crow, col, ccol, row, perm, shape, block);
+  TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == grid.in(), "masked_linear: expected an input [..., ",
+                    grid.in(), "], got ", input.sizes(), ".");
+  check_tensor("weight", weight, input);
+  const bool dense = is_dense(weight, shape, grid);
+  if (bias) {
+    check_tensor("bias", *bias, input);
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == grid.out(), "masked_linear: expected a bias [", grid.out(),
+                      "], got ", bias->sizes(), ".");
+  }
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.back() = grid.out();
+  at::Tensor output = at::empty(sizes, input.options().memory_format(at::MemoryFormat::Contiguous));
+  if (output.numel() == 0) return output;
+  dispatch(input.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const at::Tensor rows = input.reshape({-1, grid.in()}).contiguous();
+    const at::Tensor values = compute_values(weight, dense, crow, col, block);
+    const at::Tensor offset = bias ? bias->contiguous().to(compute_type(bias->scalar_type())) : at::Tensor();
+    forward<T>(rows, values.const_data_ptr<T>(), bias ? offset.const_data_ptr<T>() : nullptr, grid,
+               output.view({-1, grid.out()}));
+  });
+  return output;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_linear_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& crow,
+    const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row, const at::Tensor& perm,
+    at::IntArrayRef shape, at::IntArrayRef block, std::array<bool, 3> output_mask) {
+  const Grid grid = check_grid(crow, col, ccol, row, perm, shape, block);
+  TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == grid.in(), "masked_linear: expected an input [..., ",
+                    grid.in(), "], got ", input.sizes(), ".");
+  std::vector<int64_t> sizes = input.sizes().vec();
+  sizes.back() = grid.out();
+  TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(sizes), "masked_linear: expected a grad_output ", sizes,
+                    ", got ", grad_output.sizes(), ".");
+  check_tensor("weight", weight, input);
+  check_tensor("grad_output", grad_output, input);
+  const bool dense = is_dense(weight, shape, grid);
+
+  const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
+  at::Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), options) : at::empty({0}, options);
+  at::Tensor grad_weight, grad_bias = at::empty({output_mask[2] ? grid.out() : 0}, options);
+  const at::ScalarType compute = compute_type(input.scalar_type());
+  const int64_t batch = input.numel() / grid.in();
+  if (batch == 0) {
+    grad_weight = at::zeros(output_mask[1] ? weight.sizes() : at::IntArrayRef{0}, options);
+    return {grad_input, grad_weight, grad_bias.zero_()};
+  }
+  dispatch(input.scalar_type(), [&](auto number) {
+    using T = decltype(number);
+    const Panels<T> panels(batch);
+    const Workspace grads(panels.bytes(grid.out()));
+    pack_panels<T>(grad_output.reshape({-1, grid.out()}).contiguous(), panels, grads.as<T>());
+    if (output_mask[0]) {
+      const at::Tensor values = compute_values(weight, dense, crow, col, block);
+      input_gradient<T>(grads.as<T>(), panels, values.const_data_ptr<T>(), grid, grad_input.view({-1, grid.in()}));
+    }
+    if (output_mask[1]) {
+      const Workspace inputs(panels.bytes(grid.in()));
+      pack_panels<T>(input.reshape({-1, grid.in()}).contiguous(), panels, inputs.as<T>());
+      std::vector<int64_t> packed_sizes = {grid.blocks};
+      if (grid.bh * grid.bw > 1) packed_sizes.insert(packed_sizes.end(), {grid.bh, grid.bw});
+      at::Tensor values = at::empty(packed_sizes, options.dtype(compute));
+      weight_gradient<T>(grads.as<T>(), inputs.as<T>(), panels, grid, values.mutable_data_ptr<T>());
+      values = values.to(input.scalar_type());
+      grad_weight = dense ? unpack(values, crow, col, shape, block) : values;
+    } else {
+      grad_weight = at::empty({0}, options);
+    }
+    if (output_mask[2]) {
+      at::Tensor sums = compute == input.scalar_type() ? grad_bias : at::empty({grid.out()}, options.dtype(compute));
+      bias_gradient<T>(grads.as<T>(), panels, grid.out(), sums.mutable_data_ptr<T>());
+      if (compute != input.scalar_type()) grad_bias.copy_(sums);
+    }
+  });
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("masked_linear", &masked_linear);
+  m.impl("masked_linear_backward", &masked_linear_backward);
+}
+
+}  // namespace uasparse

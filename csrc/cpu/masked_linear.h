@@ -1,0 +1,82 @@
+// The kernels of masked_linear as plain functions on raw pointers: what masked_linear.cpp (checks, threads, workspaces)
+// asks of masked_linear_impl.h, compiled once for each instruction set (isa.h).
+//
+// Activations are held in panels: kTileBytes of the batch together, [channels][width], so that one weight is a broadcast
+// times `width` contiguous numbers. Only the last panel may be narrower; it is filled up with zeros to whole vectors.
+#pragma once
+
+#include <cstdint>
+
+namespace uasparse {
+
+constexpr int64_t kTileBytes = 256;  // a panel's width: 64 floats or 32 doubles
+constexpr int64_t kLaneBytes = 64;   // widths are multiples of this, the widest vector
+
+// out[o, :] = bias[o] + sum of val * in[i, :] over the blocks of grid rows [begin, end).
+// The weight's transpose is the same product with the order by columns and the strides exchanged.
+template <typename T>
+struct Product {
+  const int32_t *ptr, *idx;           // blocks of each grid row, ascending
+  const T* val;                       // [blocks] of block_out x block_in numbers
+  int64_t begin, end;                 // grid rows
+  int64_t columns, blocks;            // of the grid
+  int64_t block_out, block_in;        // outputs and inputs of a block
+  int64_t stride_out, stride_in;      // steps inside a block's values
+  const T* bias;                      // for the output rows of begin onwards, or null
+  const T* in;                        // panel [columns * block_in][width]
+  T* out;                             // panel [(end - begin) * block_out][width]
+  int64_t width;
+  int64_t column_block;               // grid columns taken together, so that their inputs stay in L1
+  int32_t* cursor;                    // scratch [end - begin]
+
+  void prefetch_values(int64_t block) const { __builtin_prefetch(val + block * block_out * block_in); }
+};
+
+// grad[block, y, x] (+)= grad_output[row * bh + y, :] . input[column * bw + x, :] over the width.
+template <typename T>
+struct Sddmm {
+  const int32_t *ptr, *idx;
+  int64_t begin, end;
+  int64_t columns, blocks;
+  int64_t bh, bw;
+  const T *grad_output, *input;       // panels of all outputs and inputs
+  T* grad;                            // all values, in the order by rows
+  int64_t width;
+  int64_t column_block;
+  bool accumulate;                    // add to grad, or set it
+  int32_t* cursor;
+
+  void prefetch_values(int64_t block) const { __builtin_prefetch(grad + block * bh * bw, 1); }
+};
+
+template <typename T>
+struct LinearKernels {
+  // Rows [batch][channels], `stride` apart, to and from a panel [channels][width].
+  void (*pack)(const T* from, int64_t stride, int64_t batch, int64_t channels, T* to, int64_t width);
+  void (*unpack)(const T* from, int64_t width, int64_t channels, T* to, int64_t stride, int64_t batch);
+  void (*pack_bf16)(const uint16_t* from, int64_t stride, int64_t batch, int64_t channels, T* to, int64_t width);
+  void (*unpack_bf16)(const T* from, int64_t width, int64_t channels, uint16_t* to, int64_t stride, int64_t batch);
+  void (*product)(const Product<T>&);
+  void (*sddmm)(const Sddmm<T>&);
+  // sums[c] (+)= sum of panel[c, :]
+  void (*row_sums)(const T* panel, int64_t width, int64_t channels, T* sums, bool accumulate);
+};
+
+// The table for the machine's instruction set.
+template <typename T>
+const LinearKernels<T>& linear_kernels();
+
+namespace portable {
+extern const LinearKernels<float> linear_float;
+extern const LinearKernels<double> linear_double;
+}  // namespace portable
+namespace avx2 {
+extern const LinearKernels<float> linear_float;
+extern const LinearKernels<double> linear_double;
+}  // namespace avx2
+namespace avx512 {
+extern const LinearKernels<float> linear_float;
+extern const LinearKernels<double> linear_double;
+}  // namespace avx512
+
+}  // namespace uasparse

@@ -1,0 +1,212 @@
+// The loss and its gradient, row by row (uasparse_kernels/ops/unknown_aware_loss.py has the formula).
+//
+// Included once for each instruction set, inside a namespace of its own and after #pragma GCC target; so it may use no
+// header with inline functions, which the linker would merge across instruction sets. LANES is the vector width.
+//
+// A row is read once from memory: in chunks that stay in the L1 cache, a chunk's maximum and then its sum of
+// exponentials, the sum so far being rescaled when the maximum rises (online softmax). For the backward a row leaves its
+// maximum and its sum, the sign of the sum saying whether the prediction was right (negative: right).
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+inline Floats splat(float x) { return Floats{} + x; }
+
+inline Floats load(const float* from) {
+  Floats x;
+  __builtin_memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// The first n < LANES floats, the rest -inf.
+inline Floats load_tail(const float* from, int64_t n, const float* end) {
+  float padded[LANES];
+  Ints lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  if (from + LANES <= end) {
+    __builtin_memcpy(padded, from, sizeof padded);
+  } else {
+    for (int64_t i = 0; i < LANES; ++i) padded[i] = i < n ? from[i] : 0;
+  }
+  return lane < static_cast<int32_t>(n) ? load(padded) : splat(-__builtin_inff());
+}
+
+// exp(x) for x <= 0 to about one unit in the last place: 2^n * exp(r), |r| <= ln(2) / 2, by Taylor's polynomial of
+// degree 7 (its remainder is 5e-9). Below exp's normal range the result is 0; NaN stays NaN.
+inline Floats exp_nonpositive(Floats x) {
+  const float lowest = -87.3f;
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const Floats clamped = x < lowest ? splat(lowest) : x;
+  const Floats shifted = clamped * 1.44269504f + magic;
+  const Floats n = shifted - magic;
+  Floats r = clamped - n * 0.693359375f;  // ln(2) in two parts, the first exact in few bits
+  r = r + n * 2.12194440e-4f;
+  Floats p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Floats scale = (Floats)(((Ints)shifted << 23) + 0x3f800000);
+  return x < lowest ? splat(0.0f) : p * scale;
+}
+
+inline double exp_nonpositive(double x) { return __builtin_exp(x); }
+inline float exp_nonpositive(float x) { return exp_nonpositive(splat(x))[0]; }
+inline double log_of(double x) { return __builtin_log(x); }
+inline float log_of(float x) { return __builtin_logf(x); }
+
+inline float row_max(const float* z, int64_t n, const float* end) {
+  Floats max = splat(-__builtin_inff());
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Floats x = load(z + i);
+    max = x > max ? x : max;
+  }
+  if (i < n) {
+    const Floats x = load_tail(z + i, n - i, end);
+    max = x > max ? x : max;
+  }
+  float lanes[LANES];
+  __builtin_memcpy(lanes, &max, sizeof max);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
+  return lanes[0];
+}
+
+inline double row_max(const double* z, int64_t n, const double*) {
+  double max = -__builtin_inf();
+  for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
+  return max;
+}
+
+inline float exp_sum(const float* z, int64_t n, float base, const float* end) {
+  Floats sum = splat(0);
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) sum += exp_nonpositive(load(z + i) - base);
+  if (i < n) sum += exp_nonpositive(load_tail(z + i, n - i, end) - base);
+  float lanes[LANES];
+  __builtin_memcpy(lanes, &sum, sizeof sum);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  return lanes[0];
+}
+
+inline double exp_sum(const double* z, int64_t n, double base, const double*) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += __builtin_exp(z[i] - base);
+  return sum;
+}
+
+// out = scale * exp(z - base)
+inline void scaled_exp(const float* z, int64_t n, float base, float scale, float* out, const float* end) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Floats e = exp_nonpositive(load(z + i) - base) * scale;
+    __builtin_memcpy(out + i, &e, sizeof e);
+  }
+  if (i < n) {
+    float lanes[LANES];
+    const Floats e = exp_nonpositive(load_tail(z + i, n - i, end) - base) * scale;
+    __builtin_memcpy(lanes, &e, sizeof e);
+    for (int64_t j = 0; i + j < n; ++j) out[i + j] = lanes[j];
+  }
+}
+
+inline void scaled_exp(const double* z, int64_t n, double base, double scale, double* out, const double*) {
+  for (int64_t i = 0; i < n; ++i) out[i] = scale * __builtin_exp(z[i] - base);
+}
+
+template <typename T>
+inline bool contains(const T* z, int64_t n, T value) {
+  int found = 0;
+  for (int64_t i = 0; i < n; ++i) found |= z[i] == value;
+  return found != 0;
+}
+
+// An output of -inf counts nothing, so a maximum of -inf must not be subtracted from it.
+template <typename T>
+inline T exp_base(T max) {
+  return max == -static_cast<T>(__builtin_inf()) ? T(0) : max;
+}
+
+constexpr double kLeastKnown = 1e-7;  // 1 - u is at least this
+
+template <typename T>
+void loss_forward(const LossProblem<T>& problem, int64_t begin, int64_t end, T* losses, T* saved, LossSums* sums) {
+  constexpr int64_t chunk = 1024;
+  const int64_t unknown = problem.classes - 1;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* z = problem.logits + i * problem.classes;
+    const int64_t target = problem.target[i];
+    T max = -static_cast<T>(__builtin_inf()), others = 0;  // others: sum over the K known classes
+    for (int64_t j = 0; j < unknown; j += chunk) {
+      const int64_t n = unknown - j < chunk ? unknown - j : chunk;
+      const T top = row_max(z + j, n, problem.logits_end);
+      if (top > max) {
+        if (others != 0) others *= exp_nonpositive(exp_base(max) - exp_base(top));
+        max = top;
+      }
+      others += exp_sum(z + j, n, exp_base(max), problem.logits_end);
+    }
+    const T known_max = max;
+    if (z[unknown] > max) {
+      max = z[unknown];
+      if (others != 0) others *= exp_nonpositive(exp_base(known_max) - max);
+    }
+    const T base = exp_base(max);
+    const T sum = others + exp_nonpositive(z[unknown] - base);
+    const T h = (base - z[target]) + log_of(sum);
+    T loss = problem.unknown_weight * h;
+    bool correct = false;
+    if (target != unknown) {
+      correct = z[target] == max && !contains(z, target, max);
+      const T known = others / sum, v = known < kLeastKnown ? T(kLeastKnown) : known;  // 1 - u, without cancellation
+      const T u = 1 - v;
+      loss = correct ? h : h * (1 + problem.alpha / (1 + problem.alpha * u));
+      sums->threshold += static_cast<double>(v * h);
+      sums->known += 1;
+    }
+    sums->loss += static_cast<double>(loss);
+    if (losses != nullptr) losses[i] = loss;
+    saved[2 * i] = base;
+    saved[2 * i + 1] = correct ? -sum : sum;
+  }
+}
+
+// grad (of the row begin first) = grad_loss[i * grad_stride] * scale * dloss_i/dlogits_i
+template <typename T>
+void loss_backward(const LossProblem<T>& problem, int64_t begin, int64_t end, const T* saved, const T* grad_loss,
+                   int64_t grad_stride, T scale, T* grad) {
+  const int64_t unknown = problem.classes - 1;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* z = problem.logits + i * problem.classes;
+    T* out = grad + i * problem.classes;
+    const int64_t target = problem.target[i];
+    const T base = saved[2 * i], sum = __builtin_fabs(saved[2 * i + 1]), g = grad_loss[i * grad_stride] * scale;
+    T w = problem.unknown_weight, through_u = 0;
+    if (target != unknown) {
+      w = 1;
+      if (!__builtin_signbit(saved[2 * i + 1])) {
+        constexpr T largest = 1 - kLeastKnown;
+        const T h = (base - z[target]) + log_of(sum), p = exp_nonpositive(z[unknown] - base) / sum;
+        const T u = p < largest ? p : largest, slope = problem.alpha / (1 + problem.alpha * u);
+        w += slope;
+        // u = 0 first: an infinite h times it counts nothing. At the clamp the gradient stops.
+        if (u > 0 && u < largest) through_u = -h * slope * slope * u;
+      }
+    }
+    scaled_exp(z, problem.classes, base, g * (w - through_u) / sum, out, problem.logits_end);
+    out[target] -= g * w;
+    out[unknown] += g * through_u;
+  }
+}
+
+template void loss_forward(const LossProblem<float>&, int64_t, int64_t, float*, float*, LossSums*);
+template void loss_forward(const LossProblem<double>&, int64_t, int64_t, double*, double*, LossSums*);
+template void loss_backward(const LossProblem<float>&, int64_t, int64_t, const float*, const float*, int64_t, float,
+                            float*);
+template void loss_backward(const LossProblem<double>&, int64_t, int64_t, const double*, const double*, int64_t, double,
+                            double*);

@@ -1,0 +1,28 @@
+"""Shared by all tests: fixed seeds, and random patterns and weights of odd sizes."""
+
+import pytest
+import torch
+
+import uasparse_kernels as ua
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_pattern():
+    def make(shape, density=0.3, block=(1, 1), device="cpu"):
+        return ua.SparsityPattern.random(shape, density, block=block, device=device)
+
+    return make
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of a CUDA device need one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,23 @@
+"""Smoke test of an installed package, run from another folder: the ops are compiled, and a sparse network trains."""
+
+import torch
+
+import uasparse_kernels as ua
+
+info = ua.backend_info()
+assert info["compiled"], info
+torch.manual_seed(0)
+model = ua.sparsify(torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)), 0.8)
+optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+loss_fn = ua.UnknownAwareLoss(3, warmup_epochs=1, total_epochs=2)
+topology = ua.DynamicSparsity(model, optimizer, total_steps=60, delta_t=10)
+x, y = torch.randn(96, 20), torch.arange(96) % 3
+for step in range(60):
+    loss = loss_fn(model(x), y)
+    loss.backward()
+    optimizer.step()
+    topology.step()
+    optimizer.zero_grad()
+    first = loss.item() if step == 0 else first  # noqa: F821
+assert loss.item() < 0.5 * first, (first, loss.item())
+print(f"uasparse_kernels from {ua.__file__}: loss {first:.3f} -> {loss.item():.3f}")

@@ -1,0 +1,192 @@
+import logging
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import uasparse_kernels as ua
+from uasparse_kernels.topology import layer_densities
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(12, 24, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(24, 48, 1))
+        self.head = nn.Linear(48, 12)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def sparse_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, ua.nn.SparseLayer)}
+
+
+@pytest.mark.parametrize("distribution", ["erk", "er", "uniform"])
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_sparsify_keeps_the_exact_count_and_the_first_convolution(distribution, sparsity):
+    model = Network()
+    total = sum(m.weight.numel() for m in (model.body[0], model.body[2], model.head))
+    assert ua.sparsify(model, sparsity, distribution=distribution) is model
+    layers = sparse_layers(model)
+    assert type(model.stem) is nn.Conv2d
+    kept = sum(m.pattern.nnz for m in layers.values())
+    dense = sum(m.weight.numel() for n, m in model.named_modules() if n != "stem" and type(m) in (nn.Linear, nn.Conv2d))
+    assert kept + dense == round((1 - sparsity) * total)
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300), st.sampled_from([(), (1, 1), (3, 3)])), min_size=1),
+    st.floats(0.02, 1.0),
+    st.sampled_from(["erk", "er", "uniform"]),
+)
+def test_densities_add_up(shapes, density, distribution):
+    shapes = {str(i): (*s[:2], *s[2]) for i, s in enumerate(shapes)}
+    densities = layer_densities(shapes, density, distribution)
+    sizes = {n: math.prod(s) for n, s in shapes.items()}
+    counts = {n: densities[n] * sizes[n] for n in shapes}
+    assert all(abs(c - round(c)) < 1e-6 * max(1, c) for c in counts.values())
+    assert all(1 / sizes[n] * 0.999 <= d <= 1 for n, d in densities.items())
+    assert sum(round(c) for c in counts.values()) == max(len(shapes), round(density * sum(sizes.values())))
+
+
+def test_erk_densities_are_the_papers():
+    # Two layers, worked by hand: raw densities (in + out + kh + kw) / (in * out * kh * kw).
+    shapes = {"conv": (64, 32, 3, 3), "linear": (200, 100)}
+    raw = {"conv": 102 / 18432, "linear": 300 / 20000}
+    factor = 0.1 * 38432 / (102 + 300)
+    for name, density in layer_densities(shapes, 0.1, "erk").items():
+        assert density == pytest.approx(factor * raw[name], abs=1 / 18432)
+    er = layer_densities(shapes, 0.1, "er")
+    factor = 0.1 * 38432 / (96 / 2048 * 18432 + 300)
+    assert er["conv"] == pytest.approx(factor * 96 / 2048, abs=1 / 18432)
+    assert er["linear"] == pytest.approx(factor * 300 / 20000, abs=1 / 18432)
+
+
+def test_erk_makes_small_layers_dense_and_sparsify_leaves_them_out():
+    shapes = {"small": (4, 4), "large": (500, 500)}
+    densities = layer_densities(shapes, 0.05, "erk")
+    assert densities["small"] == 1
+    assert round(densities["large"] * 250000) == round(0.05 * 250016) - 16
+    model = ua.sparsify(nn.Sequential(nn.Linear(4, 4), nn.Linear(500, 500)), 0.95)
+    assert type(model[0]) is nn.Linear
+    assert isinstance(model[1], ua.SparseLinear)
+
+
+def test_blocks_are_whole():
+    model = ua.sparsify(Network(), 0.8, block=(4, 4))
+    for layer in sparse_layers(model).values():
+        assert layer.pattern.block == (4, 4)
+        assert layer.storage == "packed"
+        assert layer.weight.shape == layer.pattern.packed_shape
+
+
+def test_exempt_overrides_and_filter():
+    model = Network()
+    pattern = ua.SparsityPattern.random((12, 48), 0.25)
+    ua.sparsify(
+        model,
+        0.9,
+        exempt=["body.2"],
+        overrides={"stem": 0.5, "head": {"pattern": pattern, "storage": "dense"}},
+        filter=lambda name, module: "body" not in name,
+    )
+    layers = sparse_layers(model)
+    assert set(layers) == {"stem", "head"}
+    assert layers["stem"].pattern.nnz == 12 * 27 // 2
+    assert layers["head"].pattern.equal(pattern)
+    assert layers["head"].storage == "dense"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity in"),
+        ({"sparsity": -0.1}, "sparsity in"),
+        ({"sparsity": 0.5, "exempt": ["boddy"]}, "'boddy'"),
+        ({"sparsity": 0.5, "overrides": {"body.1": 0.5}}, "Cannot override 'body.1'"),
+        ({"sparsity": 0.5, "overrides": {"head": {"sparsity": 0.5, "block": (5, 5)}}}, "divides"),
+        ({"sparsity": 0.5, "distribution": "random"}, "distribution"),
+        ({"sparsity": 0.5, "storage": "csr"}, "storage"),
+    ],
+)
+def test_bad_arguments_leave_the_model_as_it_was(kwargs, message):
+    model = Network()
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=message):
+        ua.sparsify(model, **kwargs)
+    assert list(model.modules()) == before
+
+
+def test_what_cannot_be_converted_is_said(caplog):
+    tied = nn.Linear(8, 8)
+    model = nn.ModuleDict(
+        {
+            "attention": nn.MultiheadAttention(8, 2),
+            "normed": weight_norm(nn.Linear(8, 8)),
+            "tied": tied,
+            "tied_too": nn.Linear(8, 8),
+            "odd": nn.Linear(9, 8),
+            "plain": nn.Linear(8, 8),
+        }
+    )
+    model["tied_too"].weight = tied.weight
+    with caplog.at_level(logging.INFO, logger="uasparse_kernels"):
+        ua.sparsify(model, 0.5, block=(4, 4), distribution="uniform")
+    assert set(sparse_layers(model)) == {"plain"}
+    for text in ("attention.out_proj cannot", "normed cannot", "tied_too cannot", "odd stays dense"):
+        assert text in caplog.text
+
+
+def test_densify_gives_the_same_function():
+    model = ua.sparsify(Network(), 0.8)
+    x = torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    assert ua.densify(model) is model
+    assert not sparse_layers(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_lone_layer_is_returned():
+    layer = ua.sparsify(nn.Linear(20, 20), 0.9)
+    assert isinstance(layer, ua.SparseLinear)
+    assert layer.pattern.nnz == 40
+    assert type(ua.densify(layer)) is nn.Linear
+
+
+def test_a_module_used_under_two_names_is_swapped_once():
+    shared = nn.Linear(20, 20)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(20, 20)})
+    ua.sparsify(model, 0.9)
+    assert isinstance(model["a"], ua.SparseLinear)
+    assert model["b"][0] is model["a"]
+
+
+def test_explain_names_layers_and_kernels():
+    model = ua.sparsify(Network(), 0.8)
+    model.train()
+    rows = ua.explain(model, torch.randn(2, 3, 8, 8))
+    assert [row.where for row in rows] == [n for n in ("body.0", "body.2", "head") if n in sparse_layers(model)]
+    assert all(row.kernel in ("cpu", "dense", "reference") and row.reason for row in rows)
+    assert model.training
+    assert not model._forward_hooks
+    pattern = ua.SparsityPattern.random((4, 6), 0.5)
+    rows = ua.explain(ua.ops.masked_linear, torch.randn(2, 6).half(), torch.randn(12).half(), pattern)
+    assert rows[0].op == rows[0].where == "masked_linear"
+    assert rows[0].kernel == "dense"
+    assert "float16" in rows[0].reason
+
+
+def test_backend_info_names_every_op():
+    info = ua.backend_info()
+    assert info["torch"] == torch.__version__
+    assert set(info["backends"]) == {"masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss"}
+    assert info["compiled"]
+    assert all(devices["cpu"] == "C++" for devices in info["backends"].values())

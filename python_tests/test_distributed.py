@@ -1,0 +1,69 @@
+"""Two processes (gloo) that train together end every update with the same pattern, the one a single process finds."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import uasparse_kernels as ua
+
+STEPS, WORLD = 6, 2
+
+
+def build(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.ReLU(), nn.Linear(6 * 16, 10)).double()
+    return ua.sparsify(model, 0.8, distribution="uniform", overrides={"0": 0.5})
+
+
+def train(model, method, rank, world):
+    """Patterns after each step, on this rank's share of the batches."""
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(rank)
+    topology = ua.DynamicSparsity(
+        model, optimizer, method=method, total_steps=2 * STEPS, delta_t=2, generator=generator
+    )
+    data = torch.Generator().manual_seed(7)
+    history = []
+    for _ in range(STEPS):
+        x = torch.randn(8, 2, 6, 6, dtype=torch.float64, generator=data)
+        y = torch.randint(10, (8,), generator=data)
+        nn.functional.cross_entropy(model(x[rank::world]), y[rank::world]).backward()
+        optimizer.step()
+        topology.step()
+        optimizer.zero_grad()
+        history.append([layer.pattern.blocks() for layer in topology.layers.values()])
+    return history
+
+
+def worker(rank, port, method, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    # Different seeds: what DDP sends at construction must include the patterns.
+    model = DistributedDataParallel(build(seed=rank), broadcast_buffers=False)
+    torch.save(train(model, method, rank, WORLD), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_every_rank_ends_with_the_same_pattern(method, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, (port, method, str(tmp_path)), nprocs=WORLD)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    single = train(build(seed=0), method, 0, 1)
+    changes = 0
+    for step in range(STEPS):
+        for a, b, c in zip(first[step], second[step], single[step], strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+        changes += step > 0 and not torch.equal(first[step][0], first[step - 1][0])
+    assert changes == STEPS // 2

@@ -1,0 +1,250 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import uasparse_kernels as ua
+
+STORAGES = ["packed", "dense"]
+BLOCKS = [(1, 1), (3, 1), (3, 3)]
+
+
+def make_layer(kind, storage, block=(1, 1), sparsity=0.6, **kwargs):
+    if kind == "linear":
+        return ua.SparseLinear(9, 12, sparsity=sparsity, block=block, storage=storage, **kwargs)
+    return ua.SparseConv2d(6, 9, 3, 2, 1, sparsity=sparsity, block=block, storage=storage, **kwargs)
+
+
+def make_input(kind, *batch, **kwargs):
+    return torch.randn(*batch, 9, **kwargs) if kind == "linear" else torch.randn(*batch, 6, 7, 8, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_equals_the_dense_layer_with_the_same_weights(kind, storage, block):
+    layer = make_layer(kind, storage, block, dtype=torch.float64)
+    dense = layer.to_dense()
+    mask = layer.pattern.to_mask()
+    assert torch.equal(dense.weight != 0, mask)
+    x = make_input(kind, 5, dtype=torch.float64)
+    sparse_x, dense_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    out, expected = layer(sparse_x), dense(dense_x)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(sparse_x.grad, dense_x.grad)
+    torch.testing.assert_close(layer.bias.grad, dense.bias.grad)
+    assert layer.weight.grad.shape == layer.weight.shape
+    if storage == "packed":
+        torch.testing.assert_close(layer.weight.grad, layer.pattern.pack(dense.weight.grad))
+    else:
+        torch.testing.assert_close(layer.weight.grad, dense.weight.grad * mask)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 0, (2, 1)])
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize("kernel_size", [3, (2, 3)])
+def test_conv_paddings(padding, padding_mode, kernel_size):
+    layer = ua.SparseConv2d(4, 6, kernel_size, padding=padding, padding_mode=padding_mode, groups=2, sparsity=0.5)
+    dense = layer.to_dense()
+    assert (dense.padding, dense.padding_mode, dense.groups) == (layer.padding, padding_mode, 2)
+    x = torch.randn(3, 4, 7, 8)
+    torch.testing.assert_close(layer(x), dense(x))
+    torch.testing.assert_close(layer(x[0]), dense(x[0]))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_from_dense_and_back(kind, storage):
+    dense = nn.Linear(9, 12, bias=False) if kind == "linear" else nn.Conv2d(6, 9, 3, dilation=2, bias=False)
+    dense.weight.requires_grad_(False)
+    dense.eval()
+    mask = torch.rand_like(dense.weight) < 0.4
+    pattern = ua.SparsityPattern.from_mask(mask)
+    layer = (ua.SparseLinear if kind == "linear" else ua.SparseConv2d).from_dense(
+        dense, pattern=pattern, storage=storage
+    )
+    assert layer.storage == storage
+    assert layer.bias is None
+    assert not layer.training
+    assert not layer.weight.requires_grad
+    assert layer.pattern is not pattern
+    assert torch.equal(layer.to_dense().weight, dense.weight * mask)
+    x = make_input(kind, 2)
+    dense.weight.data *= mask
+    torch.testing.assert_close(layer(x), dense(x))
+
+
+def test_initial_values_follow_the_dense_layer():
+    dense = nn.Linear(400, 300)
+    for storage in STORAGES:
+        layer = ua.SparseLinear(400, 300, sparsity=0.9, storage=storage)
+        values = layer.pattern.pack(layer.dense_weight())
+        assert values.abs().max() <= dense.weight.abs().max() * 1.01
+        torch.testing.assert_close(values.std(), dense.weight.std(), rtol=0.05, atol=0)
+        assert layer.dense_weight().count_nonzero() == layer.pattern.nnz
+
+
+@pytest.mark.parametrize("source", STORAGES)
+@pytest.mark.parametrize("target", STORAGES)
+@pytest.mark.parametrize("sparsity", [0.6, 0.8])
+def test_a_checkpoint_of_another_pattern_and_storage_loads(source, target, sparsity):
+    saved = make_layer("linear", source, sparsity=sparsity)
+    layer = make_layer("linear", target)
+    weight = layer.weight
+    buffer = io.BytesIO()
+    torch.save(saved.state_dict(), buffer)
+    buffer.seek(0)
+    assert set(saved.state_dict()) == {"weight", "bias", "pattern.layout", "pattern.crow", "pattern.col"}
+    layer.load_state_dict(torch.load(buffer))
+    assert layer.weight is weight
+    assert layer.storage == target
+    assert layer.pattern.equal(saved.pattern)
+    assert torch.equal(layer.dense_weight(), saved.dense_weight())
+    x = make_input("linear", 4)
+    torch.testing.assert_close(layer(x), saved(x))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_dense_checkpoint_loads_under_the_own_pattern(storage):
+    model = nn.Sequential(make_layer("conv", storage), nn.ReLU())
+    dense = nn.Sequential(nn.Conv2d(6, 9, 3, 2, 1), nn.ReLU())
+    before = copy.deepcopy(model[0].pattern)
+    state = dense.state_dict()
+    keys = set(state)
+    model.load_state_dict(state)
+    assert set(state) == keys
+    assert model[0].pattern.equal(before)
+    assert torch.equal(model[0].dense_weight(), dense[0].weight * before.to_mask())
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    "other", [lambda: nn.Linear(8, 12), lambda: ua.SparseLinear(8, 12, sparsity=0.5), lambda: nn.Linear(9, 11)]
+)
+def test_a_checkpoint_of_another_architecture_is_refused_and_changes_nothing(storage, other):
+    layer = make_layer("linear", storage)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"Expected|size mismatch"):
+        layer.load_state_dict(other().state_dict())
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_copies_pickles_and_averages(storage):
+    layer = make_layer("conv", storage)
+    x = make_input("conv", 2)
+    expected = layer(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to("cpu")):
+        assert torch.equal(copied(x), expected)
+    averaged = AveragedModel(layer)
+    averaged.update_parameters(layer)
+    with torch.no_grad():
+        layer.weight.add_(1)
+    averaged.update_parameters(layer)
+    torch.testing.assert_close(averaged.module.weight, layer.weight - 0.5)
+    assert averaged.module.pattern.equal(layer.pattern)
+
+
+def test_dtype_conversion_and_autocast():
+    layer = make_layer("linear", "packed")
+    x = make_input("linear", 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    assert layer.pattern.col.dtype == torch.int32
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_compiles_without_graph_breaks(kind, storage):
+    layer = make_layer(kind, storage)
+    x = make_input(kind, 3)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled(x).sum().backward()
+    grad, layer.weight.grad = layer.weight.grad, None
+    layer(x).sum().backward()
+    torch.testing.assert_close(compiled(x), layer(x))
+    torch.testing.assert_close(grad, layer.weight.grad)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_packed_model_trains_like_a_dense_stored_one_and_the_reference(block):
+    """50 steps of SGD with momentum and weight decay, 90 % sparse: the three end with the same weights."""
+
+    def network():
+        torch.manual_seed(5)
+        conv, linear = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12 * 6 * 6, 12)
+        return nn.Sequential(conv, nn.ReLU(), nn.Flatten(), linear)
+
+    masks = [
+        ua.SparsityPattern.random(shape, 0.1, block=block).to_mask() for shape in ((12, 3, 3, 3), (12, 12 * 6 * 6))
+    ]
+    models = []
+    for storage in STORAGES:
+        model = network()
+        overrides = {
+            str(i): {"pattern": ua.SparsityPattern.from_mask(m, block=block)}
+            for i, m in zip((0, 3), masks, strict=True)
+        }
+        models.append(ua.sparsify(model, 0.9, storage=storage, overrides=overrides))
+    reference = network()
+    for i, mask in zip((0, 3), masks, strict=True):
+        reference[i].weight.data *= mask
+        reference[i].weight.register_hook(lambda grad, mask=mask: grad * mask)
+    models.append(reference)
+    for model in models:
+        torch.manual_seed(6)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3, nesterov=True)
+        for _ in range(50):
+            x, y = torch.randn(16, 3, 6, 6), torch.randint(12, (16,))
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for i in (0, 3):
+        weights = [models[0][i].dense_weight(), models[1][i].dense_weight(), models[2][i].weight.detach()]
+        assert not torch.allclose(weights[2], network()[i].weight.detach() * masks[i // 3])
+        torch.testing.assert_close(weights[0], weights[2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(weights[1], weights[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ua.SparseLinear(4, 4), ValueError, "got none"),
+        (
+            lambda: ua.SparseLinear(4, 4, sparsity=0.5, pattern=ua.SparsityPattern.random((4, 4), 0.5)),
+            ValueError,
+            "got both",
+        ),
+        (lambda: ua.SparseLinear(4, 4, sparsity=1.0), ValueError, "sparsity in"),
+        (lambda: ua.SparseLinear(4, 4, pattern=ua.SparsityPattern.random((4, 5), 0.5)), ValueError, "pattern of shape"),
+        (lambda: ua.SparseLinear(4, 4, sparsity=0.5, storage="csr"), ValueError, "storage"),
+        (lambda: ua.SparseConv2d(4, 6, 3, sparsity=0.5, groups=2, block=(2, 2)), ValueError, "block rows"),
+        (lambda: ua.SparseConv2d(4, 6, 3, sparsity=0.5, groups=3), ValueError, "divisible"),
+        (lambda: ua.SparseLinear(4, 4, sparsity=0.5)(torch.randn(2, 5)), ValueError, r"\[\.\.\., 4\]"),
+        (lambda: ua.SparseLinear(4, 4, sparsity=0.5)(torch.randn(2, 4).double()), TypeError, "one dtype"),
+        (lambda: ua.SparseConv2d(4, 4, 3, sparsity=0.5)(torch.randn(2, 3, 8, 8)), ValueError, r"\[N, 4, H, W\]"),
+        (lambda: ua.SparseConv2d(4, 4, 3, sparsity=0.5)(torch.randn(2, 4, 2, 8)), ValueError, "larger than"),
+    ],
+)
+def test_bad_input_is_explained(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_extra_repr_tells_the_sparsity():
+    text = repr(make_layer("conv", "packed", (3, 3)))
+    assert "blocks 3x3" in text
+    assert "storage=packed" in text
+    assert "stride=(2, 2)" in text

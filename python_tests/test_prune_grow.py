@@ -1,0 +1,444 @@
+"""prune_grow and its pieces against their references: counts, ties, identity, both orders of indices, bad input."""
+
+import itertools
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uasparse_kernels import SparsityPattern
+from uasparse_kernels.ops import prune_grow, prune_grow_reference, topk_indices, topk_indices_reference
+from uasparse_kernels.ops._common import pattern_tensors
+from uasparse_kernels.ops.prune_grow import (
+    GrowthCandidates,
+    apply,
+    block_scores,
+    drop_candidates,
+    drop_count,
+    kept_blocks,
+    random_candidates,
+)
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+GEOMETRIES = [
+    ((37, 53), (1, 1)),
+    ((1, 19), (1, 1)),
+    ((9, 7, 3, 3), (1, 1)),
+    ((30, 21), (2, 1)),
+    ((12, 5, 3, 2), (3, 1)),
+    ((32, 28), (4, 4)),
+    ((8, 12, 3, 1), (4, 4)),
+]
+STORAGES = ["packed", "dense"]
+
+
+def tied(n, g, dtype=torch.float32):
+    """Scores with ties, both zeros, infinities and NaN."""
+    x = (4 * torch.randn(n, generator=g)).round().div(4).to(dtype)
+    for value, share in [(0.0, 0.1), (-0.0, 0.1), (math.inf, 0.02), (-math.inf, 0.02), (math.nan, 0.05)]:
+        x[torch.rand(n, generator=g) < share] = value
+    return x
+
+
+def case(shape, block, density, storage, seed=0, ties=True, device="cpu", dtype=torch.float32):
+    """Weight, momentum, pattern and dense gradient; values repeat, so that ties matter."""
+    g = torch.Generator().manual_seed(seed)
+    pattern = SparsityPattern.random(shape, density, block=block, generator=g, device=device)
+    dense = [torch.randn(shape, generator=g).to(device, dtype) for _ in range(3)]
+    if ties:
+        dense = [(2 * d).round() / 2 for d in dense]
+    weight, momentum = (d * pattern.to_mask() for d in dense[:2])
+    if storage == "packed":
+        weight, momentum = pattern.pack(weight), pattern.pack(momentum)
+    return weight, momentum, pattern, dense[2]
+
+
+def copy_of(pattern):
+    return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)
+
+
+def assert_consistent(pattern):
+    """Both orders of indices are those of the pattern made anew from its blocks."""
+    anew = SparsityPattern.from_blocks(pattern.shape, pattern.blocks(), block=pattern.block)
+    for mine, theirs in zip(pattern.buffers(), anew.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+# ---- selection ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 1000, 20_001, 66_049])
+def test_topk_matches_stable_sort(n, dtype, device):
+    scores = tied(n, torch.Generator().manual_seed(n), dtype).to(device)
+    for k in {0, 1, n // 10, n - 1, n}:
+        for largest in (True, False):
+            for magnitude in (True, False):
+                got = topk_indices(scores, k, largest=largest, magnitude=magnitude)
+                assert torch.equal(got, topk_indices_reference(scores, k, largest=largest, magnitude=magnitude))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(width=32), min_size=1, max_size=150), st.data(), st.booleans(), st.booleans())
+def test_topk_of_any_floats(values, data, largest, magnitude):
+    k = data.draw(st.integers(0, len(values)))
+    got = topk_indices(torch.tensor(values), k, largest=largest, magnitude=magnitude).tolist()
+
+    def rank(i):
+        x = abs(values[i]) if magnitude else values[i]
+        return (1, 0, i) if math.isnan(x) else (0, -x if largest else x, i)
+
+    assert got == sorted(sorted(range(len(values)), key=rank)[:k])
+
+
+@pytest.mark.parametrize("scores", ["sorted", "periodic", "equal", "two", "outliers"])
+def test_topk_where_a_sample_misleads(scores):
+    n = 70_000
+    x = {
+        "sorted": torch.arange(n, dtype=torch.float32),
+        "periodic": torch.arange(n).remainder(64).float(),
+        "equal": torch.ones(n),
+        "two": (torch.arange(n) >= n // 2).float(),
+        "outliers": torch.cat([torch.zeros(n - 30), torch.arange(30.0)]),
+    }[scores]
+    for k in (29, n // 10, n // 2 + 1):
+        for largest in (True, False):
+            assert torch.equal(topk_indices(x, k, largest=largest), topk_indices_reference(x, k, largest=largest))
+
+
+def test_topk_of_strided_scores_and_threads():
+    scores = tied(600_000, torch.Generator().manual_seed(1)).view(-1, 2)[:, 1]
+    expected = topk_indices_reference(scores, 31_111)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            assert torch.equal(topk_indices(scores, 31_111), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("scores", "k", "error"),
+    [
+        (torch.zeros(3, 3), 1, ValueError),
+        (torch.zeros(3), 4, ValueError),
+        (torch.zeros(3), -1, ValueError),
+        (torch.zeros(3, dtype=torch.int64), 1, TypeError),
+    ],
+)
+def test_topk_bad_input(scores, k, error):
+    with pytest.raises(error, match="topk_indices"):
+        topk_indices(scores, k)
+
+
+# ---- the whole update ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.1, 0.9, 1.0])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_matches_reference(geometry, storage, density, dtype, device):
+    for fraction in (0.0, 0.01, 0.3, 1.0):
+        weight, momentum, pattern, grad = case(*geometry, density, storage, device=device, dtype=dtype)
+        twins = weight.clone(), momentum.clone(), copy_of(pattern)
+        result = prune_grow(weight, pattern, fraction, grow_scores=grad, states=[momentum])
+        expected = prune_grow_reference(twins[0], twins[2], fraction, grow_scores=grad, states=[twins[1]])
+        assert torch.equal(result.dropped, expected.dropped) and torch.equal(result.grown, expected.grown)
+        assert torch.equal(weight, twins[0]) and torch.equal(momentum, twins[1]) and pattern.equal(twins[2])
+        assert_consistent(pattern)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    geometry=st.sampled_from(GEOMETRIES),
+    density=st.floats(0.02, 1),
+    fraction=st.floats(0, 1),
+    storage=st.sampled_from(STORAGES),
+    random=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_properties(geometry, density, fraction, storage, random, seed):
+    """What an update promises, checked on dense tensors and without the reference."""
+    weight, momentum, pattern, grad = case(*geometry, density, storage, seed=seed)
+    dense = [t if storage == "dense" else pattern.unpack(t) for t in (weight.clone(), momentum.clone())]
+    old, before = pattern.to_mask(), [(t.data_ptr(), t.shape) for t in (weight, momentum, *pattern.buffers())]
+    generator = torch.Generator().manual_seed(seed)
+    growth = {"grow": "random", "generator": generator} if random else {"grow_scores": grad}
+    dropped, grown = prune_grow(weight, pattern, fraction, states=[momentum], **growth)
+
+    count = math.ceil(fraction * int(old.sum()) / math.prod(pattern.block))
+    assert dropped.numel() == grown.numel() == count
+    assert [(t.data_ptr(), t.shape) for t in (weight, momentum, *pattern.buffers())] == before
+    new = pattern.to_mask()
+    assert new.sum() == old.sum()
+    assert_consistent(pattern)
+
+    def mask_of(blocks):
+        return SparsityPattern.from_blocks(pattern.shape, blocks, block=pattern.block).to_mask()
+
+    kept = old & ~mask_of(dropped)
+    assert torch.equal(new, kept | mask_of(grown)) and not (kept & mask_of(grown)).any()
+    for tensor, was in zip((weight, momentum), dense, strict=True):
+        now = tensor if storage == "dense" else pattern.unpack(tensor)
+        assert torch.equal(now, torch.where(kept, was, torch.zeros_like(was)))
+    norms = block_scores(dense[0], pattern.block)
+    active, left = torch.zeros(norms.numel(), dtype=torch.bool), torch.zeros(norms.numel(), dtype=torch.bool)
+    active[SparsityPattern.from_mask(old, block=pattern.block).blocks()] = True
+    left[dropped] = True
+    if 0 < count < int(active.sum()):
+        assert norms[left].max() <= norms[active & ~left].min()
+    if not random and count:
+        scores, came = block_scores(grad, pattern.block), torch.zeros_like(left)
+        came[grown] = True
+        rest = ~came & ~(active & ~left)
+        assert not rest.any() or scores[came].min() >= scores[rest].max()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_ties_go_to_the_lower_index(storage):
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    pattern = SparsityPattern.from_mask(mask)
+    weight = torch.ones(2, 4) * mask
+    weight = pattern.pack(weight) if storage == "packed" else weight
+    dropped, grown = prune_grow(weight, pattern, 0.5, grow_scores=torch.ones(2, 4))
+    assert dropped.tolist() == [0, 1] and grown.tolist() == [0, 1]  # just-dropped weights are candidates
+    assert weight.flatten().sum() == 2 and torch.equal(pattern.to_mask(), mask)
+
+
+def test_nan_scores_grow_last():
+    pattern = SparsityPattern.from_mask(torch.tensor([[1, 0, 0, 0, 0]]))
+    scores = torch.tensor([[0.0, math.nan, 1.0, math.nan, 0.5]])
+    assert prune_grow(torch.ones(1), pattern, 1.0, grow_scores=scores).grown.tolist() == [2]
+    pattern = SparsityPattern.from_mask(torch.tensor([[1, 1, 1, 0, 0]]))
+    scores = torch.full((1, 5), math.nan)
+    assert prune_grow(torch.tensor([3.0, 2.0, 1.0]), pattern, 0.3, grow_scores=scores).grown.tolist() == [2]
+
+
+@pytest.mark.parametrize("grow_scores", ["all kept are nan", "all infinite"])
+def test_kept_blocks_are_never_grown(grow_scores):
+    pattern = SparsityPattern.random((20, 20), 0.9)
+    scores = torch.full((20, 20), math.nan if grow_scores == "all kept are nan" else math.inf)
+    weight = torch.randn(pattern.nnz)
+    kept_before = pattern.blocks()
+    dropped, grown = prune_grow(weight, pattern, 0.05, grow_scores=scores)
+    kept = kept_before[~torch.isin(kept_before, dropped)]
+    assert not torch.isin(grown, kept).any() and grown.unique().numel() == dropped.numel()
+
+
+def test_channels_last_weight():
+    weight, momentum, pattern, grad = case((8, 12, 3, 3), (4, 4), 0.4, "dense")
+    twins = [t.clone() for t in (weight, momentum)], copy_of(pattern)
+    last = [t.to(memory_format=torch.channels_last) for t in (weight, momentum)]
+    prune_grow(last[0], pattern, 0.4, grow_scores=grad.to(memory_format=torch.channels_last), states=last[1:])
+    prune_grow(twins[0][0], twins[1], 0.4, grow_scores=grad, states=twins[0][1:])
+    assert pattern.equal(twins[1]) and all(torch.equal(a, b) for a, b in zip(last, twins[0], strict=True))
+    assert last[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_parameter_and_its_graph(storage):
+    """A parameter changes in place; a graph that saved its old values refuses to run."""
+    weight, _, pattern, grad = case((6, 7), (1, 1), 0.5, storage, ties=False)
+    parameter = torch.nn.Parameter(weight)
+    loss = parameter.square().sum()
+    prune_grow(parameter, pattern, 0.5, grow_scores=grad)
+    assert parameter.is_leaf and parameter.requires_grad
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_independent_of_the_number_of_threads():
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            weight, momentum, pattern, grad = case((700, 300), (1, 1), 0.3, "packed")
+            result = prune_grow(weight, pattern, 0.3, grow_scores=grad, states=[momentum])
+            results.append([weight, momentum, *pattern.buffers(), *result])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- pieces for streamed growth ----
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tile", [1, 3, 8, 37])
+@pytest.mark.parametrize("fraction", [0.02, 0.3, 1.0])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_growth_in_tiles(geometry, fraction, tile, device):
+    weight, _, pattern, grad = case(*geometry, 0.3, "packed", device=device)
+    k = drop_count(fraction, pattern)
+    dropped = drop_candidates(weight, pattern, k)
+    candidates = GrowthCandidates(k, pattern, dropped)
+    for row in range(0, pattern.grid[0], tile):
+        rows = grad[row * pattern.block[0] : (row + tile) * pattern.block[0]]
+        candidates.add(block_scores(rows, pattern.block), row * pattern.grid[1])
+        assert sum(t.numel() for t in candidates._indices) <= 4 * k
+    expected = prune_grow_reference(weight, pattern, fraction, grow_scores=grad)
+    assert torch.equal(dropped, expected.dropped) and torch.equal(candidates.select(), expected.grown)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts=st.lists(st.integers(1, 400), max_size=12), k=st.integers(0, 60), seed=st.integers(0, 2**20))
+def test_growth_in_any_tiles(cuts, k, seed):
+    """Tiles need not end with a row; NaN counts as -inf."""
+    g = torch.Generator().manual_seed(seed)
+    pattern = SparsityPattern.random((20, 20), 0.4, generator=g)
+    scores = tied(400, g)
+    dropped = drop_candidates(torch.randn(pattern.nnz, generator=g), pattern, 30)
+    candidates = GrowthCandidates(k, pattern, dropped)
+    edges = sorted({0, 400, *(c for c in cuts)})
+    for begin, end in itertools.pairwise(edges):
+        candidates.add(scores[begin:end].clone(), begin)
+        assert sum(t.numel() for t in candidates._indices) <= 4 * k
+    expected = scores.nan_to_num(-math.inf, math.inf, -math.inf)
+    expected[kept_blocks(pattern, dropped)] = math.nan
+    assert torch.equal(candidates.select(), topk_indices_reference(expected, k))
+
+
+def test_growth_candidates_bad_use():
+    pattern = SparsityPattern.random((4, 5), 0.5)
+    none = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"k in \[0, 10\]"):
+        GrowthCandidates(11, pattern, none)
+    candidates = GrowthCandidates(3, pattern, none)
+    with pytest.raises(ValueError, match="from block 0 on"):
+        candidates.add(torch.zeros(5), 5)
+    with pytest.raises(ValueError, match="at most 20"):
+        candidates.add(torch.zeros(21), 0)
+    candidates.add(torch.zeros(5), 0)
+    with pytest.raises(ValueError, match="all 20 blocks"):
+        candidates.select()
+
+
+@pytest.mark.parametrize("block", [(1, 1), (3, 1), (2, 2)])
+def test_random_growth_is_uniform(block):
+    """Each inactive or dropped block is drawn equally often (five standard deviations), no other ever."""
+    pattern = SparsityPattern.random((12, 6), 0.4, block=block)
+    dropped = pattern.blocks()[::3]
+    free = torch.ones(math.prod(pattern.grid), dtype=torch.bool)
+    free[kept_blocks(pattern, dropped)] = False
+    k, draws, generator = dropped.numel(), 500, torch.Generator().manual_seed(7)
+    counts = torch.zeros(free.numel())
+    for _ in range(draws):
+        grown = random_candidates(pattern, dropped, k, generator)
+        assert grown.numel() == k and (grown[1:] > grown[:-1]).all()
+        counts[grown] += 1
+    share = k / int(free.sum())
+    assert counts[~free].sum() == 0
+    assert (counts[free] - draws * share).abs().max() <= 5 * math.sqrt(draws * share * (1 - share))
+
+
+def test_random_growth_needs_no_dense_memory():
+    pattern = SparsityPattern((2**18, 2**18), torch.zeros(2**18 + 1), torch.empty(0))
+    none = torch.empty(0, dtype=torch.int64)
+    assert random_candidates(pattern, none, 1000).unique().numel() == 1000
+
+
+@pytest.mark.parametrize("block", [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("shape", [(12, 8), (12, 8, 3, 2)])
+def test_block_scores(shape, block):
+    dense = torch.randn(shape, dtype=torch.float64)
+    pattern = SparsityPattern.random(shape, 1.0, block=block)
+    expected = pattern.pack(dense).reshape(pattern.num_blocks, -1).norm(dim=1)
+    before = dense.clone()
+    torch.testing.assert_close(block_scores(dense, block), expected)
+    assert torch.equal(dense, before)
+
+
+# ---- bad input changes nothing ----
+
+
+BAD = [
+    ({"fraction": -0.1}, ValueError, "fraction"),
+    ({"fraction": 1.1}, ValueError, "fraction"),
+    ({"fraction": math.nan}, ValueError, "fraction"),
+    ({"grow_scores": None}, ValueError, "grow_scores of shape"),
+    ({"grow_scores": torch.zeros(7, 6)}, ValueError, "grow_scores of shape"),
+    ({"grow_scores": torch.zeros(6, 7, dtype=torch.int64)}, TypeError, "floating-point"),
+    ({"grow": "magic"}, ValueError, "magic"),
+    ({"grow": "random"}, ValueError, "no grow_scores"),
+    ({"states": [torch.zeros(3)]}, ValueError, "states of the weight's shape"),
+    ({"states": [torch.tensor(1.0)]}, ValueError, "leave other states"),
+]
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input_changes_nothing(change, error, message, storage):
+    weight, momentum, pattern, grad = case((6, 7), (1, 1), 0.5, storage)
+    before = [t.clone() for t in (weight, momentum, *pattern.buffers())]
+    arguments = {"fraction": 0.3, "grow_scores": grad, "states": [momentum]} | change
+    if "states" in change:
+        arguments["states"] = [momentum, *change["states"]]
+    for function in (prune_grow, prune_grow_reference):
+        with pytest.raises(error, match=message):
+            function(weight, pattern, **arguments)
+    assert all(torch.equal(a, b) for a, b in zip((weight, momentum, *pattern.buffers()), before, strict=True))
+
+
+def test_weight_of_another_shape():
+    with pytest.raises(ValueError, match="dense-stored"):
+        prune_grow(torch.zeros(5, 5), SparsityPattern.random((6, 7), 0.5), 0.3, grow="random")
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("dropped", "grown", "message"),
+    [
+        ([0, 1], [3, 4], "active"),  # 1 is not active
+        ([0, 2], [3, 5], "inactive or dropped"),  # 5 is active
+        ([2, 0], [1, 3], "ascending"),
+        ([0, 0], [1, 3], "ascending"),
+        ([0, 2], [3, 1], "ascending"),
+        ([0, 2], [1, 6], "in \\["),
+        ([0], [1, 3], "as many"),
+    ],
+)
+def test_apply_refuses_bad_blocks(dropped, grown, message, storage):
+    pattern = SparsityPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 1]]))
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    weight = pattern.unpack(weight) if storage == "dense" else weight
+    before = [t.clone() for t in (weight, *pattern.buffers())]
+    with pytest.raises(ValueError, match=message):
+        apply(weight, pattern, torch.tensor(dropped), torch.tensor(grown), [weight.clone()])
+    assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.buffers()), before, strict=True))
+
+
+# ---- registration and instruction sets ----
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_opcheck(storage):
+    weight, momentum, pattern, _ = case((6, 7), (1, 1), 0.5, storage)
+    dropped, grown = pattern.blocks()[:2], (~pattern.to_mask()).flatten().nonzero().squeeze(1)[:2]
+    tensors = pattern_tensors(pattern)
+    arguments = (weight, [momentum], *tensors, dropped, grown, pattern.shape, pattern.block)
+    torch.library.opcheck(torch.ops.uasparse.prune_grow_.default, arguments)
+    torch.library.opcheck(torch.ops.uasparse.topk_indices.default, (torch.randn(20), 4, True, False))
+    arguments = (torch.randn(14), 7, pattern.crow, pattern.col, dropped, 7)
+    torch.library.opcheck(torch.ops.uasparse.exclude_kept_.default, arguments)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_other_instruction_sets(isa):
+    """The same tests where the kernels are told to use less than this CPU has (they choose once per process)."""
+    tests = [pathlib.Path(__file__), pathlib.Path(__file__).with_name("test_unknown_aware_loss.py")]
+    wanted = "topk_of_any or misleads or extreme or (float64_reference and mean)"
+    wanted = ["-m", "not cuda", "-k", f"({wanted}) and not instruction"]
+    command = [sys.executable, "-m", "pytest", *wanted, *map(str, tests)]
+    done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

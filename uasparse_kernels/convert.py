@@ -1,0 +1,146 @@
+"""Between dense and sparse models: sparsify and densify swap layers in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
+from uasparse_kernels.topology.distribution import layer_densities
+
+logger = logging.getLogger("uasparse_kernels")
+
+_LAYERS: dict[type, Any] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+
+
+def sparsify(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    distribution: str = "erk",
+    block: Sequence[int] = (1, 1),
+    storage: str = "auto",
+    exempt: Iterable[str] = (),
+    overrides: Mapping[str, float | Mapping[str, Any]] | None = None,
+    filter: Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
+
+    The first convolution stays dense, and so does every layer that the distribution makes fully dense; both may be
+    changed by ``overrides``. What cannot be converted is left as it is and logged (logger "uasparse_kernels") with the
+    reason. Build the optimiser afterwards: the parameters are new ones.
+
+    Args:
+        model: changed in place; a lone layer is not, its sparse form is returned.
+        sparsity: share of absent weights, in [0, 1), over all layers that the distribution covers: those that are
+            neither exempt nor overridden. The count is exact (see ``topology.layer_densities``).
+        distribution: "erk", "er" or "uniform".
+        block: (1, 1), (r, 1) or (b, b).
+        storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``).
+        exempt: fully qualified names of layers that stay dense.
+        overrides: by fully qualified name, a layer's own sparsity, or a mapping of ``sparsity`` or ``pattern``,
+            ``block`` and ``storage``.
+        filter: called with name and layer; False leaves a layer dense.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for unknown names or arguments out of range; the model is unchanged then.
+    """
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
+    overrides, exempt = dict(overrides or {}), set(exempt)
+    names = {name for name, _ in model.named_modules()}
+    unknown = sorted((exempt | overrides.keys()) - names)
+    if unknown:
+        raise ValueError(f"No layer of the model is named {', '.join(map(repr, unknown))}; see model.named_modules().")
+
+    candidates, skipped = _candidates(model)
+    for name in overrides:
+        if name not in candidates:
+            raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'it is not an nn.Linear or nn.Conv2d')}.")
+    for name in exempt & candidates.keys():
+        skipped[name] = "exempt"
+    first = next((name for name, module in candidates.items() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first not in overrides and len(candidates) > 1:
+        skipped.setdefault(first, "the first convolution")
+    for name, module in candidates.items():
+        if name not in overrides and filter is not None and not filter(name, module):
+            skipped.setdefault(name, "left out by the filter")
+        if name not in overrides and name not in skipped and (reason := _misfit(module, block)):
+            skipped[name] = reason
+
+    covered = {n: tuple(m.weight.shape) for n, m in candidates.items() if n not in skipped and n not in overrides}
+    densities = layer_densities(covered, 1 - sparsity, distribution, dict.fromkeys(covered, block))
+    plans: dict[str, dict[str, Any]] = {
+        name: {"sparsity": 1 - density, "block": block, "storage": storage} for name, density in densities.items()
+    }
+    for name, override in overrides.items():
+        options = dict(override) if isinstance(override, Mapping) else {"sparsity": override}
+        plans[name] = {"block": block, "storage": storage} | options
+
+    layers = {}
+    for name, plan in plans.items():
+        if "pattern" not in plan and plan["sparsity"] <= 0:
+            skipped[name] = "fully dense"
+            continue
+        layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
+    for name, reason in skipped.items():
+        logger.info("%s stays dense: %s", name or "the layer", reason)
+    return _replace(model, layers)
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned)."""
+    layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    return _replace(model, layers)
+
+
+def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers that can be converted, and the reasons why others that look like it cannot."""
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            users.setdefault(id(weight), []).append(name)
+    candidates, skipped = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        if type(module) not in _LAYERS:
+            skipped[name] = f"a {type(module).__name__} may be used in ways that a sparse layer does not serve"
+        elif id(getattr(module, "weight", None)) not in users:
+            skipped[name] = "its weight is no parameter (is it parametrised?)"
+        elif len(users[id(module.weight)]) > 1:
+            skipped[name] = f"its weight is shared by {', '.join(users[id(module.weight)])}"
+        else:
+            candidates[name] = module
+    for name, reason in skipped.items():
+        logger.warning("%s cannot be made sparse: %s", name, reason)
+    return candidates, skipped
+
+
+def _misfit(module: nn.Module, block: Sequence[int]) -> str:
+    """Why a layer's sizes do not take the block; empty where they do."""
+    out, inp = module.weight.shape[:2]
+    rows = out // getattr(module, "groups", 1)
+    if rows % block[0] or inp % block[1]:
+        return f"its weight {tuple(module.weight.shape)} is not made of {block[0]}x{block[1]} blocks"
+    return ""
+
+
+def _replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    for name, layer in layers.items():
+        if not name:
+            return layer
+        # A module may be registered under several names: all of them follow.
+        old = model.get_submodule(name)
+        for parent in model.modules():
+            for child, module in parent.named_children():
+                if module is old:
+                    setattr(parent, child, layer)
+    return model

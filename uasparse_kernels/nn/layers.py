@@ -1,0 +1,366 @@
+"""Drop-in sparse layers: the arguments of ``nn.Linear`` / ``nn.Conv2d``, then the pattern and the storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from uasparse_kernels import ops
+from uasparse_kernels.pattern import SparsityPattern
+
+# Above this sparsity a packed unstructured weight beats the dense tensor-core path on a GPU; below, dense storage does.
+_GPU_UNSTRUCTURED_CROSSOVER = 0.97
+
+
+class SparseLayer(nn.Module):
+    """What SparseLinear and SparseConv2d share: a weight with a pattern, in packed or dense storage.
+
+    ``weight`` is a parameter of ``pattern.packed_shape`` (packed: gradient and optimiser state are packed with it) or
+    of ``pattern.shape`` (dense-stored: inactive entries are kept zero by masked gradients). Initial values have the
+    distribution of the dense layer's, so the fan-in is the dense one.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    pattern: SparsityPattern
+
+    def _init_weight(
+        self,
+        shape: tuple[int, ...],
+        bias: bool,
+        device: Any,
+        dtype: torch.dtype | None,
+        sparsity: float | None,
+        pattern: SparsityPattern | None,
+        block: Sequence[int],
+        storage: str,
+    ) -> None:
+        self.pattern = _resolve_pattern(shape, sparsity, pattern, block).to(device or torch.get_default_device())
+        packed = _resolve_storage(storage, self.pattern) == "packed"
+        size = self.pattern.packed_shape if packed else self.pattern.shape
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[0], device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as the dense layer does: uniform within ``1 / sqrt(fan_in)``."""
+        fan_in = math.prod(self.pattern.shape[1:])
+        bound = 1 / math.sqrt(fan_in)
+        self.weight.uniform_(-bound, bound)
+        self._mask_weight()
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound)
+
+    @property
+    def storage(self) -> str:
+        """ "packed" or "dense"."""
+        return "packed" if self.pattern.is_packed(self.weight) else "dense"
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """A copy of the weight as a dense tensor of ``pattern.shape``, zeros at inactive entries."""
+        return self.pattern.unpack(self.weight) if self.storage == "packed" else self.weight.clone()
+
+    @torch.no_grad()
+    def set_dense_weight(self, dense: Tensor) -> None:
+        """Takes the active entries of a dense weight of ``pattern.shape``."""
+        values = self.pattern.pack(dense.to(self.weight))
+        self.weight.copy_(values if self.storage == "packed" else self.pattern.unpack(values))
+
+    def _mask_weight(self) -> None:
+        if self.storage == "dense":
+            self.weight.copy_(self.pattern.unpack(self.pattern.pack(self.weight)))
+
+    def _sparsity_repr(self) -> str:
+        structure = "unstructured" if self.pattern.block == (1, 1) else "blocks {}x{}".format(*self.pattern.block)
+        return f"density={self.pattern.density:.4g}, {structure}, storage={self.storage}, device={self.weight.device}"
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """Takes a packed or a dense weight, with this or another pattern, or a dense layer's checkpoint (no pattern).
+
+        The weight is brought into this layer's storage. What does not fit is an error and leaves the layer as it is.
+        """
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        weight = own.get(prefix + "weight")
+        if weight is not None:
+            try:
+                pattern = self._pattern_from(own, prefix)
+                self._check_bias(own.get(prefix + "bias"))
+                packed = weight if pattern.is_packed(weight) else pattern.pack(weight)
+            except ValueError as error:
+                errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+                pattern, own = self.pattern, self.state_dict(prefix=prefix)
+            else:
+                pattern = pattern.to(self.weight.device)
+                packed = packed.to(self.weight)
+                own[prefix + "weight"] = packed if self.storage == "packed" else pattern.unpack(packed)
+            # What the submodule will find: a dense checkpoint has no pattern, and a bad one is not taken.
+            state_dict.update(pattern.state_dict(prefix=prefix + "pattern."))
+            if self.storage == "packed" and own[prefix + "weight"].shape != self.weight.shape:
+                # Another number of active weights: the parameter keeps its identity and takes the new size.
+                self.weight.data = torch.empty_like(own[prefix + "weight"])
+                self.weight.grad = None
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _check_bias(self, bias: Tensor | None) -> None:
+        if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
+            raise ValueError(f"Expected a bias of shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}.")
+
+    def _pattern_from(self, own: dict[str, Tensor], prefix: str) -> SparsityPattern:
+        """The checkpoint's pattern, which must have this layer's shape and block, else this layer's."""
+        if prefix + "pattern.layout" not in own:
+            return self.pattern
+        pattern = SparsityPattern.from_state_dict(own, prefix + "pattern.")
+        if (pattern.shape, pattern.block) != (self.pattern.shape, self.pattern.block):
+            raise ValueError(
+                f"Expected a pattern of shape {self.pattern.shape} and block {self.pattern.block}, got {pattern.shape} "
+                f"and {pattern.block}."
+            )
+        return pattern
+
+
+class SparseLinear(SparseLayer):
+    """``nn.Linear`` with a sparse weight.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        sparsity: share of absent weights in [0, 1); a uniformly random pattern with an exact count is drawn.
+        pattern: the pattern itself, of shape ``[out, in]`` (instead of ``sparsity``); it is copied.
+        block: block of the random pattern, (1, 1), (r, 1) or (b, b).
+        storage: "packed", "dense", or "auto": packed on the CPU, for blocks, and for unstructured weights beyond 97 %
+            sparsity on a GPU.
+
+    Raises:
+        ValueError: if both or neither of sparsity and pattern are given, or they do not fit the layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float | None = None,
+        pattern: SparsityPattern | None = None,
+        block: Sequence[int] = (1, 1),
+        storage: str = "auto",
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self._init_weight((out_features, in_features), bias, device, dtype, sparsity, pattern, block, storage)
+
+    @classmethod
+    def from_dense(
+        cls,
+        module: nn.Linear,
+        *,
+        sparsity: float | None = None,
+        pattern: SparsityPattern | None = None,
+        block: Sequence[int] = (1, 1),
+        storage: str = "auto",
+    ) -> SparseLinear:
+        """A sparse layer with the active weights and the bias of a dense one (copied).
+
+        With ``sparsity`` the pattern is random, as sparse training starts; to prune a trained layer by magnitude pass
+        ``SparsityPattern.from_mask``.
+        """
+        return _from_dense(
+            module,
+            lambda **kwargs: cls(module.in_features, module.out_features, **kwargs),
+            sparsity=sparsity,
+            pattern=pattern,
+            block=block,
+            storage=storage,
+        )
+
+    def to_dense(self) -> nn.Linear:
+        """A dense layer with the same weights (copied), zeros at inactive entries."""
+        return _to_dense(self, lambda **kwargs: nn.Linear(self.in_features, self.out_features, **kwargs))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.masked_linear(input, self.weight, self.pattern, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            + self._sparsity_repr()
+        )
+
+
+class SparseConv2d(SparseLayer):
+    """``nn.Conv2d`` with a sparse weight.
+
+    Args:
+        in_channels ... dtype: as for ``nn.Conv2d``.
+        sparsity, pattern, block, storage: as for :class:`SparseLinear`; the pattern's shape is
+            ``[out, in / groups, kh, kw]`` and its block rows must not cross groups.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float | None = None,
+        pattern: SparsityPattern | None = None,
+        block: Sequence[int] = (1, 1),
+        storage: str = "auto",
+    ):
+        super().__init__()
+        # The dense layer, on no device, checks the arguments as torch does and works out string paddings.
+        template = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device="meta",
+        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.stride, self.dilation = template.kernel_size, template.stride, template.dilation
+        self.padding, self.groups, self.padding_mode = template.padding, groups, padding_mode
+        # left, right, top, bottom; a string padding may be uneven.
+        self._pad = tuple(template._reversed_padding_repeated_twice)
+        shape = tuple(template.weight.shape)
+        rows = (pattern.block if pattern is not None else tuple(block))[0]
+        if (out_channels // groups) % rows:
+            raise ValueError(
+                f"Expected block rows that divide the {out_channels // groups} output channels of a group, got {rows}."
+            )
+        self._init_weight(shape, bias, device, dtype, sparsity, pattern, block, storage)
+
+    @classmethod
+    def from_dense(
+        cls,
+        module: nn.Conv2d,
+        *,
+        sparsity: float | None = None,
+        pattern: SparsityPattern | None = None,
+        block: Sequence[int] = (1, 1),
+        storage: str = "auto",
+    ) -> SparseConv2d:
+        """A sparse layer with the active weights and the bias of a dense one, as :meth:`SparseLinear.from_dense`."""
+        return _from_dense(
+            module,
+            lambda **kwargs: cls(*_conv_arguments(module), **kwargs),
+            sparsity=sparsity,
+            pattern=pattern,
+            block=block,
+            storage=storage,
+        )
+
+    def to_dense(self) -> nn.Conv2d:
+        """A dense layer with the same weights (copied), zeros at inactive entries."""
+        return _to_dense(self, lambda **kwargs: nn.Conv2d(*_conv_arguments(self), **kwargs))
+
+    def forward(self, input: Tensor) -> Tensor:
+        batched, padding = self.padded(input)
+        output = ops.masked_conv2d(
+            batched, self.weight, self.pattern, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+        return output.squeeze(0) if input.dim() == 3 else output
+
+    def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input ``[N, C, H, W]``, padded where the op cannot, and the padding that is left for the op."""
+        if input.dim() == 3:
+            input = input.unsqueeze(0)
+        left, right, top, bottom = self._pad
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return input, (top, left)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(input, (left, right, top, bottom), mode=mode), (0, 0)
+
+    def extra_repr(self) -> str:
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return f"{text}, bias={self.bias is not None}, " + self._sparsity_repr()
+
+
+def _conv_arguments(module: nn.Conv2d | SparseConv2d) -> tuple:
+    return (
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        module.bias is not None,
+        module.padding_mode,
+    )
+
+
+def _from_dense(module, build, **sparse):
+    device, dtype = module.weight.device, module.weight.dtype
+    bias = {} if isinstance(module, nn.Conv2d) else {"bias": module.bias is not None}
+    layer = build(device=device, dtype=dtype, **bias, **sparse)
+    layer.set_dense_weight(module.weight)
+    _copy_rest(module, layer)
+    return layer
+
+
+def _to_dense(layer, build):
+    bias = {} if isinstance(layer, SparseConv2d) else {"bias": layer.bias is not None}
+    module = build(device=layer.weight.device, dtype=layer.weight.dtype, **bias)
+    with torch.no_grad():
+        module.weight.copy_(layer.dense_weight())
+    _copy_rest(layer, module)
+    return module
+
+
+@torch.no_grad()
+def _copy_rest(source: nn.Module, target: nn.Module) -> None:
+    """Bias, requires_grad and the training flag."""
+    if source.bias is not None:
+        target.bias.copy_(source.bias)
+        target.bias.requires_grad_(source.bias.requires_grad)
+    target.weight.requires_grad_(source.weight.requires_grad)
+    target.train(source.training)
+
+
+def _resolve_pattern(shape, sparsity, pattern, block) -> SparsityPattern:
+    if (sparsity is None) == (pattern is None):
+        raise ValueError("Expected one of sparsity= and pattern=, got " + ("none." if pattern is None else "both."))
+    if pattern is None:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
+        return SparsityPattern.random(shape, 1 - sparsity, block=block)
+    if pattern.shape != tuple(shape):
+        raise ValueError(f"Expected a pattern of shape {tuple(shape)}, got {pattern.shape}.")
+    return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)
+
+
+def _resolve_storage(storage: str, pattern: SparsityPattern) -> str:
+    if storage not in ("auto", "packed", "dense"):
+        raise ValueError(f'Expected storage "auto", "packed" or "dense", got {storage!r}.')
+    if storage != "auto":
+        return storage
+    on_gpu = pattern.device.type == "cuda"
+    small = 1 - pattern.density > _GPU_UNSTRUCTURED_CROSSOVER
+    return "packed" if pattern.block != (1, 1) or not on_gpu or small else "dense"

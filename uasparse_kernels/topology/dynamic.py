@@ -1,0 +1,164 @@
+"""Dynamic sparsity: prune-and-grow of a model's sparse layers while it trains."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.ops.prune_grow import apply
+from uasparse_kernels.topology.growth import GradientCapture
+from uasparse_kernels.topology.methods import METHODS, LayerUpdate, Method
+from uasparse_kernels.topology.schedule import CosineSchedule
+
+logger = logging.getLogger("uasparse_kernels")
+
+
+class DynamicSparsity:
+    """Changes which weights of a model are active, every ``delta_t`` optimiser steps, at a constant count.
+
+    Call :meth:`step` once an optimiser step, after ``loss.backward()`` and before the gradients are zeroed. On an
+    update step each sparse layer drops ``ceil(fraction * blocks)`` of its active blocks and grows as many; weights,
+    gradients in flight and every optimiser state tensor of the weight's shape move along in place, grown entries
+    starting at zero. Layers that are fully dense are left alone. Growth by gradient sees every backward pass since the
+    last step, so gradient accumulation needs nothing; the dense gradient exists only a tile at a time (the layer's
+    inputs and output gradients of an update step are kept until :meth:`step`).
+
+    ``step`` after ``optimizer.step()`` makes the update an addition to the optimiser step. The authors of RigL and MOON
+    have it replace the optimiser step: ``if not topology.step(): optimizer.step()``.
+
+    Under DistributedDataParallel pass the wrapped model: gradients are summed over its processes before the selection
+    and random draws are the first process's, so that all end with the same pattern. Give DDP
+    ``broadcast_buffers=False`` to spare it sending the patterns at every step.
+
+    Args:
+        model: holds the sparse layers.
+        optimizer: its state tensors of a weight's shape move with the weight.
+        method: "rigl", "set", "static" (never changes anything), or an object as described in ``topology.methods``.
+        total_steps: optimiser steps of the whole training.
+        delta_t: steps between updates.
+        drop_fraction: share of active weights replaced at first; it falls to 0 by a cosine.
+        stop_fraction: share of the training after which the topology is frozen.
+        generator: CPU generator of random growth; by default one seeded from torch's.
+
+    Raises:
+        ValueError: for an unknown method, arguments out of range, or a model without sparse layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        method: str | Method = "rigl",
+        total_steps: int,
+        delta_t: int = 100,
+        drop_fraction: float = 0.3,
+        stop_fraction: float = 0.75,
+        generator: torch.Generator | None = None,
+    ):
+        self.schedule = CosineSchedule(total_steps, delta_t, drop_fraction, stop_fraction)
+        self.method = _resolve_method(method)
+        self.optimizer = optimizer
+        self.group = model.process_group if isinstance(model, DistributedDataParallel) else None
+        self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+        if not self.layers:
+            raise ValueError("Expected a model with sparse layers, got none; call sparsify(model, sparsity) first.")
+        if generator is None:
+            generator = torch.Generator()
+            generator.manual_seed(int(torch.randint(2**62, ())))
+        self.generator = generator
+        self.steps = 0
+        # DDP makes the weights alike at its construction, but the patterns only with broadcast_buffers=True.
+        for layer in self.layers.values():
+            for tensor in layer.pattern.buffers():
+                self._agree(tensor)
+        self._captures: dict[str, GradientCapture] = {}
+        if self.method is not None and self.method.needs_gradient:
+            for name, layer in self.layers.items():
+                self._captures[name] = GradientCapture()
+                layer.register_forward_hook(self._captures[name])
+        self._arm()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether no further update comes: weights may be averaged from here on."""
+        return self.method is None or self.schedule.is_over(self.steps)
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Counts an optimiser step, and updates the topology if one is due. Returns whether it was."""
+        self.steps += 1
+        due = self.method is not None and self.schedule.is_update(self.steps)
+        if due:
+            self._update(self.schedule.fraction(self.steps))
+        self._arm()
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the generator; patterns and weights are in the model's state_dict."""
+        return {"steps": self.steps, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a state of :meth:`state_dict`, bit for bit with model and optimiser restored as well."""
+        self.generator.set_state(state["generator"].cpu())
+        self.steps = state["steps"]
+        self._arm()
+
+    def _arm(self) -> None:
+        armed = self.method is not None and self.schedule.is_update(self.steps + 1)
+        for capture in self._captures.values():
+            capture.clear()
+            capture.armed = armed
+
+    def _update(self, fraction: float) -> None:
+        assert self.method is not None
+        if self._captures and not any(capture.pairs for capture in self._captures.values()):
+            raise RuntimeError(
+                "Expected a backward pass through the sparse layers since the last step() (growth by gradient looks at "
+                "it), got none; call step() after loss.backward(), once an optimiser step."
+            )
+        plans = []
+        for name, layer in self.layers.items():
+            capture = self._captures.get(name)
+            if layer.pattern.density == 1 or (capture is not None and not capture.pairs and self.group is None):
+                continue
+            update = LayerUpdate(
+                layer.weight.detach(),
+                layer.pattern,
+                fraction,
+                self.generator,
+                lambda layer=layer, capture=capture: capture.tiles(layer, self.group),
+            )
+            dropped, grown = self.method.update(update)
+            plans.append((layer, dropped, self._agree(grown)))
+        # Everything is decided before anything changes.
+        for layer, dropped, grown in plans:
+            apply(layer.weight, layer.pattern, dropped, grown, self._states(layer.weight))
+
+    def _agree(self, tensor: Tensor) -> Tensor:
+        """Takes over the first process's tensor, in place, where there are several."""
+        if self.group is not None:
+            torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(self.group, 0), group=self.group)
+        return tensor
+
+    def _states(self, weight: nn.Parameter) -> list[Tensor]:
+        """Tensors that belong to the weight entry by entry: optimiser state, and a gradient in flight."""
+        tensors = [t for t in self.optimizer.state.get(weight, {}).values() if isinstance(t, Tensor)]
+        if weight.grad is not None:
+            tensors.append(weight.grad)
+        return [t for t in tensors if t.shape == weight.shape]
+
+
+def _resolve_method(method: str | Method) -> Method | None:
+    if not isinstance(method, str):
+        return method
+    if method == "static":
+        return None
+    if method not in METHODS:
+        raise ValueError(f"Expected a method of {['static', *METHODS]}, got {method!r}.")
+    return METHODS[method]()
