@@ -93,7 +93,7 @@ def _resnet(factory: Callable[..., nn.Module]) -> Callable[[ModelSpec], nn.Modul
             model.maxpool = nn.Identity()
         elif spec.in_channels != 3:
             model.conv1 = nn.Conv2d(spec.in_channels, 64, 7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(model.get_parameter("conv1.weight"), mode="fan_out", nonlinearity="relu")
         return model
 
     return build
@@ -117,6 +117,7 @@ def _vgg16_bn(spec: ModelSpec) -> nn.Module:
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, spec.num_outputs))
 
