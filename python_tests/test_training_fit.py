@@ -464,7 +464,7 @@ def test_spread():
 
 def test_demo_on_small_data(tmp_path, capsys):
     suite = Suite(
-        TINY, ("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"), ("noise", "mnist"), scores=("msp", "u", "moon")
+        TINY, ("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"), ("noise", "mirrored"), scores=("msp", "u", "moon")
     )
     demo(tmp_path, suite=suite, device="cpu", console=Console(width=160))
     printed = capsys.readouterr().out

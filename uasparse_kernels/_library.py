@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 try:
-    from uasparse_kernels import _C as compiled
+    from uasparse_kernels import _C as compiled  # type: ignore[attr-defined]
 except ImportError as error:
     compiled: ModuleType | None = None  # type: ignore[no-redef]
     warnings.warn(

@@ -33,7 +33,7 @@ struct ConvEntry<double> {
 template <typename T>
 struct ConvProduct {
   const ConvEntry<T>* entries;
-  const int64_t* first;  // entries of channel c: [first[c], first[c + 1])
+  const int32_t* first;  // entries of channel c: [first[c], first[c + 1])
   int64_t begin, end;
   const T* source;
   int64_t source_row;
@@ -49,7 +49,8 @@ struct ConvProduct {
 template <typename T>
 struct ConvSddmm {
   const int32_t* offset;
-  const int64_t* first;
+  const int32_t* first;  // entries of channel c: [first[c * first_stride], first[c * first_stride + 1])
+  int64_t first_stride;
   int64_t begin, end;
   const T* input;
   int64_t input_row;

@@ -212,8 +212,8 @@ void sddmm(const ConvSddmm<T>& p) {
   static_assert(kGroup == 8);
   for (int64_t c = p.begin; c < p.end; ++c) {
     const T* grad_output = p.grad_output + c * p.grad_channel;
-    int64_t i = p.first[c];
-    const int64_t end = p.first[c + 1];
+    int64_t i = p.first[c * p.first_stride];
+    const int64_t end = p.first[c * p.first_stride + 1];
     for (; i + kGroup <= end; i += kGroup) sddmm_group<T, kGroup>(p, grad_output, p.offset + i, p.grad + i);
     switch (end - i) {
       case 7: sddmm_group<T, 7>(p, grad_output, p.offset + i, p.grad + i); break;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     return flat.index_put((pattern.indices().view(-1),), weight.reshape(-1)).view(pattern.shape)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> Any:
     """The tensors in the dtype of torch.autocast where it is on, as torch casts them for its own matmul."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -7,7 +7,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from uasparse_kernels import _library
 from uasparse_kernels.ops._common import (
@@ -53,7 +52,7 @@ def masked_conv2d(
         ValueError, TypeError: if shapes, dtypes or devices do not fit.
     """
     input, weight, bias = autocast(input, weight, bias)
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    stride, padding, dilation = as_pair(stride), as_pair(padding), as_pair(dilation)
     _check(input, weight, pattern, bias, stride, padding, dilation, groups)
     choice = choose(
         input.shape,
@@ -126,6 +125,10 @@ def choose(
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return Choice("dense", f"no sparse kernel for {dtype}")
     return Choice("cpu", f"sparse kernel at density {pattern.density:.3g}")
+
+
+def as_pair(value: IntPair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def output_size(input_shape, weight_shape, stride, padding, dilation) -> tuple[int, int]:
