@@ -51,7 +51,7 @@ def arithmetic(op: str, dtype: torch.dtype) -> str:
         return "tensor cores"
     from uasparse_kernels.triton import settings
 
-    backend = torch.backends.cuda.matmul if op == "masked_linear" else torch.backends.cudnn.conv
+    backend = torch.backends.cuda.matmul if op == "masked_linear" else torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tensor cores" if (settings.float32_precision or backend.fp32_precision) in ("tf32", "tf32x3") else "cores"
 
 

@@ -54,7 +54,7 @@ def precision(dtype: torch.dtype, op: str) -> str:
         return "ieee"
     if settings.float32_precision is not None:
         return settings.float32_precision
-    backend = torch.backends.cuda.matmul if op == "matmul" else torch.backends.cudnn.conv
+    backend = torch.backends.cuda.matmul if op == "matmul" else torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" if backend.fp32_precision == "tf32" else "ieee"
 
 
