@@ -2,6 +2,7 @@
 // as the kernels at 99 % sparsity, and makes autograd copy the gradients that it could take over.
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -72,6 +73,10 @@ Tensor masked_linear_autograd(const Tensor& input, const Tensor& weight, const s
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(uasparse, Autograd, m) { m.impl("masked_linear", &masked_linear_autograd); }
+TORCH_LIBRARY_IMPL(uasparse, Autograd, m) {
+  m.impl("masked_linear", &masked_linear_autograd);
+  // A second derivative is an error, not silence.
+  m.impl("masked_linear_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace uasparse
