@@ -82,7 +82,8 @@ def sparsify(
     }
     for name, override in overrides.items():
         options = dict(override) if isinstance(override, Mapping) else {"sparsity": override}
-        plans[name] = {"block": block, "storage": storage} | options
+        own = {} if "pattern" in options else {"sparsity": sparsity}
+        plans[name] = own | {"block": block, "storage": storage} | options
 
     layers = {}
     for name, plan in plans.items():
