@@ -43,7 +43,7 @@ def sparsify(
         storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``).
         exempt: fully qualified names of layers that stay dense.
         overrides: by fully qualified name, a layer's own sparsity, or a mapping of ``sparsity`` or ``pattern``,
-            ``block`` and ``storage``.
+            ``block`` and ``storage``; what it leaves out is as for the model.
         filter: called with name and layer; False leaves a layer dense.
 
     Returns:
