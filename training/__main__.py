@@ -60,7 +60,7 @@ def with_config(**fixed: Any) -> Callable[[Callable[..., None]], Callable[..., N
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        del run.__wrapped__  # type: ignore[attr-defined]  (typer would look behind it)
+        del run.__wrapped__  # type: ignore[attr-defined]  # typer would look behind it
         return run
 
     return decorate

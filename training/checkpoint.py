@@ -14,7 +14,7 @@ import torch
 from training.errors import CheckpointError
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Calls `write` on a temporary file and moves it to `path`. If that fails, the old file stays as it was.
 
     Raises CheckpointError for what the system reports (a full disk, no permission).
@@ -55,7 +55,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()) and None)
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> Any:

@@ -54,7 +54,7 @@ class Run:
 
 SUITES: dict[str, Suite] = {
     "demo": Suite(
-        FitConfig(epochs=5, warmup_epochs=1, batch_size=128, delta_t=50),
+        FitConfig(epochs=6, warmup_epochs=1, batch_size=128, delta_t=50),
         arms=("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"),
         unknowns=("mnist", "photos", "blobs", "noise", "inverted"),
     ),

@@ -41,6 +41,6 @@ def _is_state(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == parameter.shape
 
 
-def _index_bytes(layer: nn.Module) -> int:
+def _index_bytes(layer: ua.nn.SparseLayer) -> int:
     """Bytes of the index tensors of the layer's pattern, in both orders."""
     return sum(buffer.nbytes for buffer in layer.pattern.buffers())

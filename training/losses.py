@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import uasparse_kernels as ua
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import uasparse_kernels as ua
 
 
 @dataclass(frozen=True)

@@ -68,18 +68,17 @@ def _mlp(spec: ModelSpec) -> nn.Module:
 
 
 def _convnet(spec: ModelSpec) -> nn.Module:
-    """Four 3x3 convolutions, 47k weights with one input channel and 10 outputs."""
+    """Four 3x3 convolutions, 47k weights with one input channel; strides instead of pooling, for speed on a CPU."""
 
-    def block(inputs: int, outputs: int) -> list[nn.Module]:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
     return nn.Sequential(
-        *block(spec.in_channels, 16),
-        nn.MaxPool2d(2),
-        *block(16, 32),
-        nn.MaxPool2d(2),
-        *block(32, 48),
-        *block(48, 64),
+        *block(spec.in_channels, 16, stride=2),
+        *block(16, 32, stride=1),
+        *block(32, 48, stride=2),
+        *block(48, 64, stride=1),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(64, spec.num_outputs),
@@ -94,7 +93,7 @@ def _resnet(factory: Callable[..., nn.Module]) -> Callable[[ModelSpec], nn.Modul
             model.maxpool = nn.Identity()
         elif spec.in_channels != 3:
             model.conv1 = nn.Conv2d(spec.in_channels, 64, 7, stride=2, padding=3, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(model.get_parameter("conv1.weight"), mode="fan_out", nonlinearity="relu")
         return model
 
     return build
@@ -118,6 +117,7 @@ def _vgg16_bn(spec: ModelSpec) -> nn.Module:
     for module in features:
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            assert module.bias is not None
             nn.init.zeros_(module.bias)
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, spec.num_outputs))
 
@@ -131,4 +131,4 @@ MODELS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "wrn-22-2": _wrn_22_2,
     "vgg16-bn": _vgg16_bn,
 }
-MIN_IMAGE_SIZE = {"convnet": 4, "wrn-22-2": 8, "vgg16-bn": 32}
+MIN_IMAGE_SIZE = {"wrn-22-2": 8, "vgg16-bn": 32}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def build_network(
             rho=config.rho,
         )
     )
-    model = build_model(config.model, loss_fn.num_outputs, in_channels, image_size, config.stem)
+    model = build_model(config.model, cast(int, loss_fn.num_outputs), in_channels, image_size, config.stem)
     if config.method != "dense":
         model = ua.sparsify(
             model, config.sparsity, distribution=config.distribution, block=config.block_size, storage=config.storage
@@ -120,8 +120,8 @@ class Trainer:
         self._finite.raise_if_found(self.epoch)
         mean_loss, accuracy = (totals / len(self.batches)).tolist()
         record = {"epoch": self.epoch + 1, "train_loss": mean_loss, "train_accuracy": accuracy, "lr": rate}
-        if hasattr(self.loss_fn, "alpha"):
-            record["alpha"] = float(self.loss_fn.alpha)  # of this epoch; step_epoch sets that of the next
+        if isinstance(alpha := getattr(self.loss_fn, "alpha", None), Tensor):
+            record["alpha"] = float(alpha)  # of this epoch; step_epoch sets that of the next
         self.loss_fn.step_epoch()
         self.epoch += 1
         record["seconds"] = time.perf_counter() - start

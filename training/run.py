@@ -137,7 +137,7 @@ def _save(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path) -> Non
         run_dir / "last.pt", {**trainer.state_dict(), "history": history, "config": trainer.config.to_dict()}
     )
     lines = "".join(json.dumps(record) + "\n" for record in history)
-    write_atomically(run_dir / "metrics.jsonl", lambda file: file.write(lines.encode()) and None)
+    write_atomically(run_dir / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
 
 def _about(trainer: Trainer) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def _check_folder(config: FitConfig, run_dir: Path, resume: bool) -> None:
 
 def save_scores(path: Path, judged: Evaluation) -> None:
     """Writes the raw scores as arrays named <set>/<score>."""
-    arrays = {f"{s}/{n}": v.numpy() for s, values in judged.scores.items() for n, v in values.items()}
+    arrays: dict[str, Any] = {f"{s}/{n}": v.numpy() for s, values in judged.scores.items() for n, v in values.items()}
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 

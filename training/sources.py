@@ -183,8 +183,8 @@ def _decode(file: Path, mode: str | None, side: int | None) -> Tensor:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(file) as image:
-            image = image.convert(mode or ("L" if image.mode in ("1", "L", "I;16") else "RGB"))
+        with Image.open(file) as opened:
+            image = opened.convert(mode or ("L" if opened.mode in ("1", "L", "I;16") else "RGB"))
             if side is not None and image.size != (side, side):
                 image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
             pixels = np.asarray(image)

@@ -65,17 +65,17 @@ Pass::Pass(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t de
     : y(std::move(y_pass)),
       x(std::move(x_pass)),
       source(y.source, x.source, source_channels, lanes),
-      destination(y.destination, x.destination, destination_channels, lanes),
-      taps_x(static_cast<int64_t>(x.shift.size())) {}
+      destination(y.destination, x.destination, destination_channels, lanes) {}
 
-int64_t Pass::offset(int64_t k, int64_t lanes) const {
-  const int64_t ky = k / taps_x, kx = k % taps_x;
-  return y.shift[ky] * source.row + (y.source_phase[ky] * x.source.phases() + x.source_phase[kx]) * source.phase +
-         x.shift[kx] * lanes;
-}
-
-int64_t Pass::destination_phase(int64_t k) const {
-  return y.destination_phase[k / taps_x] * x.destination.phases() + x.destination_phase[k % taps_x];
+ConvTaps Pass::conv_taps(int64_t lanes) const {
+  ConvTaps taps{source.channel, {}, {}, destination_phases()};
+  for (size_t ky = 0; ky < y.shift.size(); ++ky)
+    for (size_t kx = 0; kx < x.shift.size(); ++kx) {
+      const int64_t phase = y.source_phase[ky] * x.source.phases() + x.source_phase[kx];
+      taps.offset.push_back(y.shift[ky] * source.row + phase * source.phase + x.shift[kx] * lanes);
+      taps.phase.push_back(y.destination_phase[ky] * x.destination.phases() + x.destination_phase[kx]);
+    }
+  return taps;
 }
 
 void find_positions(const Axis& y, const Axis& x, const PackedLayout& layout, int64_t lanes, int64_t begin, int64_t end,

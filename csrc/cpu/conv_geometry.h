@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/conv_lists.h"
+
 namespace uasparse {
 
 // How the positions of an image along one axis map to packed ones.
@@ -45,13 +47,10 @@ struct PackedLayout {
 struct Pass {
   AxisPass y, x;
   PackedLayout source, destination;
-  int64_t taps_x;
 
   Pass(AxisPass y, AxisPass x, int64_t source_channels, int64_t destination_channels, int64_t lanes);
-  int64_t taps() const { return static_cast<int64_t>(y.shift.size() * x.shift.size()); }
-  // Distance in the packed source, and the destination's phase, of tap k.
-  int64_t offset(int64_t k, int64_t lanes) const;
-  int64_t destination_phase(int64_t k) const;
+  // Offset in the packed source and phase of the destination, of each tap.
+  ConvTaps conv_taps(int64_t lanes) const;
   int64_t destination_phases() const { return y.destination.phases() * x.destination.phases(); }
 };
 

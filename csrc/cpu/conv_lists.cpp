@@ -1,22 +1,30 @@
 #include "cpu/conv_lists.h"
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstring>
 
 namespace uasparse {
 namespace {
 
-// Calls visit(output channel, column, place in the weight's storage) for each weight, by output channels.
+constexpr int64_t kGrain = 1 << 14;  // nonzeros a thread sorts at least
+
+// Calls visit(output channel, column, place in the weight's storage) for each weight of the output channels
+// [begin, end), in their order; a column is channel * taps + tap.
 template <typename Visit>
-void for_each_weight(const ConvWeight& w, Visit visit) {
+inline void for_each_weight(const ConvWeight& w, int64_t begin, int64_t end, Visit visit) {
   const int64_t columns = w.in * w.taps, bh = w.block_rows, bw = w.block_columns;
-  for (int64_t o = 0; o < w.out; ++o) {
-    const int64_t begin = w.crow[o / bh], end = w.crow[o / bh + 1];
-    if (bh == 1 && bw == 1) {
-      for (int64_t i = begin; i < end; ++i) visit(o, w.col[i], w.packed ? i : o * columns + w.col[i]);
+  for (int64_t o = begin; o < end; ++o) {
+    const int64_t from = w.crow[o / bh], to = w.crow[o / bh + 1];
+    if (w.unstructured()) {
+      if (w.packed)
+        for (int64_t i = from; i < to; ++i) visit(o, w.col[i], i);
+      else
+        for (int64_t i = from; i < to; ++i) visit(o, w.col[i], o * columns + w.col[i]);
       continue;
     }
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = from; i < to; ++i) {
       const int64_t channel = w.col[i] / w.taps * bw, tap = w.col[i] % w.taps;
       for (int64_t x = 0; x < bw; ++x) {
         const int64_t column = (channel + x) * w.taps + tap;
@@ -26,11 +34,31 @@ void for_each_weight(const ConvWeight& w, Visit visit) {
   }
 }
 
+// Of each column: value(channel, tap).
+template <typename Value>
+std::vector<int32_t> column_table(const ConvWeight& w, Value value) {
+  std::vector<int32_t> table(w.in * w.taps);
+  for (int64_t c = 0; c < w.in; ++c)
+    for (int64_t k = 0; k < w.taps; ++k) table[c * w.taps + k] = int32_t(value(c, k));
+  return table;
+}
+
+// Counts at [1, size) become the index of the first of each key.
+void accumulate(std::vector<int32_t>& counts) {
+  for (size_t i = 1; i < counts.size(); ++i) counts[i] += counts[i - 1];
+}
+
+int64_t rows_a_task(const ConvWeight& w) { return std::max<int64_t>(1, kGrain * w.out / std::max<int64_t>(1, w.nonzeros())); }
+
+int64_t blocks_of(int64_t channels, int64_t channels_a_block) {
+  return (channels + channels_a_block - 1) / channels_a_block;
+}
+
 template <typename T>
 T number(T x) {
   return x;
 }
-float number(BFloat16 x) {
+inline float number(BFloat16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -39,92 +67,111 @@ float number(BFloat16 x) {
 
 }  // namespace
 
-ConvOrder forward_order(const ConvWeight& w, const Pass& pass, int64_t lanes, int64_t channels_a_block) {
-  ConvOrder order;
-  order.channels = w.out;
-  order.blocks = (w.in + channels_a_block - 1) / channels_a_block;
-  const int64_t out_a_group = w.out / w.groups;
-  for (int64_t o = 0; o < w.out; ++o) {
-    order.row_key.push_back(o);
-    order.row_offset.push_back(o / out_a_group * w.in * pass.source.channel);
-  }
-  for (int64_t c = 0; c < w.in; ++c)
-    for (int64_t k = 0; k < w.taps; ++k) {
-      order.column_key.push_back(c / channels_a_block * order.channels);
-      order.column_offset.push_back(c * pass.source.channel + pass.offset(k, lanes));
-    }
-  return order;
-}
-
-ConvOrder backward_order(const ConvWeight& w, const Pass& pass, int64_t lanes, int64_t channels_a_block) {
-  ConvOrder order;
-  const int64_t phases = pass.destination_phases(), out_a_group = w.out / w.groups;
-  order.channels = w.groups * w.in * phases;
-  order.blocks = (out_a_group + channels_a_block - 1) / channels_a_block;
-  for (int64_t o = 0; o < w.out; ++o) {
-    const int64_t group = o / out_a_group, block = o % out_a_group / channels_a_block;
-    order.row_key.push_back(block * order.channels + group * w.in * phases);
-    order.row_offset.push_back(o * pass.source.channel);
-  }
-  for (int64_t c = 0; c < w.in; ++c)
-    for (int64_t k = 0; k < w.taps; ++k) {
-      order.column_key.push_back(c * phases + pass.destination_phase(k));
-      order.column_offset.push_back(pass.offset(k, lanes));
-    }
-  return order;
-}
-
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels) {
   constexpr int64_t kL1Bytes = 24 << 10;
   const int64_t fits = std::max<int64_t>(1, kL1Bytes / channel_bytes);
   const double wanted = nonzeros_a_channel > 0 ? 10 / nonzeros_a_channel : 1e9;
   const int64_t block = wanted > double(channels) ? channels : std::max(fits, int64_t(wanted) + 1);
   // Blocks of one size.
-  const int64_t blocks = std::max<int64_t>(1, (channels + block - 1) / block);
+  const int64_t blocks = std::max<int64_t>(1, blocks_of(channels, block));
   return (channels + blocks - 1) / blocks;
 }
 
-ConvFirst::ConvFirst(const ConvWeight& weight, const ConvOrder& order) : first(order.blocks * order.channels + 1) {
-  for_each_weight(weight, [&](int64_t o, int64_t column, int64_t) {
-    ++first[order.row_key[o] + order.column_key[column] + 1];
+template <typename T>
+ConvEntries<T>::ConvEntries(int64_t channels, int64_t blocks, int64_t nonzeros)
+    : channels(channels),
+      blocks(blocks),
+      first_(blocks * channels + 1),
+      memory_(std::make_unique<Workspace>(sizeof(ConvEntry<T>) * nonzeros)) {}
+
+template <typename T>
+template <typename S>
+ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
+                                       const S* values) {
+  using Offset = decltype(ConvEntry<T>::offset);
+  ConvEntries lists(w.out, blocks_of(w.in, channels_a_block), w.nonzeros());
+  const auto key = column_table(w, [&](int64_t c, int64_t) { return c / channels_a_block * lists.channels; });
+  const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
+  // An output channel's keys are its own, so threads share the output channels.
+  std::vector<int32_t>& first = lists.first_;
+  at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first[key[column] + o + 1]; });
   });
-  for (size_t i = 1; i < first.size(); ++i) first[i] += first[i - 1];
+  accumulate(first);
+  std::vector<int32_t> next(first.begin(), first.end() - 1);
+  ConvEntry<T>* const to = lists.memory_->template as<ConvEntry<T>>();
+  at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
+      const int64_t group = o / (w.out / w.groups);
+      to[next[key[column] + o]++] = {number(values[place]), Offset(group * w.in * taps.channel + offset[column])};
+    });
+  });
+  return lists;
 }
 
 template <typename T>
 template <typename S>
-ConvEntries<T>::ConvEntries(const ConvWeight& weight, const ConvOrder& order, const S* values)
-    : ConvFirst(weight, order),
-      memory(sizeof(ConvEntry<T>) * weight.nonzeros()),
-      channels(order.channels),
-      blocks(order.blocks) {
-  std::vector<int64_t> next(first.begin(), first.end() - 1);
-  ConvEntry<T>* to = memory.as<ConvEntry<T>>();
-  for_each_weight(weight, [&](int64_t o, int64_t column, int64_t place) {
-    const int64_t key = order.row_key[o] + order.column_key[column];
-    using Offset = decltype(ConvEntry<T>::offset);
-    to[next[key]++] = {number(values[place]), Offset(order.row_offset[o] + order.column_offset[column])};
+ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
+                                        const S* values) {
+  using Offset = decltype(ConvEntry<T>::offset);
+  const int64_t out_a_group = w.out / w.groups, blocks = blocks_of(out_a_group, channels_a_block);
+  ConvEntries lists(w.groups * w.in * taps.phases, blocks, w.nonzeros());
+  const auto key = column_table(w, [&](int64_t c, int64_t k) { return c * taps.phases + taps.phase[k]; });
+  const auto offset = column_table(w, [&](int64_t, int64_t k) { return taps.offset[k]; });
+  std::vector<int32_t>& first = lists.first_;
+  // A block of output channels of a group has keys of its own, so threads share these.
+  const auto for_each_block = [&](auto visit) {
+    const int64_t grain = std::max<int64_t>(1, rows_a_task(w) / channels_a_block);
+    at::parallel_for(0, w.groups * blocks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t group = i / blocks, block = i % blocks;
+        const int64_t o = group * out_a_group + block * channels_a_block;
+        const int64_t base = block * lists.channels + group * w.in * taps.phases;
+        for_each_weight(w, o, std::min(o + channels_a_block, (group + 1) * out_a_group),
+                        [&](int64_t out, int64_t column, int64_t place) { visit(base + key[column], out, column, place); });
+      }
+    });
+  };
+  for_each_block([&](int64_t k, int64_t, int64_t, int64_t) { ++first[k + 1]; });
+  accumulate(first);
+  std::vector<int32_t> next(first.begin(), first.end() - 1);
+  ConvEntry<T>* const to = lists.memory_->template as<ConvEntry<T>>();
+  for_each_block([&](int64_t k, int64_t out, int64_t column, int64_t place) {
+    to[next[k]++] = {number(values[place]), Offset(out * taps.channel + offset[column])};
+  });
+  return lists;
+}
+
+ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block)
+    : blocks(blocks_of(w.in, channels_a_block)),
+      first_(blocks * w.out + 1),
+      offset_memory_(sizeof(int32_t) * w.nonzeros()),
+      place_(w.unstructured() && w.packed ? 0 : w.nonzeros()) {
+  const auto block = column_table(w, [&](int64_t c, int64_t) { return c / channels_a_block; });
+  const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
+  at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+    for_each_weight(w, begin, end,
+                    [&](int64_t o, int64_t column, int64_t) { ++first_[o * blocks + block[column] + 1]; });
+  });
+  accumulate(first_);
+  std::vector<int32_t> next(first_.begin(), first_.end() - 1);
+  int32_t* const offsets = offset_memory_.as<int32_t>();
+  at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
+      const int64_t i = next[o * blocks + block[column]]++, group = o / (w.out / w.groups);
+      offsets[i] = int32_t(group * w.in * taps.channel + offset[column]);
+      if (!place_.empty()) place_[i] = place;
+    });
   });
 }
 
-ConvPlaces::ConvPlaces(const ConvWeight& weight, const ConvOrder& order)
-    : ConvFirst(weight, order),
-      offset_memory(sizeof(int32_t) * weight.nonzeros()),
-      place_memory(sizeof(int64_t) * weight.nonzeros()),
-      channels(order.channels),
-      blocks(order.blocks) {
-  std::vector<int64_t> next(first.begin(), first.end() - 1);
-  int32_t* offsets = offset_memory.as<int32_t>();
-  int64_t* places = place_memory.as<int64_t>();
-  for_each_weight(weight, [&](int64_t o, int64_t column, int64_t place) {
-    const int64_t i = next[order.row_key[o] + order.column_key[column]]++;
-    offsets[i] = int32_t(order.row_offset[o] + order.column_offset[column]);
-    places[i] = place;
-  });
-}
-
-template ConvEntries<float>::ConvEntries(const ConvWeight&, const ConvOrder&, const float*);
-template ConvEntries<float>::ConvEntries(const ConvWeight&, const ConvOrder&, const BFloat16*);
-template ConvEntries<double>::ConvEntries(const ConvWeight&, const ConvOrder&, const double*);
+template class ConvEntries<float>;
+template class ConvEntries<double>;
+template ConvEntries<float> ConvEntries<float>::forward(const ConvWeight&, const ConvTaps&, int64_t, const float*);
+template ConvEntries<float> ConvEntries<float>::forward(const ConvWeight&, const ConvTaps&, int64_t, const BFloat16*);
+template ConvEntries<double> ConvEntries<double>::forward(const ConvWeight&, const ConvTaps&, int64_t, const double*);
+template ConvEntries<float> ConvEntries<float>::backward(const ConvWeight&, const ConvTaps&, int64_t, const float*);
+template ConvEntries<float> ConvEntries<float>::backward(const ConvWeight&, const ConvTaps&, int64_t, const BFloat16*);
+template ConvEntries<double> ConvEntries<double>::backward(const ConvWeight&, const ConvTaps&, int64_t, const double*);
 
 }  // namespace uasparse

@@ -1,15 +1,14 @@
 // The nonzero weights in the order in which the kernels of masked_conv2d take them.
 //
-// They are sorted by (block of source channels, destination channel), so that a block's activations stay in L1 while all
-// destination channels pass over them, and the entries stream.
+// Source channels are cut into blocks whose activations stay in L1 while all destination channels pass over them.
+// Products take their weights by (block, destination channel), so that the entries stream; dot products (SDDMM) by
+// (output channel, block), which for 1x1 blocks is the order of packed values.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
+#include <memory>
 #include <vector>
 
-#include "cpu/conv_geometry.h"
 #include "cpu/masked_conv2d.h"
 #include "cpu/workspace.h"
 
@@ -21,49 +20,62 @@ struct ConvWeight {
   int64_t out, in, taps, groups;  // `in` of a group
   int64_t block_rows, block_columns, blocks;
   bool packed;
+  bool unstructured() const { return block_rows == 1 && block_columns == 1; }
   int64_t nonzeros() const { return blocks * block_rows * block_columns; }
   double density() const { return double(nonzeros()) / double(out * in * taps); }
 };
 
-// Sort keys and offsets: a weight of output channel o and column c * taps + k (c inside its group) has the key
-// row_key[o] + column_key[column], and likewise the offset.
-struct ConvOrder {
-  std::vector<int64_t> row_key, column_key, row_offset, column_offset;
-  int64_t blocks, channels;  // keys are below blocks * channels
+// Where a pass finds its sources and puts its results, in numbers of the packed layout.
+struct ConvTaps {
+  int64_t channel;              // from a source channel to the next
+  std::vector<int64_t> offset;  // of each tap
+  std::vector<int64_t> phase;   // of the destination, of each tap
+  int64_t phases;
 };
-
-// channels_a_block: source channels (of a group) whose activations share L1.
-ConvOrder forward_order(const ConvWeight& weight, const Pass& pass, int64_t lanes, int64_t channels_a_block);
-ConvOrder backward_order(const ConvWeight& weight, const Pass& pass, int64_t lanes, int64_t channels_a_block);
 
 // Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about ten
 // nonzeros a destination channel, as a tile is loaded and stored once a block (docs/cpu-kernels.md).
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels);
 
-// [first[key], first[key + 1]) are the weights of a key.
-struct ConvFirst {
-  std::vector<int64_t> first;
-  ConvFirst(const ConvWeight& weight, const ConvOrder& order);
-};
-
+// Entries of a product: those of key block * channels + channel are [first[key], first[key + 1]).
 template <typename T>
-struct ConvEntries : ConvFirst {
-  Workspace memory;
+class ConvEntries {
+ public:
+  // Forward: destination channels are output channels.
+  template <typename S>
+  static ConvEntries forward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, const S* values);
+  // Backward: destination channels are input channels times phases.
+  template <typename S>
+  static ConvEntries backward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block,
+                              const S* values);
+
+  const int32_t* first(int64_t block) const { return first_.data() + block * channels; }
+  const ConvEntry<T>* entries() const { return memory_->template as<const ConvEntry<T>>(); }
+
   int64_t channels, blocks;
 
-  template <typename S>
-  ConvEntries(const ConvWeight& weight, const ConvOrder& order, const S* values);
-  const ConvEntry<T>* entries() const { return memory.as<const ConvEntry<T>>(); }
+ private:
+  ConvEntries(int64_t channels, int64_t blocks, int64_t nonzeros);
+  std::vector<int32_t> first_;
+  std::unique_ptr<Workspace> memory_;
 };
 
-// For the gradient of the weight: offsets, and the place of each in the weight's storage.
-struct ConvPlaces : ConvFirst {
-  Workspace offset_memory, place_memory;
-  int64_t channels, blocks;
+// Offsets of the dot products: those of key channel * blocks + block are [first[key], first[key + 1]).
+class ConvPlaces {
+ public:
+  ConvPlaces(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block);
 
-  ConvPlaces(const ConvWeight& weight, const ConvOrder& order);
-  const int32_t* offset() const { return offset_memory.as<const int32_t>(); }
-  const int64_t* place() const { return place_memory.as<const int64_t>(); }
+  const int32_t* first() const { return first_.data(); }
+  const int32_t* offset() const { return offset_memory_.as<const int32_t>(); }
+  // Index of the i-th one into the weight's storage.
+  int64_t place(int64_t i) const { return place_.empty() ? i : place_[i]; }
+
+  const int64_t blocks;
+
+ private:
+  std::vector<int32_t> first_;
+  Workspace offset_memory_;
+  std::vector<int64_t> place_;  // empty: the order of packed values
 };
 
 }  // namespace uasparse

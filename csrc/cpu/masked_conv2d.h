@@ -33,7 +33,7 @@ struct ConvEntry<double> {
 template <typename T>
 struct ConvProduct {
   const ConvEntry<T>* entries;
-  const int64_t* first;  // entries of channel c: [first[c], first[c + 1])
+  const int32_t* first;  // entries of channel c: [first[c], first[c + 1])
   int64_t begin, end;
   const T* source;
   int64_t source_row;
@@ -49,7 +49,8 @@ struct ConvProduct {
 template <typename T>
 struct ConvSddmm {
   const int32_t* offset;
-  const int64_t* first;
+  const int32_t* first;  // entries of channel c: [first[c * first_stride], first[c * first_stride + 1])
+  int64_t first_stride;
   int64_t begin, end;
   const T* input;
   int64_t input_row;
@@ -69,6 +70,18 @@ struct ConvMove {
   T* packed;
 };
 
+// Copies `rows` rows of `width` (a multiple of lanes) numbers, once for each shift: to[k][r][x] = from[r][x + shift[k]], or
+// zero where that is left or right of the row. May read next to a row, within [begin, end).
+template <typename T>
+struct ConvShift {
+  const T *from, *begin, *end;
+  int64_t rows, width;
+  const int64_t* shift;
+  int64_t shifts;
+  T* to;
+  int64_t copy;  // from a copy to the next
+};
+
 constexpr int kMaxLanes = 16;
 
 template <typename T>
@@ -77,6 +90,7 @@ struct ConvKernels {
   int max_vectors;  // accumulators of one tile
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
+  void (*shift_rows)(const ConvShift<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

@@ -1,0 +1,203 @@
+// masked_conv2d with one position of `lanes` images a vector.
+//
+// The batch is cut into tiles of `lanes` images. A task takes a tile (and a range of its rows or channels where there are
+// more threads than tiles), walks down the rows in groups, packs what it meets (conv_window.h), and
+//   forward      output rows      = product of the packed input with the weights            -> unpacked to the output
+//   grad input   grad_input rows  = product of packed grad_output with the transposed ones  -> unpacked to grad_input
+//   grad weight  dot products of the same packed grad_output with the packed input (SDDMM)
+
+#include <limits>
+
+#include "cpu/conv_pass.h"
+#include "cpu/conv_window.h"
+
+namespace uasparse {
+namespace {
+
+constexpr int64_t kGroupPositions = 16;  // positions a group of rows has at least, for long dot products
+
+// How a product cuts a group of rows into register tiles.
+struct Tiling {
+  int64_t rows, vectors;  // of a tile
+  int64_t group;          // rows of a group
+
+  Tiling(int64_t height, int64_t width, int max_vectors) {
+    const int64_t strips = ceil_div(width, max_vectors);
+    vectors = ceil_div(width, strips);
+    rows = strips > 1 ? 1 : std::clamp<int64_t>(max_vectors / width, 1, std::min<int64_t>(4, height));
+    group = std::min(height, ceil_div(std::max(rows, ceil_div(kGroupPositions, width)), rows) * rows);
+  }
+};
+
+template <typename T>
+int64_t source_block(const Pass& pass, int64_t rows, int64_t vectors, int64_t lanes, double nonzeros_a_channel,
+                     int64_t channels) {
+  const int64_t phases = pass.source.channel / pass.source.phase;
+  const int64_t bytes = sizeof(T) * lanes * (rows + pass.y.reach) * (vectors + pass.x.reach) * phases;
+  return channels_a_block(bytes, nonzeros_a_channel, channels);
+}
+
+// destination rows (channels [begin, end) of the lists) from source rows.
+template <typename T>
+void run_product(const ConvKernels<T>& kernels, const Pass& pass, const ConvEntries<T>& lists, const Tiling& tiling,
+                 const T* source, T* destination, int64_t rows, int64_t begin, int64_t end, const T* bias) {
+  const int64_t width = pass.x.destination.length;
+  for (int64_t r = 0; r < rows; r += tiling.rows)
+    for (int64_t x = 0; x < width; x += tiling.vectors)
+      for (int64_t b = 0; b < lists.blocks; ++b)
+        kernels.product({lists.entries(), lists.first(b), begin, end,
+                         source + r * pass.source.row + x * kernels.lanes, pass.source.row,
+                         destination + r * pass.destination.row + x * kernels.lanes, pass.destination.row,
+                         pass.destination.phase, b == 0, bias, int(std::min(tiling.rows, rows - r)),
+                         int(std::min(tiling.vectors, width - x))});
+}
+
+template <typename S>
+Images<S> images_of(const at::Tensor& t) {
+  // The cast drops const for outputs alone; inputs are taken as Images<const S>.
+  return {static_cast<S*>(const_cast<void*>(t.const_data_ptr())), t.size(0),  t.size(1), t.stride(0), t.stride(1),
+          t.stride(2),                                            t.stride(3)};
+}
+
+void check_offsets(const Pass& pass, int64_t rows) {
+  TORCH_CHECK_VALUE(pass.source.row * (rows + pass.y.reach + 1) < std::numeric_limits<int32_t>::max(),
+                    "masked_conv2d: an image row of ", pass.x.source.length, " columns and ", pass.source.channels,
+                    " channels is too large for the sparse kernel; use the dense path (a dense weight).");
+}
+
+// sums[c] += sum of the packed row's channel c.
+template <typename T>
+void add_channel_sums(const T* row, const PackedLayout& layout, int64_t begin, int64_t end, T* sums) {
+  for (int64_t c = begin; c < end; ++c) sums[c] += sum_of(row + c * layout.channel, layout.channel);
+}
+
+}  // namespace
+
+template <typename T, typename S>
+void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                      const std::vector<T>& bias, const at::Tensor& output) {
+  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const int64_t lanes = kernels.lanes;
+  const Pass pass = g.forward(lanes);
+  const Tiling tiling(g.out_height, g.out_width, kernels.max_vectors);
+  check_offsets(pass, tiling.group);
+  const int64_t block =
+      source_block<T>(pass, tiling.rows, tiling.vectors, lanes, w.density() * double(w.taps), w.in);
+  const auto lists = ConvEntries<T>::forward(w, pass.conv_taps(lanes), block,
+                                             static_cast<const S*>(weight.const_data_ptr()));
+
+  const int64_t tiles = ceil_div(g.batch, lanes), groups = ceil_div(g.out_height, tiling.group);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles), 1, groups);
+  at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
+    Window<T, S> window(kernels, pass.y, pass.x, pass.source, images_of<const S>(input), tiling.group + pass.y.reach);
+    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, images_of<S>(output));
+    const Workspace rows(sizeof(T) * tiling.group * pass.destination.row);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t image = task / parts * lanes, part = task % parts;
+      const int64_t begin = groups * part / parts * tiling.group;
+      const int64_t end = std::min(g.out_height, groups * (part + 1) / parts * tiling.group);
+      window.restart(image, begin);
+      for (int64_t y = begin; y < end; y += tiling.group) {
+        const int64_t stop = std::min(end, y + tiling.group);
+        run_product(kernels, pass, lists, tiling, window.rows(y, stop + pass.y.reach), rows.as<T>(), stop - y, 0,
+                    g.out, bias.empty() ? nullptr : bias.data());
+        mover.move(image, y, stop, rows.as<T>(),
+                   [](const auto& k, const ConvMove<T>& m, S* const* images) { unpack_rows(k, m, images); });
+      }
+    }
+  });
+}
+
+template <typename T, typename S>
+void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
+              const at::Tensor& weight, const ConvGradients& gradients) {
+  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const int64_t lanes = kernels.lanes;
+  const bool wants_input = gradients.input.defined(), wants_weight = gradients.weight.defined(), wants_bias = gradients.bias.defined();
+  const Pass pass = g.backward(lanes), forward_pass = g.forward(lanes);
+  const int64_t rows = pass.y.destination.length, width = pass.x.destination.length;
+  const Tiling tiling(rows, width, kernels.max_vectors);
+  check_offsets(pass, tiling.group);
+  check_offsets(forward_pass, tiling.group);
+  const double density = w.density();
+
+  // Lists for what is asked for; an empty pattern stands in for the rest.
+  const NoWeight none(w);
+  const ConvWeight& w_input = wants_input ? w : none.weight;
+  const ConvWeight& w_weight = wants_weight ? w : none.weight;
+  const int64_t out_a_group = w.out / w.groups;
+  const int64_t input_block = source_block<T>(pass, tiling.rows, tiling.vectors, lanes,
+                                              density * double(w.taps) / double(pass.destination_phases()), out_a_group);
+  const auto lists = ConvEntries<T>::backward(w_input, pass.conv_taps(lanes), input_block,
+                                              static_cast<const S*>(weight.const_data_ptr()));
+  const int64_t weight_block =
+      source_block<T>(forward_pass, std::min(tiling.group, g.out_height), g.out_width, lanes, density * double(w.taps), w.in);
+  const ConvPlaces places(w_weight, forward_pass.conv_taps(lanes), weight_block);
+
+  const int64_t tiles = ceil_div(g.batch, lanes);
+  PartialSums<T> sums(tiles, w_weight.nonzeros(), g.out);
+  const int64_t chunks = sums.chunks, parts = sums.parts(g);
+  at::parallel_for(0, chunks * parts, 1, [&](int64_t first, int64_t last) {
+    Window<T, S> grads(kernels, pass.y, pass.x, pass.source, images_of<const S>(grad_output),
+                       tiling.group + pass.y.reach);
+    Window<T, S> inputs(kernels, forward_pass.y, forward_pass.x, forward_pass.source, images_of<const S>(input),
+                        tiling.group + forward_pass.y.reach);
+    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination,
+                         wants_input ? images_of<S>(gradients.input) : Images<S>{});
+    const Workspace result(wants_input ? sizeof(T) * tiling.group * pass.destination.row : 0);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t chunk = task / parts, part = task % parts;
+      const int64_t phases = pass.destination_phases();
+      const int64_t in_begin = g.in * part / parts, in_end = g.in * (part + 1) / parts;
+      const int64_t out_begin = g.out * part / parts, out_end = g.out * (part + 1) / parts;
+      for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
+        const int64_t image = tile * lanes;
+        grads.restart(image, 0);
+        if (wants_weight) inputs.restart(image, 0);
+        for (int64_t y = 0; y < pass.y.source.length; y += tiling.group) {
+          const int64_t stop = std::min(pass.y.source.length, y + tiling.group);
+          const T* packed = grads.rows(y, std::min(pass.y.source.length, stop + pass.y.reach));
+          if (wants_input && y < rows) {
+            const int64_t count = std::min(stop, rows) - y;
+            run_product(kernels, pass, lists, tiling, packed, result.as<T>(), count, in_begin * phases,
+                        in_end * phases, static_cast<const T*>(nullptr));
+            mover.move_channels(image, y, y + count, in_begin, in_end, result.as<T>(),
+                                [](const auto& k, const ConvMove<T>& m, S* const* i) { unpack_rows(k, m, i); });
+          }
+          // Rows of grad_output among the packed ones: row i is packed row i + lead.
+          const int64_t begin = std::max<int64_t>(0, y - pass.y.lead), end = std::min(g.out_height, stop - pass.y.lead);
+          if (begin >= end) continue;
+          const T* grad_rows = packed + (begin + pass.y.lead - y) * pass.source.row;
+          if (wants_weight) {
+            const T* input_rows = inputs.rows(begin, end + forward_pass.y.reach);
+            for (int64_t b = 0; b < places.blocks; ++b)
+              kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, input_rows,
+                             forward_pass.source.row, grad_rows + pass.x.lead * lanes, pass.source.row,
+                             pass.source.channel, end - begin, g.out_width, sums.weight(chunk)});
+          }
+          if (wants_bias)
+            for (int64_t r = 0; r < end - begin; ++r)
+              add_channel_sums(grad_rows + r * pass.source.row, pass.source, out_begin, out_end,
+                               sums.bias(chunk));
+        }
+      }
+    }
+  });
+
+  sums.template finish<S>(places, gradients);
+}
+
+template void forward_by_batch<float, float>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,
+                                             const std::vector<float>&, const at::Tensor&);
+template void forward_by_batch<float, BFloat16>(const Geometry&, const ConvWeight&, const at::Tensor&,
+                                                const at::Tensor&, const std::vector<float>&, const at::Tensor&);
+template void forward_by_batch<double, double>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,
+                                               const std::vector<double>&, const at::Tensor&);
+template void backward_by_batch<float, float>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,
+                                              const at::Tensor&, const ConvGradients&);
+template void backward_by_batch<float, BFloat16>(const Geometry&, const ConvWeight&, const at::Tensor&,
+                                                 const at::Tensor&, const at::Tensor&, const ConvGradients&);
+template void backward_by_batch<double, double>(const Geometry&, const ConvWeight&, const at::Tensor&,
+                                                const at::Tensor&, const at::Tensor&, const ConvGradients&);
+
+}  // namespace uasparse

@@ -1,0 +1,166 @@
+// What the two ways of masked_conv2d share: by_batch (a vector holds one position of several images) and by_space (a
+// vector holds neighbouring positions of one image).
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/conv_geometry.h"
+#include "cpu/conv_lists.h"
+#include "cpu/isa.h"
+#include "cpu/masked_conv2d.h"
+#include "cpu/workspace.h"
+
+namespace uasparse {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+const ConvKernels<T>& conv_kernels() {
+#if defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) {
+    if (cpu_isa() == Isa::avx512) return avx512::conv_float;
+    if (cpu_isa() == Isa::avx2) return avx2::conv_float;
+  } else {
+    if (cpu_isa() == Isa::avx512) return avx512::conv_double;
+    if (cpu_isa() == Isa::avx2) return avx2::conv_double;
+  }
+#endif
+  if constexpr (sizeof(T) == 4)
+    return portable::conv_float;
+  else
+    return portable::conv_double;
+}
+
+struct Geometry {
+  int64_t batch, in, height, width, out, out_height, out_width, kernel_h, kernel_w, groups;
+  at::IntArrayRef stride, padding, dilation;
+
+  AxisPass forward_y() const { return forward_axis(height, out_height, kernel_h, stride[0], padding[0], dilation[0]); }
+  AxisPass forward_x() const { return forward_axis(width, out_width, kernel_w, stride[1], padding[1], dilation[1]); }
+  AxisPass backward_y() const { return backward_axis(height, out_height, kernel_h, stride[0], padding[0], dilation[0]); }
+  AxisPass backward_x() const { return backward_axis(width, out_width, kernel_w, stride[1], padding[1], dilation[1]); }
+  Pass forward(int64_t lanes) const { return Pass(forward_y(), forward_x(), in, out, lanes); }
+  Pass backward(int64_t lanes) const { return Pass(backward_y(), backward_x(), out, in, lanes); }
+};
+
+template <typename T>
+T to_number(T x) {
+  return x;
+}
+inline float to_number(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+template <typename T>
+void from_number(T x, T* to) {
+  *to = x;
+}
+inline void from_number(float x, BFloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  to->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+
+// The weight without its nonzeros, for lists of a gradient that is not asked for.
+struct NoWeight {
+  std::vector<int32_t> crow;
+  ConvWeight weight;
+  explicit NoWeight(const ConvWeight& w) : crow(w.out / w.block_rows + 1, 0), weight(w) {
+    weight.crow = crow.data();
+    weight.blocks = 0;
+  }
+};
+
+// The gradients that are asked for; the others are undefined.
+struct ConvGradients {
+  at::Tensor input, weight, bias;
+};
+
+// The gradients of weight and bias are sums over fixed chunks of the batch, added in order whatever the threads.
+template <typename T>
+class PartialSums {
+ public:
+  static constexpr int64_t kMaxChunks = 16;
+
+  PartialSums(int64_t images, int64_t nonzeros, int64_t out)
+      : chunks(std::min(images, kMaxChunks)), nonzeros_(nonzeros), out_(out), memory_(sizeof(T) * chunks * (nonzeros + out)) {
+    if (chunks > 0) std::fill_n(weight(0), chunks * (nonzeros + out), T(0));
+  }
+  T* weight(int64_t chunk) { return memory_.template as<T>() + chunk * nonzeros_; }
+  T* bias(int64_t chunk) { return memory_.template as<T>() + chunks * nonzeros_ + chunk * out_; }
+
+  template <typename S>
+  void finish(const ConvPlaces& places, const ConvGradients& gradients) {
+    if (gradients.weight.defined()) {
+      S* to = static_cast<S*>(gradients.weight.mutable_data_ptr());
+      at::parallel_for(0, nonzeros_, 1 << 14, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          T total = 0;
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) total += weight(chunk)[i];
+          from_number(total, to + places.place(i));
+        }
+      });
+    }
+    if (gradients.bias.defined()) {
+      S* to = static_cast<S*>(gradients.bias.mutable_data_ptr());
+      for (int64_t o = 0; o < out_; ++o) {
+        T total = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) total += bias(chunk)[o];
+        from_number(total, to + o);
+      }
+    }
+  }
+
+  // Parts of the channels that share a chunk where there are more threads than chunks.
+  int64_t parts(const Geometry& g) const {
+    const int64_t wanted = chunks > 0 ? ceil_div(at::get_num_threads(), chunks) : 1;
+    return std::clamp<int64_t>(wanted, 1, std::min(g.out, g.in));
+  }
+
+  const int64_t chunks;
+
+ private:
+  int64_t nonzeros_, out_;
+  Workspace memory_;
+};
+
+// Sum of numbers that follow each other.
+template <typename T>
+T sum_of(const T* from, int64_t count) {
+  constexpr int64_t kParts = 16;
+  T parts[kParts] = {};
+  int64_t i = 0;
+  for (; i + kParts <= count; i += kParts)
+    for (int64_t k = 0; k < kParts; ++k) parts[k] += from[i + k];
+  for (; i < count; ++i) parts[0] += from[i];
+  T total = 0;
+  for (T part : parts) total += part;
+  return total;
+}
+
+// T: the type of sums; S: of storage.
+template <typename T, typename S>
+void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                      const std::vector<T>& bias, const at::Tensor& output);
+template <typename T, typename S>
+void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
+                       const at::Tensor& weight, const ConvGradients& gradients);
+
+// Whether a pass over these activations (undefined ones do not count) can go by_space, and should.
+template <typename T>
+bool goes_by_space(const Geometry& g, const ConvWeight& w, std::initializer_list<at::Tensor> activations);
+template <typename T>
+void forward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                      const std::vector<T>& bias, const at::Tensor& output);
+template <typename T>
+void backward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
+                       const at::Tensor& weight, const ConvGradients& gradients);
+
+}  // namespace uasparse
