@@ -116,7 +116,7 @@ def machine() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "processor": _processor(),
+        "processor": info["cpu"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": info["cpu_isa"],
@@ -133,13 +133,3 @@ def save(suite: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **facts
     path = folder / f"{suite}.json"
     path.write_text(json.dumps({"suite": suite, "machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
-    name = fields.get("model name", platform.machine())
-    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})" if name == "AMD EPYC" else name
