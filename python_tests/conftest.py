@@ -8,7 +8,6 @@ import torch
 
 import uasparse_kernels as ua
 
-
 # What was tuned on this machine is not for the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
