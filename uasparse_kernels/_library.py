@@ -48,7 +48,7 @@ def _has_kernel_for(op: str, device_type: str) -> bool:
 
 
 def free_workspaces() -> int:
-    """Gives back the scratch memory that the CPU kernels keep for their next call, at most 256 MiB; returns its bytes."""
+    """Gives back the memory that the CPU kernels keep for their next call, at most 256 MiB; returns its bytes."""
     return torch.ops.uasparse.free_workspaces() if compiled is not None else 0
 
 
