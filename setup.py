@@ -43,7 +43,7 @@ except ImportError:
         "with --no-build-isolation."
     )
 
-ROOT = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parent  # older setuptools give a relative name
 
 
 def build_cuda() -> bool:

@@ -78,8 +78,11 @@ def test_uneven_rows(block, device):
     _check(_pattern(torch.ones(1, 1, dtype=torch.bool), block, device), 20, torch.float32, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("block", "dtype"),
+    [(16, torch.bfloat16), (32, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16), (128, torch.float32)],
+    ids=str,
+)
 def test_every_tile(block, dtype, device, monkeypatch):
     """Each config of the sets, with more than one tile in a group and a group that is not full."""
     pattern = _random_pattern(1 if block == 128 else 2, 2, block, device, 0.7)
@@ -98,7 +101,7 @@ def test_split_sums_agree_and_repeat(device, monkeypatch):
     pattern = _random_pattern(1, 2, 32, device, 0.5)
     for parts in (1, 2, 5):
         monkeypatch.setattr(_launch, "splits", lambda *_, parts=parts: parts)
-        for tokens in (333, 384):
+        for tokens in (150, 192):
             torch.manual_seed(1)
             first = _check(pattern, tokens, torch.float32, device)
             torch.manual_seed(1)
@@ -112,6 +115,21 @@ def test_part_count_fills_the_device(device):
     assert _launch.splits(device, 16, 1000) == 33
     assert _launch.splits(device, 16, 8) == 2
     assert _launch.splits(device, 16, 1) == 1
+
+
+def test_the_fastest_tile_is_kept(device, monkeypatch):
+    """Measured once for a key; what fails or is slow is not taken again."""
+    configs = [_launch.Config(tile, 16, 4, 2) for tile in (16, 32, 64)]
+    times, measured, launched = {16: 3.0, 32: float("inf"), 64: 1.0}, [], []
+    monkeypatch.setattr(_launch, "_tuned", {})
+    monkeypatch.setattr(_launch, "_may_measure", lambda _: True)
+    monkeypatch.setattr(_launch, "_measure_ms", lambda _, c: measured.append(c.tile) or times[c.tile])
+    for key in (("a",), ("a",), ("b",)):
+        _launch.launch_tuned(key, torch.empty(1, device=device), configs, launched.append)
+    assert measured == [16, 32, 64] * 2 and [c.tile for c in launched] == [64] * 3
+    monkeypatch.setattr(_launch, "_may_measure", lambda _: False)
+    _launch.launch_tuned(("c",), torch.empty(1, device=device), configs, launched.append)
+    assert launched[-1].tile == 16 and len(_launch._tuned) == 2
 
 
 def test_empty_batch(device):
@@ -148,11 +166,10 @@ def test_strides_and_masks(device):
             got = _run(pattern, input, weight, None, dy)
             want = _run(pattern, input.contiguous(), weight, None, dy.contiguous())
             assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
-            for i in range(3):
-                mask = [j == i for j in range(3)]
-                alone = _run(pattern, input, weight, None, dy, mask)[1:]
-                assert torch.equal(alone[i], got[1 + i])
-                assert all(alone[j].numel() == 0 for j in range(3) if j != i)
+    for i in range(3):
+        alone = _run(pattern, input, weight, None, dy, [j == i for j in range(3)])[1:]
+        assert torch.equal(alone[i], got[1 + i])
+        assert all(alone[j].numel() == 0 for j in range(3) if j != i)
 
 
 def test_order_follows_the_pattern(device):
@@ -214,6 +231,14 @@ class TestOnGpu:
         for got, want in ((output, input.double() @ dense.T), (input.grad, dy.double() @ dense), (weight.grad, grad)):
             assert float((got.double() - want).norm() / want.norm()) < 8 * 2.0**-9
         assert packed or not weight.grad[~pattern.to_mask()].any()
+
+    def test_tuning(self, device):
+        if device == "cpu":
+            pytest.skip("needs a GPU")
+        torch.use_deterministic_algorithms(False)
+        before = len(_launch._tuned)
+        _check(_random_pattern(4, 4, 64, device), 500, torch.bfloat16, device)
+        assert len(_launch._tuned) == before + 3
 
     def test_cuda_graph(self, device):
         if device == "cpu":

@@ -8,6 +8,7 @@ import torch
 
 from uasparse_kernels.ops._common import Choice
 from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.triton import settings
 
 BLOCKS = (16, 32, 64, 128)
 
@@ -49,10 +50,7 @@ def _crossover(op: str, arithmetic: str, block: int, device: int | None) -> tupl
 def arithmetic(op: str, dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "tensor cores"
-    from uasparse_kernels.triton import settings
-
-    backend = torch.backends.cuda.matmul if op == "masked_linear" else torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return "tensor cores" if (settings.float32_precision or backend.fp32_precision) in ("tf32", "tf32x3") else "cores"
+    return "cores" if settings.resolve_float32_precision(op) == "ieee" else "tensor cores"
 
 
 def choose_cuda(op: str, dtype: torch.dtype, pattern: SparsityPattern, work: int, *, packed: bool) -> Choice:

@@ -41,6 +41,11 @@ def register() -> None:
 
 def _lazy(module: str, name: str):
     def call(*args):
-        return getattr(importlib.import_module(f"uasparse_kernels.triton.{module}"), name)(*args)
+        function = getattr(importlib.import_module(f"uasparse_kernels.triton.{module}"), name)
+        # Triton launches on the current device, which need not be the tensors'.
+        if args[0].is_cuda and args[0].device.index != torch.cuda.current_device():
+            with torch.cuda.device(args[0].device):
+                return function(*args)
+        return function(*args)
 
     return call

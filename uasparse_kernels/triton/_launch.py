@@ -46,16 +46,8 @@ def device_of(tensor: Tensor) -> Device:
 
 
 def precision(dtype: torch.dtype, op: str) -> str:
-    """``input_precision`` of tl.dot: for float32 as torch's own ``op`` ("matmul" or "conv") computes it.
-
-    Narrow types ignore it, but must not be told "tf32x3" (which splits float32 only).
-    """
-    if dtype != torch.float32:
-        return "ieee"
-    if settings.float32_precision is not None:
-        return settings.float32_precision
-    backend = torch.backends.cuda.matmul if op == "matmul" else torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return "tf32" if backend.fp32_precision == "tf32" else "ieee"
+    """``input_precision`` of tl.dot. Narrow types ignore it, but must not be told "tf32x3", which splits float32."""
+    return settings.resolve_float32_precision(op) if dtype == torch.float32 else "ieee"
 
 
 def size_class(size: int) -> int:
@@ -104,28 +96,31 @@ def _measure_ms(launch: Callable[[Config], None], config: Config) -> float:
         return math.inf
 
 
-_orders: dict[tuple, tuple[int, Tensor]] = {}
+# By tensor, then by stream: the version of the tensor and the order.
+_orders: dict[tuple, dict[int, tuple[int, Tensor]]] = {}
 
 
 def longest_first(offsets: Tensor) -> Tensor | None:
     """The rows of ``offsets`` (crow or ccol) by falling length, so that the last programs of a grid are short ones.
 
-    Kept per tensor and version of its contents. Any permutation gives right results, so that one that went stale (a
-    topology update while a CUDA graph replays) costs speed at most. None while a graph is captured, where nothing new
-    may be kept.
+    Kept per tensor, version of its contents and stream (another stream might read it before it is there). Any
+    permutation gives right results, so that one that went stale (a topology update while a CUDA graph replays) costs
+    speed at most. While a graph is captured nothing new may be kept: what is there already serves, or None.
     """
     key = (offsets.device, offsets.data_ptr(), offsets.numel())
-    version = -1 if offsets.is_inference() else offsets._version
-    found = _orders.get(key)
-    if found is not None and (found[0] == version or (offsets.is_cuda and torch.cuda.is_current_stream_capturing())):
-        return found[1]
+    kept = _orders.get(key, {})
     if offsets.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    if len(_orders) > 4096:
-        _orders.clear()
-    order = torch.argsort(offsets[1:] - offsets[:-1], descending=True, stable=True).to(torch.int32)
-    _orders[key] = version, order
-    return order
+        # Complete, whatever stream it was made on: torch.cuda.graph waits for the device before it captures.
+        return next(iter(kept.values()))[1] if kept else None
+    stream = torch.cuda.current_stream(offsets.device).cuda_stream if offsets.is_cuda else 0
+    version = -1 if offsets.is_inference() else offsets._version
+    found = kept.get(stream)
+    if found is None or found[0] != version:
+        if len(_orders) > 4096:
+            _orders.clear()
+        order = torch.argsort(offsets[1:] - offsets[:-1], descending=True, stable=True).to(torch.int32)
+        found = _orders.setdefault(key, {})[stream] = version, order
+    return found[1]
 
 
 def tiles_a_group(device: Device, tiles: int, row_bytes: int, tile: int) -> int:

@@ -277,7 +277,7 @@ def _deliver(image: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, values: Tensor, bias: Tensor | None, crow: Tensor, col: Tensor, y: Tensor, block: int, size):
-    precision, device = _launch.precision(x.dtype, "conv"), _launch.device_of(x)
+    precision, device = _launch.precision(x.dtype, "masked_conv2d"), _launch.device_of(x)
     rows, order = crow.numel() - 1, _launch.longest_first(crow)
 
     def launch(config: Config) -> None:
@@ -295,7 +295,7 @@ def _product(x: Tensor, values: Tensor, bias: Tensor | None, crow: Tensor, col: 
 
 
 def _transposed(dy: Tensor, values: Tensor, col, ccol, row, perm, dx: Tensor, block: int, size: _Geometry) -> None:
-    precision, device = _launch.precision(dy.dtype, "conv"), _launch.device_of(dy)
+    precision, device = _launch.precision(dy.dtype, "masked_conv2d"), _launch.device_of(dy)
     rows, strided = size.channels // block, size.stride != (1, 1)
     phases = size.stride[0] * size.stride[1]
     pixels = size.images * triton.cdiv(size.height, size.stride[0]) * triton.cdiv(size.width, size.stride[1])
@@ -315,7 +315,7 @@ def _transposed(dy: Tensor, values: Tensor, col, ccol, row, perm, dx: Tensor, bl
 
 
 def _sampled(dy: Tensor, x: Tensor, col: Tensor, row: Tensor, perm: Tensor, block: int, size: _Geometry) -> Tensor:
-    precision, device, blocks = _launch.precision(x.dtype, "conv"), _launch.device_of(x), col.numel()
+    precision, device, blocks = _launch.precision(x.dtype, "masked_conv2d"), _launch.device_of(x), col.numel()
     out = x.new_empty(blocks, block, block)
     if size.pixels == 0 or blocks == 0:
         return out.zero_()
@@ -350,7 +350,7 @@ def masked_conv2d(
         return image
     x, weight = _pixels(input), weight.contiguous()
     if size.is_linear:
-        linear.product(x, weight, bias, crow, col, None, block[0], "conv", out=y)
+        linear.product(x, weight, bias, crow, col, None, block[0], "masked_conv2d", out=y)
     else:
         _product(x, weight, bias, crow, col, y, block[0], size)
     return _deliver(image, y)
@@ -379,14 +379,14 @@ def masked_conv2d_backward(
             grad_input.zero_()
         else:
             if size.is_linear:
-                linear.product(dy, weight.contiguous(), None, ccol, row, perm, block[0], "conv", out=dx)
+                linear.product(dy, weight.contiguous(), None, ccol, row, perm, block[0], "masked_conv2d", out=dx)
             else:
                 _transposed(dy, weight.contiguous(), col, ccol, row, perm, dx, block[0], size)
             grad_input = _deliver(grad_input, dx)
     if output_mask[1]:
         x = _pixels(input)
         if size.is_linear:
-            grad_weight = linear.sampled_product(dy, x, col, row, perm, block[0], "conv")
+            grad_weight = linear.sampled_product(dy, x, col, row, perm, block[0], "masked_conv2d")
         else:
             grad_weight = _sampled(dy, x, col, row, perm, block[0], size)
     if output_mask[2]:

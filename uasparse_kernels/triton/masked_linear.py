@@ -147,7 +147,10 @@ def product_configs(block: int, itemsize: int, precision: str) -> list[Config]:
         return [*configs, Config(128, 128, 4, 5), Config(256, 64, 4, 5)]
     if precision == "ieee":
         return [Config(64, 32, 8 if wide else 4, 3), Config(16, 32, 4, 3), Config(128, 16, 8, 3)]
-    return [Config(128, 32, 8 if wide else 4, 5), Config(64, 32, 4, 5), Config(16, 32, 4, 5)]
+    if precision == "tf32x3":
+        # Each operand is held twice, so that tiles are smaller.
+        return [Config(64, 32, 8 if wide else 4, 5), Config(16, 32, 4, 5), Config(128, 16, 8, 5)]
+    return [Config(128, 32, 8 if wide else 4, 5), Config(64, 32, 8 if wide else 4, 5), Config(16, 32, 4, 5)]
 
 
 def sampled_configs(block: int, itemsize: int, precision: str) -> list[Config]:
@@ -158,7 +161,9 @@ def sampled_configs(block: int, itemsize: int, precision: str) -> list[Config]:
             return [Config(64, 0, 4 if block < 128 else 8, 4), Config(128, 0, 8, 3), Config(64, 0, 8, 3)]
         return [Config(128, 0, 4, 3), Config(64, 0, 2, 4), Config(256, 0, 4, 2)]
     if precision == "ieee":
-        return [Config(32, 0, 8 if wide else 4, 3), Config(16, 0, 8 if wide else 2, 3)]
+        return [Config(32, 0, 8 if wide else 4, 3), Config(16, 0, 8 if wide else 4, 3)]
+    if precision == "tf32x3":
+        return [Config(16, 0, 8 if wide else 4, 3)] + ([] if block == 128 else [Config(32, 0, 8, 3)])
     return [Config(32, 0, 8 if wide else 4, 3), Config(64, 0, 8 if wide else 4, 2)]
 
 
@@ -169,7 +174,7 @@ def _fitting(configs: list[Config], tokens: int) -> list[Config]:
 
 def product(
     x: Tensor, values: Tensor, bias: Tensor | None, offsets: Tensor, index: Tensor, perm: Tensor | None, block: int,
-    op: str = "matmul", out: Tensor | None = None,
+    op: str = "masked_linear", out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``[tokens, rows * block]`` of ``x [tokens, columns * block]``; ``perm`` walks the transpose of the weight.
 
@@ -199,7 +204,7 @@ def product(
 
 
 def sampled_product(
-    dy: Tensor, x: Tensor, col: Tensor, row: Tensor, perm: Tensor, block: int, op: str = "matmul"
+    dy: Tensor, x: Tensor, col: Tensor, row: Tensor, perm: Tensor, block: int, op: str = "masked_linear"
 ) -> Tensor:
     """``dy^T x`` at the active blocks: ``[blocks, block, block]``."""
     tokens, blocks = x.shape[0], col.numel()
