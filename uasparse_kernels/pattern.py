@@ -219,7 +219,7 @@ class SparsityPattern(nn.Module):
         return self
 
     def _entries(self, blocks: Tensor) -> Tensor:
-        """Flat indices into the dense weight of the entries of blocks ``[n]``: ``[n]`` for 1x1, else ``[n, bh, bw]``."""
+        """Flat indices into the dense weight of the entries of blocks: ``[n]`` for 1x1, else ``[n, bh, bw]``."""
         if self.block == (1, 1):
             return blocks
         (bh, bw), positions, columns = self.block, math.prod(self.shape[2:]), self.grid[1]

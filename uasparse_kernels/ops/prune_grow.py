@@ -2,9 +2,9 @@
 
 :func:`prune_grow` is the whole update where the scores of all blocks are at hand. Its pieces serve updates that never
 hold them all: :func:`drop_lowest` of :func:`active_norms`, then :class:`GrowthCandidates` over tiles of scores
-(:func:`block_scores`) or :func:`random_candidates`, then :func:`apply`, or :func:`resize` where more leave than come. Those
-that select take many layers at once, which on a GPU is one set of launches. Blocks are named by their flat index into
-the grid of blocks (``SparsityPattern.blocks``): int64, ascending.
+(:func:`block_scores`) or :func:`random_candidates`, then :func:`apply`, or :func:`resize` where more leave than come.
+Those that select take many layers at once, which on a GPU is one set of launches. Blocks are named by their flat index
+into the grid of blocks (``SparsityPattern.blocks``): int64, ascending.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def prune_grow(
     """One topology update as in RigL (arXiv 1911.11134) or SET: ``weight``, ``states`` and ``pattern`` change in place.
 
     The ``ceil(fraction * blocks)`` active blocks of smallest norm are dropped and as many are grown, so that the count
-    never changes. Grown blocks start at zero, with zero state; what was kept is kept bit for bit. Equal scores: the lower
-    index first.
+    never changes. Grown blocks start at zero, with zero state; what was kept is kept bit for bit. Equal scores: the
+    lower index first.
 
     Args:
         weight: packed or dense-stored. Only its magnitude counts: Frobenius norms of blocks.
@@ -54,8 +54,8 @@ def prune_grow(
         grow_scores: of ``pattern.shape``, for "gradient": the dense gradient. NaN counts as -inf.
         generator: CPU generator of the draw, for "random".
         states: tensors of the weight's shape that move with it (optimizer state, a gradient in flight).
-        regrow_dropped: whether a just-dropped block is a candidate for growth. Without, no more blocks are replaced than
-            were inactive.
+        regrow_dropped: whether a just-dropped block is a candidate for growth. Without, no more blocks are replaced
+            than were inactive.
 
     Raises:
         ValueError, TypeError: if shapes, dtypes, devices or options do not fit. Nothing is changed then.
@@ -101,7 +101,7 @@ def active_norms(weight: Tensor, pattern: SparsityPattern) -> Tensor:
 
 @torch.no_grad()
 def drop_lowest(scores: Sequence[Tensor], patterns: Sequence[SparsityPattern], counts: Sequence[int]) -> list[Tensor]:
-    """Of each layer the ``counts[i]`` active blocks of lowest score (``scores[i]`` ``[num_blocks]``, in packed order)."""
+    """Of each layer the ``counts[i]`` active blocks of lowest ``scores[i]`` (``[num_blocks]``, in packed order)."""
     dropped = []
     for pattern, places in zip(patterns, topk_indices_many(scores, counts, largest=False), strict=True):
         rows = torch.searchsorted(pattern.crow, places.to(torch.int32), right=True) - 1
@@ -190,9 +190,7 @@ class GrowthCandidates:
         for candidates in layers:
             total = math.prod(candidates.pattern.grid)
             if candidates._end != total:
-                raise ValueError(
-                    f"GrowthCandidates: expected the scores of all {total} blocks, got {candidates._end}."
-                )
+                raise ValueError(f"GrowthCandidates: expected the scores of all {total} blocks, got {candidates._end}.")
         GrowthCandidates._reduce([candidates for candidates in layers if candidates.k > 0])
         nothing = [candidates.pattern.col.new_empty(0, dtype=torch.int64) for candidates in layers]
         return [c._indices[0] if c.k > 0 else none for c, none in zip(layers, nothing, strict=True)]
@@ -280,8 +278,8 @@ def resize(
     """:func:`apply` where fewer (or more) blocks come than leave: the pattern takes another number of active blocks.
 
     Tensor objects keep their identity: a packed weight and its states get new data of the new size, dense-stored ones
-    change in place. What holds their old size (a CUDA graph, the buckets of DistributedDataParallel, a graph that awaits its
-    backward) is outdated by it. No host sync.
+    change in place. What holds their old size (a CUDA graph, the buckets of DistributedDataParallel, a graph that
+    awaits its backward) is outdated by it. No host sync.
 
     Raises:
         ValueError: on the CPU if dropped blocks are not active, or blocks are not distinct and ascending.
@@ -289,19 +287,19 @@ def resize(
     _check_states(weight, pattern, states)
     active, count = pattern.blocks(), pattern.num_blocks - dropped.numel()
     keep = torch.ones_like(active, dtype=torch.bool)
-    places = torch.searchsorted(active, dropped.contiguous())
+    places = torch.searchsorted(active, dropped.contiguous()).clamp(max=max(0, active.numel() - 1))
     keep[places] = False
     old = torch.nonzero_static(keep, size=count).squeeze(1)
     blocks, order = torch.cat([active[old], grown]).sort()
     if blocks.device.type == "cpu":
         rises = (dropped[1:] > dropped[:-1]).all() and (blocks[1:] > blocks[:-1]).all()
-        if not (rises and torch.equal(active[places.clamp(max=active.numel() - 1)], dropped)):
+        if not (rises and torch.equal(active[places], dropped)):
             raise ValueError("resize: expected active blocks to drop and inactive or dropped ones to grow, ascending.")
     size = pattern.block[0] * pattern.block[1]
     tensors = [tensor.detach() for tensor in (weight, *states)]
     if pattern.is_packed(weight):
         for tensor, holder in zip(tensors, (weight, *states), strict=True):
-            values = tensor.view(-1, size)
+            values = tensor.reshape(-1, size)
             values = torch.cat([values[old], values.new_zeros(grown.numel(), size)])[order]
             holder.data = values.view(blocks.numel(), *weight.shape[1:])
     else:
@@ -314,8 +312,8 @@ def resize(
 
 @torch.no_grad()
 def prepare_scores_(scores: Tensor, first: int, pattern: SparsityPattern, dropped: Tensor) -> None:
-    """Makes the scores of blocks ``[first, first + n)`` ready for selection, in place: NaN counts as -inf, and the scores
-    of active blocks that are not in ``dropped`` become NaN, which comes last."""
+    """Makes the scores of blocks ``[first, first + n)`` ready for selection, in place: NaN counts as -inf, and the
+    scores of active blocks that are not in ``dropped`` become NaN, which comes last."""
     scores.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
     exclude_kept_(scores, first, pattern, dropped)
 
