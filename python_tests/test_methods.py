@@ -57,7 +57,8 @@ def train(model, method, steps=20, delta_t=2, make=None, on_update=None, seed=3,
     torch.manual_seed(seed)
     for _ in range(steps):
         x, y = batch(next(model.parameters()).dtype)
-        nn.functional.cross_entropy(model(x), y).backward()
+        loss = nn.functional.cross_entropy(model(x), y)  # lives on, and its graph, until the next one is there
+        loss.backward()
         optimizer.step()
         if dst.step() and on_update is not None:
             on_update(dst)
@@ -392,6 +393,26 @@ def test_resize_moves_everything(block, storage, out, come):
         got = pattern.unpack(tensor) if storage == "packed" else tensor
         assert torch.equal(got.detach(), old * kept)
         assert tensor._version > version
+
+
+def test_an_old_graph_is_refused_and_a_new_one_is_right():
+    layer = ua.SparseLinear(6, 5, sparsity=0.5, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    calls = []
+    layer.weight.register_post_accumulate_grad_hook(calls.append)
+    old, done = layer(x).square().sum(), layer(x).sum()
+    done.backward(retain_graph=True)
+    blocks = layer.pattern.blocks()
+    resize(layer.weight, layer.pattern, blocks[::3], blocks[:0], [layer.weight.grad])
+    with pytest.raises(RuntimeError):
+        old.backward()
+    layer.weight.grad = None
+    new = layer(x).square().sum()
+    new.backward()
+    dense = layer.to_dense()
+    dense(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, layer.pattern.pack(dense.weight.grad))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize(("dropped", "grown"), [([1], []), ([2, 0], []), ([9], []), ([], [2]), ([0, 0], [])])

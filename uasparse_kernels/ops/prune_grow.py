@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from uasparse_kernels import _library
-from uasparse_kernels.ops._common import pattern_tensors
+from uasparse_kernels.ops._common import pattern_tensors, replace_data_
 from uasparse_kernels.ops.topk_indices import topk_indices_many, topk_indices_reference
 from uasparse_kernels.pattern import SparsityPattern, sample_indices
 
@@ -301,13 +301,13 @@ def resize(
         for tensor, holder in zip(tensors, (weight, *states), strict=True):
             values = tensor.reshape(-1, size)
             values = torch.cat([values[old], values.new_zeros(grown.numel(), size)])[order]
-            holder.data = values.view(blocks.numel(), *weight.shape[1:])
+            replace_data_(holder, values.view(blocks.numel(), *weight.shape[1:]))
     else:
         changed = pattern.mask_of(torch.cat([dropped, grown]))
         for tensor in tensors:
             tensor.masked_fill_(changed, 0)
+        torch.autograd.graph.increment_version([weight, *states])
     pattern.set_blocks_(blocks)
-    torch.autograd.graph.increment_version([weight, *states])
 
 
 @torch.no_grad()
