@@ -10,12 +10,14 @@ index) is not in it.
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from torch import nn
 import uasparse_kernels as ua
 from benchmarks import harness
 from uasparse_kernels.ops import topk_indices
+from uasparse_kernels.ops.prune_grow import apply
+from uasparse_kernels.topology import LayerUpdate, RigL, Update, growth
 
 SELECTIONS = [(25_000_000, 0.1), (25_000_000, 0.001), (2_500_000, 0.3)]
 SIZE, BATCH, SPARSITY = 16384, 128, 0.9
@@ -64,10 +68,10 @@ def _status(field: str) -> int:
 
 
 def layer_update(size: int = SIZE, batch: int = BATCH, sparsity: float = SPARSITY, updates: int = 3) -> dict[str, Any]:
-    """Steps of one linear layer, every second of them with an update; and of the dense layer. For a process of its own.
+    """Steps of one linear layer, every second of them with a RigL update; and of the dense layer.
 
-    A step is forward and backward, to the input too, and the optimiser's. The first update's memory is the peak
-    above what the process held before it, and what it goes on to hold: buffers that the next one finds.
+    A step is forward, backward (to the input too) and the optimiser's. It needs a process of its own: the memory is the
+    first update's peak of resident bytes, above what the process held before it.
     """
     x = torch.randn(batch, size, requires_grad=True)
 
@@ -83,29 +87,115 @@ def layer_update(size: int = SIZE, batch: int = BATCH, sparsity: float = SPARSIT
     layer = ua.SparseLinear(size, size, bias=False, sparsity=sparsity, storage="packed")
     optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     topology = ua.DynamicSparsity(layer, optimizer, total_steps=10**6, delta_t=2)
-    memory = []
+    peaks = []
 
     def measured() -> None:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        topology.step()
-        memory.append((_status("VmHWM") - before, _status("VmRSS") - before))
+        assert topology.step()
+        peaks.append(_status("VmHWM") - before)
 
     plain, updating = [], []
     for _ in range(updates + 1):
         plain.append(step(layer, optimizer, topology.step))
         updating.append(step(layer, optimizer, measured))
-    blocks, k = layer.pattern.num_blocks, topology.method.count(topology, layer) if False else 0
+    k = math.ceil(topology.schedule.fraction(2) * layer.pattern.num_blocks)
     del layer, optimizer, topology
     dense = nn.Linear(size, size, bias=False)
     optimizer = torch.optim.SGD(dense.parameters(), 0.1, momentum=0.9)
     dense_steps = [step(dense, optimizer) for _ in range(updates + 1)]
     return {
-        "active": blocks,
-        "peak_bytes": memory[0][0],
+        "candidates": 4 * k,
+        "peak_bytes": peaks[0],
         "seconds": {
             "dense step": statistics.median(dense_steps[1:]),
             "sparse step": statistics.median(plain[1:]),
             "sparse step with update": statistics.median(updating[1:]),
         },
     }
+
+
+def layer_row(size: int = SIZE, batch: int = BATCH, sparsity: float = SPARSITY) -> dict[str, Any]:
+    code = (
+        "import json, torch; from benchmarks.bench_prune_grow import layer_update; "
+        f"torch.set_num_threads({torch.get_num_threads()}); print(json.dumps(layer_update({size}, {batch}, {sparsity})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    row = {"what": "growth stream", "layer": f"{size}x{size}", "batch": batch, "sparsity": sparsity}
+    row |= json.loads(done.stdout)
+    # The candidates of GrowthCandidates: an index of 4 bytes and a score of 4.
+    row["tile_bytes"], row["candidate_bytes"] = 4 * growth.tile_entries(torch.device("cpu")), 8 * row["candidates"]
+    row["dense_gradient_bytes"] = 4 * size * size
+    row["dense_steps"] = row["seconds"]["sparse step with update"] / row["seconds"]["dense step"]
+    mib = {name: row[f"{name}_bytes"] / 2**20 for name in ("peak", "tile", "candidate", "dense_gradient")}
+    print(
+        f"update of {row['layer']}, {sparsity:.0%} sparse, batch {batch}: peak {mib['peak']:.0f} MiB (tile "
+        f"{mib['tile']:.0f}, 4k candidates {mib['candidate']:.0f}, dense gradient {mib['dense_gradient']:.0f}); an update "
+        f"step takes {row['dense_steps']:.2f} dense steps",
+        flush=True,
+    )
+    return row
+
+
+def resnet50_shapes() -> list[tuple[int, ...]]:
+    """The convolutions of ResNet-50 after the first, which stays dense."""
+    shapes: list[tuple[int, ...]] = []
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for index in range(blocks):
+            shapes += [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if index == 0:
+                shapes.append((4 * width, channels, 1, 1))
+            channels = 4 * width
+    return shapes
+
+
+def _tiles(gradient: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    rows = max(1, growth.tile_entries(gradient.device) // gradient[0].numel())
+    return ((first, gradient[first : first + rows]) for first in range(0, gradient.shape[0], rows))
+
+
+def model_row(sparsity: float = 0.9, fraction: float = 0.3, rounds: int = 3) -> dict[str, Any]:
+    """RigL's update of a packed ResNet-50, momentum and gradient moved along; dense gradients are at hand."""
+    layers, states = [], []
+    for shape in resnet50_shapes():
+        pattern, gradient = ua.SparsityPattern.random(shape, 1 - sparsity), torch.randn(shape)
+        weight = torch.randn(pattern.nnz)
+        layers.append(LayerUpdate(weight, None, pattern, pattern.num_blocks, partial(_tiles, gradient)))
+        states.append([torch.randn(pattern.nnz), torch.randn(pattern.nnz)])
+    update, times = Update(layers, fraction, 1.0, torch.Generator()), []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        changes = RigL().update(update)
+        chosen = time.perf_counter()
+        for layer, (dropped, grown), moved in zip(layers, changes, states, strict=True):
+            apply(layer.weight, layer.pattern, dropped, grown, moved)
+        times.append((chosen - start, time.perf_counter() - chosen))
+    select, move = (1e3 * statistics.median(column) for column in zip(*times[1:], strict=True))
+    print(
+        f"update of a {sparsity:.0%} ResNet-50 ({len(layers)} layers): {select + move:.0f} ms (select {select:.0f}, move "
+        f"{move:.0f})",
+        flush=True,
+    )
+    row = {"what": "model update", "model": "ResNet-50", "sparsity": sparsity, "layers": len(layers)}
+    return row | {"ms": {"select": select, "move": move}, "total_ms": select + move}
+
+
+def run(seconds: float = 1.0) -> list[dict[str, Any]]:
+    rows = [selection_row(n, share, seconds) for n, share in SELECTIONS]
+    return [*rows, layer_row(), model_row()]
+
+
+@pytest.mark.parametrize("name", ["ours", "torch.topk", "kthvalue", "np.partition"])
+def test_selection(benchmark, name):
+    benchmark(selections(2_500_000, 0.1)[name])
+
+
+def test_growth_takes_less_memory_than_the_dense_gradient(benchmark):
+    row = benchmark.pedantic(layer_row, (4096,), rounds=1)
+    assert row["peak_bytes"] < row["dense_gradient_bytes"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(harness.save("prune-grow", run()))

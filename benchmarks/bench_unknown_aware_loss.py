@@ -1,16 +1,14 @@
 """Suite loss: unknown_aware_loss, forward and backward, beside its eager reference, the reference by torch.compile, and
 plain cross entropy, which does less.
 
-    python -m benchmarks.bench_unknown_aware_loss [--device cuda] [--folder DIR]      pytest benchmarks/bench_...py
+    python -m benchmarks loss      pytest benchmarks/bench_unknown_aware_loss.py
 
 The roof is the traffic that cannot be spared: logits read twice, their gradient written once.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,8 +48,8 @@ def variants(n: int, classes: int, device: str = "cpu", *, compiled: bool = True
     return calls
 
 
-def rows(device: str = "cpu", *, seconds: float = 1.0, compiled: bool = True) -> list[dict[str, Any]]:
-    found = []
+def run(seconds: float = 1.0, device: str = "cpu", *, compiled: bool = True) -> list[dict[str, Any]]:
+    rows = []
     roof = harness.copy_roof() if device == "cpu" else None
     for n, classes in SIZES:
         times = harness.interleave(variants(n, classes, device, compiled=compiled), seconds=seconds)
@@ -60,14 +58,11 @@ def rows(device: str = "cpu", *, seconds: float = 1.0, compiled: bool = True) ->
         row["times_faster_than"] = {name: value / us["ours"] for name, value in us.items() if name != "ours"}
         if roof is not None:
             row["of_roof"] = 3 * 4 * n * classes / roof / 1e3 / us["ours"]
-        found.append(row)
-    return found
-
-
-def show(row: dict[str, Any]) -> None:
-    ratios = ", ".join(f"{value:.2f}x {name}" for name, value in row["times_faster_than"].items())
-    roof = f", {row['of_roof']:.0%} of the roof" if "of_roof" in row else ""
-    print(f"({row['n']}, {row['classes']}): {row['us']['ours']:.0f} us; as fast as {ratios}{roof}", flush=True)
+        rows.append(row)
+        ratios = ", ".join(f"{value:.2f}x {name}" for name, value in row["times_faster_than"].items())
+        share = f", {row['of_roof']:.0%} of the roof" if roof is not None else ""
+        print(f"({n}, {classes}): {us['ours']:.0f} us; as fast as {ratios}{share}", flush=True)
+    return rows
 
 
 @pytest.mark.parametrize("name", ["ours", "eager reference", "cross_entropy"])
@@ -76,19 +71,6 @@ def test_loss(benchmark, size, name):
     benchmark(variants(*size, compiled=False)[name])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--folder", type=Path, default=harness.RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    found = rows(arguments.device, seconds=arguments.seconds)
-    for row in found:
-        show(row)
-    suite = "loss" if arguments.device == "cpu" else f"{arguments.device}-loss"
-    print(harness.save(suite, found, arguments.folder))
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    print(harness.save("loss", run()))

@@ -299,9 +299,40 @@ std::vector<at::Tensor> topk_indices_many(at::TensorList scores, at::IntArrayRef
   return indices;
 }
 
+template <typename T>
+void mark_above(const T* scores, int64_t n, T threshold, uint64_t* above, uint64_t* scratch) {
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    done = n / 64 * 64;
+    classify_scores(scores, done, threshold, threshold, true, false, above, scratch);
+  }
+  for (int64_t w = done / 64; w < (n + 63) / 64; ++w) {
+    above[w] = 0;
+    for (int64_t i = w * 64; i < std::min(n, w * 64 + 64); ++i)
+      above[w] |= static_cast<uint64_t>(scores[i] > threshold) << (i % 64);
+  }
+}
+
+// The indices of scores above a threshold, ascending; NaN is not above anything.
+at::Tensor indices_above(const at::Tensor& scores, double threshold) {
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.is_contiguous(), "Expected contiguous scores of one dimension, got ",
+                    scores.sizes(), ".");
+  const int64_t n = scores.size(0), words = (n + 63) / 64;
+  const Workspace memory(16 * words);
+  uint64_t* const above = memory.as<uint64_t>();
+  AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "indices_above", [&] {
+    mark_above(scores.const_data_ptr<scalar_t>(), n, static_cast<scalar_t>(threshold), above, above + words);
+  });
+  at::Tensor indices = at::empty({count_bits(above, words)}, at::kLong);
+  int64_t* const to = indices.mutable_data_ptr<int64_t>();
+  write_indices(above, words, 0, to, to + indices.size(0));
+  return indices;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("indices_above", &indices_above);
   m.impl("topk_indices", &topk_indices);
   m.impl("topk_indices_many", &topk_indices_many);
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uasparse_kernels import _library
 from uasparse_kernels.ops._common import pattern_tensors, replace_data_
-from uasparse_kernels.ops.topk_indices import topk_indices_many, topk_indices_reference
+from uasparse_kernels.ops.topk_indices import indices_above, topk_indices_many, topk_indices_reference
 from uasparse_kernels.pattern import SparsityPattern, sample_indices
 
 
@@ -104,8 +104,8 @@ def drop_lowest(scores: Sequence[Tensor], patterns: Sequence[SparsityPattern], c
     """Of each layer the ``counts[i]`` active blocks of lowest ``scores[i]`` (``[num_blocks]``, in packed order)."""
     dropped = []
     for pattern, places in zip(patterns, topk_indices_many(scores, counts, largest=False), strict=True):
-        rows = torch.searchsorted(pattern.crow, places.to(torch.int32), right=True) - 1
-        dropped.append(rows * pattern.grid[1] + pattern.col[places])
+        rows = torch.searchsorted(pattern.crow, places.to(torch.int32), right=True)
+        dropped.append(rows.sub_(1).mul_(pattern.grid[1]).add_(pattern.col[places]))
     return dropped
 
 
@@ -146,10 +146,11 @@ class GrowthCandidates:
             raise ValueError(f"GrowthCandidates: expected k in [0, {free}], the inactive or dropped blocks, got {k}.")
         self.k, self.pattern, self.dropped = k, pattern, dropped
         self._end = 0
+        self._index_dtype = torch.int32 if math.prod(pattern.grid) < 2**31 else torch.int64
         self._indices: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._held = 0
-        self._least: Tensor | None = None
+        self._least: float | None = None
 
     def add(self, tile_scores: Tensor, first_index: int) -> None:
         """Takes the scores of the blocks ``[first_index, first_index + n)``, which must follow those of the last call.
@@ -193,7 +194,7 @@ class GrowthCandidates:
                 raise ValueError(f"GrowthCandidates: expected the scores of all {total} blocks, got {candidates._end}.")
         GrowthCandidates._reduce([candidates for candidates in layers if candidates.k > 0])
         nothing = [candidates.pattern.col.new_empty(0, dtype=torch.int64) for candidates in layers]
-        return [c._indices[0] if c.k > 0 else none for c, none in zip(layers, nothing, strict=True)]
+        return [c._indices[0].to(torch.int64) if c.k > 0 else none for c, none in zip(layers, nothing, strict=True)]
 
     def _follow(self, scores: Tensor, first: int) -> None:
         if first != self._end:
@@ -210,26 +211,31 @@ class GrowthCandidates:
 
         A later block must be better, not equal. On a GPU the host would wait for the count: None.
         """
-        if scores.device.type != "cpu" or self._least is None:
+        if self._least is None:
             return None
-        places = (scores > self._least).nonzero().squeeze(1)
+        places = indices_above(scores, self._least)
         return places if places.numel() <= 2 * self.k else None
 
     def _hold(self, scores: Tensor, first: int, places: Tensor) -> None:
-        self._indices.append(places + first)
+        self._indices.append((places + first).to(self._index_dtype))
         self._scores.append(scores[places])
         self._held += places.numel()
 
     @staticmethod
     def _reduce(layers: Sequence[GrowthCandidates]) -> None:
-        scores = [torch.cat(candidates._scores) for candidates in layers]
+        for candidates in layers:  # one after the other, what was joined is let go
+            candidates._scores = [torch.cat(candidates._scores)]
+        scores = [candidates._scores[0] for candidates in layers]
         counts = [min(c.k, s.numel()) for c, s in zip(layers, scores, strict=True)]
         for candidates, held, best in zip(layers, scores, topk_indices_many(scores, counts), strict=True):
-            candidates._indices = [torch.cat(candidates._indices)[best]]
             candidates._scores = [held[best]]
+            candidates._indices = [torch.cat(candidates._indices)]
+            candidates._indices = [candidates._indices[0][best]]
             candidates._held = best.numel()
-            if candidates._held == candidates.k:
-                candidates._least = candidates._scores[0].min()
+            if candidates._held == candidates.k and held.device.type == "cpu":
+                least = float(candidates._scores[0].min())
+                # NaN: kept blocks are among them still, for want of others.
+                candidates._least = None if math.isnan(least) else least
 
 
 @torch.no_grad()

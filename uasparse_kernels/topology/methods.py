@@ -204,15 +204,18 @@ class Method:
 
     def update(self, update: Update) -> list[Change]:
         """What each layer drops and grows."""
-        layers = update.layers
-        scores = [self.drop(layer) for layer in layers]
-        pruned, replaced = self._counts(update, scores)
-        counts = [p + r for p, r in zip(pruned, replaced, strict=True)]
-        dropped = drop_lowest(scores, [layer.pattern for layer in layers], counts)
+        dropped, replaced = self._dropped(update)
         if self.grow is None:
             return [(out, out[:0]) for out in dropped]
         candidates = dropped if self.regrow_dropped else [out[:0] for out in dropped]
         return list(zip(dropped, self.grow(update, candidates, replaced), strict=True))
+
+    def _dropped(self, update: Update) -> tuple[list[Tensor], list[int]]:
+        """What each layer drops, and how many of it are replaced."""
+        scores = [self.drop(layer) for layer in update.layers]
+        pruned, replaced = self._counts(update, scores)
+        counts = [p + r for p, r in zip(pruned, replaced, strict=True)]
+        return drop_lowest(scores, [layer.pattern for layer in update.layers], counts), replaced
 
     def _counts(self, update: Update, scores: Sequence[Tensor]) -> tuple[list[int], list[int]]:
         """By layer, the blocks to drop for good and those to replace."""
@@ -379,11 +382,9 @@ class SRigL(Method):
 
     def update(self, update: Update) -> list[Change]:
         assert self.grow is not None
-        layers = update.layers
-        _, counts = self._counts(update, [])
-        dropped = drop_lowest([self.drop(x) for x in layers], [x.pattern for x in layers], counts)
+        dropped, counts = self._dropped(update)
         wanted = self.grow(update, dropped, counts)
-        return [self._layer(*parts) for parts in zip(layers, dropped, wanted, strict=True)]
+        return [self._layer(*parts) for parts in zip(update.layers, dropped, wanted, strict=True)]
 
     def _layer(self, layer: LayerUpdate, dropped: Tensor, wanted: Tensor) -> Change:
         pattern, (rows, columns) = layer.pattern, layer.pattern.grid
