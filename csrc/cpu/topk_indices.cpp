@@ -64,11 +64,16 @@ struct Bracket {
 Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order) {
   const int64_t size = std::clamp<int64_t>(n / 64, 1024, 32768);
   std::vector<float> sample(size);
+  std::vector<int64_t> places(size);
   uint64_t state = 0x9e3779b97f4a7c15u;
+  const uint64_t width = static_cast<uint64_t>((n << 16) / size);  // of `size` equal parts, in 2^-16; one draw from each
   for (int64_t i = 0; i < size; ++i) {
-    state = state * 6364136223846793005u + 1442695040888963407u;  // one draw from each of `size` equal parts
-    const int64_t begin = i * n / size, end = (i + 1) * n / size;
-    const float x = preference(scores[begin + static_cast<int64_t>(state >> 33) % (end - begin)], order);
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    places[i] = static_cast<int64_t>((i * width + (state >> 32) * width / (uint64_t{1} << 32)) >> 16);
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    __builtin_prefetch(scores + places[std::min(i + 32, size - 1)]);  // each is a cache miss
+    const float x = preference(scores[places[i]], order);
     sample[i] = std::isnan(x) ? -std::numeric_limits<float>::infinity() : x;
   }
   const double quantile = static_cast<double>(rank) / n, middle = quantile * size;
@@ -166,25 +171,24 @@ class Selection {
     Chunk& chunk = chunks_[c];
     Key* keys = entries.keys + c * entries.capacity;
     uint16_t* places = entries.places + c * entries.capacity;
-    const T* const scores = scores_;
-    const Order order = order_;
     chunk.above += count_bits(above_ + begin, end - begin);
+    // Places first. Two are written whether they are there or not, which spares a mispredicted branch a word.
+    int64_t count = chunk.maybe;
     for (int64_t w = begin; w < end; ++w) {
-      if (chunk.maybe + 64 > entries.capacity) return false;
-      int64_t count = chunk.maybe;
-      const auto collect = [&](uint64_t bits) {
-        const int64_t i = w * 64 + (std::countr_zero(bits) & 63);
-        keys[count] = key_of(preference(scores[i], order));
-        places[count++] = static_cast<uint16_t>(i - chunk_begin * 64);
-      };
-      // Two are written whether they are there or not, which spares a mispredicted branch a word.
+      if (count + 64 > entries.capacity) return false;
+      const int64_t first = (w - chunk_begin) * 64;
       uint64_t bits = maybe[w - begin];
-      for (int i = 0; i < 2; ++i, bits &= bits - 1) {
-        chunk.maybe += bits != 0;
-        collect(bits);
-      }
-      for (; bits != 0; bits &= bits - 1, ++chunk.maybe) collect(bits);
+      places[count] = static_cast<uint16_t>(first + (std::countr_zero(bits) & 63));
+      count += bits != 0;
+      bits &= bits - 1;
+      places[count] = static_cast<uint16_t>(first + (std::countr_zero(bits) & 63));
+      count += bits != 0;
+      for (bits &= bits - 1; bits != 0; bits &= bits - 1)
+        places[count++] = static_cast<uint16_t>(first + std::countr_zero(bits));
     }
+    const T* const scores = scores_ + chunk_begin * 64;
+    for (int64_t i = chunk.maybe; i < count; ++i) keys[i] = key_of(preference(scores[places[i]], order_));
+    chunk.maybe = count;
     return true;
   }
 

@@ -53,6 +53,21 @@ UASPARSE_INLINE float exp_nonpositive(float x) { return exp_nonpositive(broadcas
 UASPARSE_INLINE double log_of(double x) { return __builtin_log(x); }
 UASPARSE_INLINE float log_of(float x) { return __builtin_logf(x); }
 
+// All lanes together, halves at a time: a shuffle and an operation each.
+template <int H = kFloats / 2>
+UASPARSE_INLINE float largest_lane(Floats x) {
+  const Floats other = Stage<float, H>::template shuffle<Stage<float, H>::inner>(x, x), larger = other > x ? other : x;
+  if constexpr (H > 1) return largest_lane<H / 2>(larger);
+  else return larger[0];
+}
+
+template <int H = kFloats / 2>
+UASPARSE_INLINE float sum_of_lanes(Floats x) {
+  const Floats both = x + Stage<float, H>::template shuffle<Stage<float, H>::inner>(x, x);
+  if constexpr (H > 1) return sum_of_lanes<H / 2>(both);
+  else return both[0];
+}
+
 UASPARSE_INLINE float row_max(const float* z, int64_t n, const float* end) {
   Floats max = broadcast(-__builtin_inff());
   int64_t i = 0;
@@ -64,11 +79,7 @@ UASPARSE_INLINE float row_max(const float* z, int64_t n, const float* end) {
     const Floats x = load_tail(z + i, n - i, end);
     max = x > max ? x : max;
   }
-  float lanes[kFloats];
-  __builtin_memcpy(lanes, &max, sizeof max);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-  return lanes[0];
+  return largest_lane(max);
 }
 
 UASPARSE_INLINE double row_max(const double* z, int64_t n, const double*) {
@@ -82,11 +93,7 @@ UASPARSE_INLINE float exp_sum(const float* z, int64_t n, float base, const float
   int64_t i = 0;
   for (; i + kFloats <= n; i += kFloats) sum += exp_nonpositive(load(z + i) - base);
   if (i < n) sum += exp_nonpositive(load_tail(z + i, n - i, end) - base);
-  float lanes[kFloats];
-  __builtin_memcpy(lanes, &sum, sizeof sum);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  return lanes[0];
+  return sum_of_lanes(sum);
 }
 
 UASPARSE_INLINE double exp_sum(const double* z, int64_t n, double base, const double*) {
