@@ -67,29 +67,27 @@ def _status(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def layer_update(size: int = SIZE, batch: int = BATCH, sparsity: float = SPARSITY, updates: int = 3) -> dict[str, Any]:
-    """Steps of one linear layer, every second of them with a RigL update; and of the dense layer.
+def _step(layer: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, update: Callable[[], Any]) -> float:
+    """Seconds of forward, backward (to the input too), the optimiser's step and the update."""
+    start = time.perf_counter()
+    layer(x).square().mean().backward()
+    optimizer.step()
+    update()
+    optimizer.zero_grad()
+    x.grad = None
+    return time.perf_counter() - start
 
-    A step is forward, backward (to the input too) and the optimiser's. It needs a process of its own: the memory is the
-    first update's peak of resident bytes, above what the process held before it.
+
+def sparse_steps(x: torch.Tensor, sparsity: float, updates: int) -> dict[str, Any]:
+    """Steps of a sparse layer, every second of them with a RigL update. The memory is the first update's peak of
+    resident bytes, above what the process held before it.
     """
-    x = torch.randn(batch, size, requires_grad=True)
-
-    def step(layer: nn.Module, optimizer: torch.optim.Optimizer, update: Callable[[], Any] = lambda: None) -> float:
-        start = time.perf_counter()
-        layer(x).square().mean().backward()
-        optimizer.step()
-        update()
-        optimizer.zero_grad()
-        x.grad = None
-        return time.perf_counter() - start
-
-    layer = ua.SparseLinear(size, size, bias=False, sparsity=sparsity, storage="packed")
+    layer = ua.SparseLinear(x.shape[1], x.shape[1], bias=False, sparsity=sparsity, storage="packed")
     optimizer = torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9)
     topology = ua.DynamicSparsity(layer, optimizer, total_steps=10**6, delta_t=2)
     peaks = []
 
-    def measured() -> None:
+    def update() -> None:
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         assert topology.step()
@@ -97,43 +95,44 @@ def layer_update(size: int = SIZE, batch: int = BATCH, sparsity: float = SPARSIT
 
     plain, updating = [], []
     for _ in range(updates + 1):
-        plain.append(step(layer, optimizer, topology.step))
-        updating.append(step(layer, optimizer, measured))
+        plain.append(_step(layer, optimizer, x, topology.step))
+        updating.append(_step(layer, optimizer, x, update))
     k = math.ceil(topology.schedule.fraction(2) * layer.pattern.num_blocks)
-    del layer, optimizer, topology
+    seconds = {"sparse step": plain[1:], "sparse step with update": updating[1:]}
+    return {"candidates": 4 * k, "peak_bytes": peaks[0]} | {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def layer_update(size: int = SIZE, batch: int = BATCH, sparsity: float = SPARSITY, updates: int = 3) -> dict[str, Any]:
+    """:func:`sparse_steps`, then steps of the dense layer. It needs a process of its own."""
+    x = torch.randn(batch, size, requires_grad=True)
+    found = sparse_steps(x, sparsity, updates)
     dense = nn.Linear(size, size, bias=False)
     optimizer = torch.optim.SGD(dense.parameters(), 0.1, momentum=0.9)
-    dense_steps = [step(dense, optimizer) for _ in range(updates + 1)]
-    return {
-        "candidates": 4 * k,
-        "peak_bytes": peaks[0],
-        "seconds": {
-            "dense step": statistics.median(dense_steps[1:]),
-            "sparse step": statistics.median(plain[1:]),
-            "sparse step with update": statistics.median(updating[1:]),
-        },
-    }
+    steps = [_step(dense, optimizer, x, lambda: None) for _ in range(updates + 1)]
+    return found | {"dense step": statistics.median(steps[1:])}
 
 
 def layer_row(size: int = SIZE, batch: int = BATCH, sparsity: float = SPARSITY) -> dict[str, Any]:
     code = (
         "import json, torch; from benchmarks.bench_prune_grow import layer_update; "
-        f"torch.set_num_threads({torch.get_num_threads()}); print(json.dumps(layer_update({size}, {batch}, {sparsity})))"
+        f"torch.set_num_threads({torch.get_num_threads()}); "
+        f"print(json.dumps(layer_update({size}, {batch}, {sparsity})))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     row = {"what": "growth stream", "layer": f"{size}x{size}", "batch": batch, "sparsity": sparsity}
-    row |= json.loads(done.stdout)
-    # The candidates of GrowthCandidates: an index of 4 bytes and a score of 4.
-    row["tile_bytes"], row["candidate_bytes"] = 4 * growth.tile_entries(torch.device("cpu")), 8 * row["candidates"]
-    row["dense_gradient_bytes"] = 4 * size * size
-    row["dense_steps"] = row["seconds"]["sparse step with update"] / row["seconds"]["dense step"]
-    mib = {name: row[f"{name}_bytes"] / 2**20 for name in ("peak", "tile", "candidate", "dense_gradient")}
-    print(
-        f"update of {row['layer']}, {sparsity:.0%} sparse, batch {batch}: peak {mib['peak']:.0f} MiB (tile "
-        f"{mib['tile']:.0f}, 4k candidates {mib['candidate']:.0f}, dense gradient {mib['dense_gradient']:.0f}); an update "
-        f"step takes {row['dense_steps']:.2f} dense steps",
-        flush=True,
-    )
+    found = json.loads(done.stdout)
+    row["seconds"] = {name: value for name, value in found.items() if name.endswith(("step", "update"))}
+    row["dense_steps"] = found["sparse step with update"] / found["dense step"]
+    # The bound of GrowthCandidates, an index of 4 bytes and a score of 4 each.
+    row["bytes"] = {
+        "peak": found["peak_bytes"],
+        "tile": 4 * growth.tile_entries(torch.device("cpu")),
+        "4k candidates": 8 * found["candidates"],
+        "dense gradient": 4 * size * size,
+    }
+    memory = ", ".join(f"{name} {value / 2**20:.0f}" for name, value in row["bytes"].items())
+    print(f"update of {row['layer']}, {sparsity:.0%} sparse, batch {batch}: MiB {memory}", flush=True)
+    print(f"its step takes {row['dense_steps']:.2f} steps of the dense layer", flush=True)
     return row
 
 
@@ -173,8 +172,8 @@ def model_row(sparsity: float = 0.9, fraction: float = 0.3, rounds: int = 3) -> 
         times.append((chosen - start, time.perf_counter() - chosen))
     select, move = (1e3 * statistics.median(column) for column in zip(*times[1:], strict=True))
     print(
-        f"update of a {sparsity:.0%} ResNet-50 ({len(layers)} layers): {select + move:.0f} ms (select {select:.0f}, move "
-        f"{move:.0f})",
+        f"update of a {sparsity:.0%} ResNet-50 ({len(layers)} layers): {select + move:.0f} ms "
+        f"(select {select:.0f}, move {move:.0f})",
         flush=True,
     )
     row = {"what": "model update", "model": "ResNet-50", "sparsity": sparsity, "layers": len(layers)}
@@ -193,7 +192,7 @@ def test_selection(benchmark, name):
 
 def test_growth_takes_less_memory_than_the_dense_gradient(benchmark):
     row = benchmark.pedantic(layer_row, (4096,), rounds=1)
-    assert row["peak_bytes"] < row["dense_gradient_bytes"]
+    assert row["bytes"]["peak"] < row["bytes"]["dense gradient"]
 
 
 if __name__ == "__main__":
