@@ -369,6 +369,80 @@ def test_resumes_bit_for_bit_after_changes_of_size(name, storage, stop, tmp_path
         assert torch.equal(value, second[0].state_dict()[key]), key
 
 
+def device_update(name, device):
+    """One update of three layers, gradients given, on a device: what is dropped, grown, and the patterns after."""
+    g = torch.Generator().manual_seed(7)
+    layers = []
+    for shape in ((24, 40), (16, 8, 3, 3), (8, 12)):
+        if name in ("srigl", "2:4"):
+            structure = "fan-in" if name == "srigl" else name
+            pattern = topology.structured_pattern(shape, 0.5, structure, generator=g)
+        else:
+            pattern = ua.SparsityPattern.random(shape, 0.5, generator=g)
+        weight, active = (torch.randn(pattern.nnz, generator=g).to(device) for _ in range(2))
+        gradient = torch.randn(shape, generator=g).mul_(8).round_().to(device)  # ties, and the same on every device
+        tiles = lambda rows=gradient: ((r, rows[r : r + 4]) for r in range(0, rows.shape[0], 4))  # noqa: E731
+        layers.append(topology.LayerUpdate(weight, active, pattern.to(device), pattern.num_blocks, tiles))
+    changes = resolve_method(name).update(topology.Update(layers, 0.3, 0.5, torch.Generator().manual_seed(1)))
+    for layer, (dropped, grown) in zip(layers, changes, strict=True):
+        resize(layer.weight, layer.pattern, dropped, grown)
+    found = [(dropped, grown, layer.pattern.blocks()) for layer, (dropped, grown) in zip(layers, changes, strict=True)]
+    return [tensor.cpu() for parts in found for tensor in parts]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_decides_as_the_cpu_does(name):
+    for a, b in zip(device_update(name, "cpu"), device_update(name, "cuda"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["rigl", "gmp"])
+def test_the_host_does_not_wait_for_a_gpu(name):
+    model = network(name, dtype=torch.float32).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    dst = ua.DynamicSparsity(model, optimizer, method=name, total_steps=9, delta_t=1)
+    x, y = (tensor.cuda() for tensor in batch(torch.float32))
+    for _ in range(2):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert dst.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_update_of_given_gradients(name):
+    """The test above, as far as a CPU can say: it changes every layer, and does so again in the same way."""
+    first, second = device_update(name, "cpu"), device_update(name, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(dropped.numel() > 0 for dropped in first[::3])
+
+
+@pytest.mark.parametrize("name", ["rigl", "granet"])
+def test_a_compiled_model_follows(name):
+    """Sizes that change make it compile anew; the result stays that of the model itself."""
+    results = []
+    for compile_it in (True, False):
+        model = network(name, dtype=torch.float32)
+        function = torch.compile(model, backend="aot_eager") if compile_it else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        dst = ua.DynamicSparsity(model, optimizer, method=name, total_steps=9, delta_t=2)
+        torch.manual_seed(0)
+        for _ in range(5):
+            x, y = batch(torch.float32)
+            nn.functional.cross_entropy(function(x), y).backward()
+            optimizer.step()
+            dst.step()
+            optimizer.zero_grad()
+        results.append([layer.pattern.blocks() for layer in sparse_layers(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("storage", ["packed", "dense"])
 @pytest.mark.parametrize("block", [(1, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize(("out", "come"), [(5, 2), (3, 0), (0, 3), (2, 4), (0, 0)])
