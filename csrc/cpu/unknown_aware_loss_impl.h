@@ -26,16 +26,8 @@ UASPARSE_INLINE Floats load_tail(const float* from, int64_t n, const float* end)
   return lane < static_cast<int32_t>(n) ? load<float>(padded) : broadcast(-__builtin_inff());
 }
 
-// exp(x) for x <= 0 to about one unit in the last place: 2^n * exp(r), |r| <= ln(2) / 2, by Taylor's polynomial of
-// degree 7 (its remainder is 5e-9). Below exp's normal range the result is 0; NaN stays NaN.
-UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
-  const float lowest = -87.3f;
-  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const Floats clamped = x < lowest ? broadcast(lowest) : x;
-  const Floats shifted = clamped * 1.44269504f + magic;
-  const Floats n = shifted - magic;
-  Floats r = clamped - n * 0.693359375f;  // ln(2) in two parts, the first exact in few bits
-  r = r + n * 2.12194440e-4f;
+// exp(r) for |r| <= ln(2) / 2, by Taylor's polynomial of degree 7 (its remainder is 5e-9).
+UASPARSE_INLINE Floats exp_small(Floats r) {
   Floats p = broadcast(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -43,9 +35,25 @@ UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// exp(x) for x <= 0 to about one unit in the last place: 2^n * exp(r). Far below, the result is 0; NaN stays NaN.
+UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
+  constexpr float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high: exact in few bits
+#ifdef UASPARSE_ISA_AVX512  // masked with all ones: GCC 12 takes the plain intrinsics for uninitialised
+  const Floats clamped = _mm512_maskz_max_ps(0xffff, broadcast(-110.0f), x);  // of a NaN it takes the second
+  const Floats n = _mm512_maskz_roundscale_ps(0xffff, clamped * log2_e, 0);
+  return _mm512_maskz_scalef_ps(0xffff, exp_small(clamped - n * ln2_high - n * ln2_low), n);
+#else
+  const float lowest = -87.3f;  // exp's normal range
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const Floats clamped = x < lowest ? broadcast(lowest) : x;
+  const Floats shifted = clamped * log2_e + magic;
+  const Floats n = shifted - magic;
   const Floats scale = (Floats)(((Ints)shifted << 23) + 0x3f800000);
-  return x < lowest ? broadcast(0.0f) : p * scale;
+  return x < lowest ? broadcast(0.0f) : exp_small(clamped - n * ln2_high - n * ln2_low) * scale;
+#endif
 }
 
 UASPARSE_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
