@@ -26,6 +26,16 @@ SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=t
 pytestmark = pytest.mark.skipif(CXX is None or not CSRC.exists(), reason="needs g++ and the sources")
 
 
+def build(op, source, sanitizer, program):
+    """Compiles a .cu file and the program that runs it."""
+    flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", SANITIZERS[sanitizer]]
+    sources = [str(EMULATION / f"run_{op}.cpp"), "-x", "c++", str(source)]
+    command = [CXX, *flags, f"-I{EMULATION}", f"-I{CSRC}", *sources, "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
 @pytest.fixture(scope="module", params=list(SANITIZERS))
 def emulate(request, tmp_path_factory):
     """A function that runs the program of an op on cases, and returns what it wrote."""
@@ -33,12 +43,7 @@ def emulate(request, tmp_path_factory):
 
     def run(op, cases):
         if op not in built:
-            built[op] = folder / op
-            sources = [str(EMULATION / f"run_{op}.cpp"), "-x", "c++", str(CSRC / "cuda" / f"{op}.cu")]
-            flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", SANITIZERS[request.param]]
-            command = [CXX, *flags, f"-I{EMULATION}", f"-I{CSRC}", *sources, "-o", str(built[op])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            built[op] = build(op, CSRC / "cuda" / f"{op}.cu", request.param, folder / op)
         done = subprocess.run([built[op]], input=b"".join(cases), capture_output=True)
         assert done.returncode == 0, done.stderr.decode()[:5000]
         return Reader(done.stdout)
@@ -190,3 +195,42 @@ def test_prune_grow(emulate, density):
         expected[places[(places >= 0) & (places < scores.numel())]] = math.nan
         torch.testing.assert_close(got.take(torch.float32, scores.numel()), expected, rtol=0, atol=0, equal_nan=True)
     assert got.done()
+
+
+# Faults put into a copy of topk_indices.cu: what is there, what replaces it, which sanitizer must say what.
+FAULTS = {
+    "no barrier between zeroing and counting": (
+        "bins[d] = 0;\n  __syncthreads();",
+        "bins[d] = 0;",
+        "thread",
+        "data race",
+    ),
+    "a score past the end": (
+        "count = static_cast<int>(left < kTile ? left : kTile);",
+        "count = static_cast<int>(left + 1 < kTile ? left + 1 : kTile);",
+        "address",
+        "heap-buffer-overflow",
+    ),
+    "a shared counter past the end": (
+        "d < kBins; d += kThreads) bins[d] = 0;",
+        "d <= kBins; d += kThreads) bins[d] = 0;",
+        "address",
+        "global-buffer-overflow",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_seeded_fault_is_reported(fault, tmp_path):
+    """The harness can fail: the sanitizer names the fault, in the kernel that has it."""
+    right, wrong, sanitizer, report = FAULTS[fault]
+    source = (CSRC / "cuda" / "topk_indices.cu").read_text()
+    assert source.count(right) == 1
+    faulty = tmp_path / "faulty.cu"
+    faulty.write_text(source.replace(right, wrong))
+    program = build("topk_indices", faulty, sanitizer, tmp_path / "faulty")
+    case = numbers(1, False, True, False) + numbers(700, 99) + raw(torch.rand(700))
+    done = subprocess.run([program], input=case, capture_output=True)
+    assert done.returncode != 0
+    assert report in done.stderr.decode()
+    assert "histogram_kernel" in done.stderr.decode()

@@ -15,10 +15,22 @@ import uasparse_kernels as ua
 STEPS, WORLD = 6, 2
 
 
-def build(seed):
+METHODS = {  # and how its network is made
+    "rigl": {},
+    "set": {},
+    "mest": {},
+    "granet": {"storage": "dense"},
+    "srigl": {"structure": "fan-in", "storage": "dense"},
+    "2:4": {"structure": "2:4"},
+}
+
+
+def build(seed, method="rigl", **options):
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.ReLU(), nn.Linear(6 * 16, 10)).double()
-    return ua.sparsify(model, 0.8, distribution="uniform", overrides={"0": 0.5})
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.ReLU(), nn.Linear(6 * 16, 10)).double()
+    sparsity = 0.5 if method == "2:4" else 0.8
+    options = METHODS[method] | options
+    return ua.sparsify(model, sparsity, distribution="uniform", overrides={"0": 0.5}, **options)
 
 
 def train(model, method, rank, world):
@@ -31,7 +43,7 @@ def train(model, method, rank, world):
     data = torch.Generator().manual_seed(7)
     history = []
     for _ in range(STEPS):
-        x = torch.randn(8, 2, 6, 6, dtype=torch.float64, generator=data)
+        x = torch.randn(8, 4, 6, 6, dtype=torch.float64, generator=data)
         y = torch.randint(10, (8,), generator=data)
         nn.functional.cross_entropy(model(x[rank::world]), y[rank::world]).backward()
         optimizer.step()
@@ -41,25 +53,37 @@ def train(model, method, rank, world):
     return history
 
 
-def worker(rank, port, method, folder):
+def worker(rank, port, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
-    # Different seeds: what DDP sends at construction must include the patterns.
-    model = DistributedDataParallel(build(seed=rank), broadcast_buffers=False)
-    torch.save(train(model, method, rank, WORLD), f"{folder}/{rank}.pt")
+    for method in METHODS:
+        # Different seeds: what DDP sends at construction must include the patterns.
+        model = DistributedDataParallel(build(rank, method), broadcast_buffers=False)
+        torch.save(train(model, method, rank, WORLD), f"{folder}/{method}-{rank}.pt")
+    # Sizes that change are refused where DDP's buckets hold packed weights.
+    packed = DistributedDataParallel(build(0, "granet", storage="packed"))
+    with pytest.raises(ValueError, match="fixed sizes"):
+        train(packed, "granet", rank, WORLD)
     dist.destroy_process_group()
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("method", ["rigl", "set"])
-def test_every_rank_ends_with_the_same_pattern(method, tmp_path):
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory):
+    """A folder of what every process found with every method."""
+    folder = tmp_path_factory.mktemp("histories")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (port, method, str(tmp_path)), nprocs=WORLD)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
-    single = train(build(seed=0), method, 0, 1)
+    mp.spawn(worker, (port, str(folder)), nprocs=WORLD)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", METHODS)
+def test_every_rank_ends_with_the_same_pattern(method, histories):
+    first, second = (torch.load(histories / f"{method}-{rank}.pt") for rank in range(WORLD))
+    single = train(build(0, method), method, 0, 1)
     changes = 0
     for step in range(STEPS):
         for a, b, c in zip(first[step], second[step], single[step], strict=True):

@@ -30,6 +30,7 @@ from uasparse_kernels.ops.prune_grow import (
     kept_blocks,
     random_candidates,
 )
+from uasparse_kernels.ops.topk_indices import indices_above
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 GEOMETRIES = [
@@ -327,6 +328,20 @@ def test_growth_in_any_tiles(cuts, k, seed):
     assert torch.equal(candidates.select(), topk_indices_reference(expected, k))
 
 
+@pytest.mark.parametrize("density", [0.8, 0.97])
+def test_growth_where_most_is_kept(density):
+    """Tiles hold fewer candidates than are wanted: kept blocks must not fill their place for good."""
+    pattern = SparsityPattern.random((50, 40), density)
+    grad = torch.randn(50, 40)
+    dropped = drop_candidates(torch.randn(pattern.nnz), pattern, 500)
+    candidates = GrowthCandidates(500, pattern, dropped)
+    for row in range(0, 50, 5):
+        candidates.add(block_scores(grad[row : row + 5], (1, 1)), row * 40)
+    expected = grad.abs().view(-1)
+    expected[kept_blocks(pattern, dropped)] = math.nan
+    assert torch.equal(candidates.select(), topk_indices_reference(expected, 500))
+
+
 def test_growth_candidates_bad_use():
     pattern = SparsityPattern.random((4, 5), 0.5)
     none = torch.empty(0, dtype=torch.int64)
@@ -453,11 +468,22 @@ def test_opcheck(storage):
     torch.library.opcheck(torch.ops.uasparse.exclude_kept_.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [0, 1, 63, 64, 1000])
+def test_indices_above_any(n, dtype):
+    scores = tied(n, torch.Generator().manual_seed(n)).to(dtype)
+    for threshold in (-math.inf, -0.25, 0.0, 0.5, math.inf):
+        expected = (scores > threshold).nonzero().squeeze(1)
+        assert torch.equal(indices_above(scores, threshold), expected)
+    if n == 1000:
+        torch.library.opcheck(torch.ops.uasparse.indices_above.default, (scores, 0.25))
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_other_instruction_sets(isa):
     """The same tests where the kernels are told to use less than this CPU has (they choose once per process)."""
     tests = [pathlib.Path(__file__), pathlib.Path(__file__).with_name("test_unknown_aware_loss.py")]
-    wanted = "topk_of_any or misleads or extreme or (float64_reference and mean)"
+    wanted = "topk_of_any or above_any or misleads or extreme or (float64_reference and mean)"
     wanted = ["-m", "not cuda", "-k", f"({wanted}) and not instruction"]
     command = [sys.executable, "-m", "pytest", *wanted, *map(str, tests)]
     done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": isa}, capture_output=True, text=True)

@@ -265,6 +265,18 @@ def test_it_learns(tmp_path, digits, no_figures):
         assert cost["memory_bytes"] < 0.5 * cost["dense_memory_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("method", "density"), [("mest", 0.2), ("gmp", 0.2), ("granet", 0.2), ("srigl", 0.2), ("2:4", 0.5)]
+)
+def test_every_method_ends_at_its_density_and_is_read_back(tmp_path, digits, no_figures, method, density):
+    config = replace(with_arm(TINY, f"{method}+vote"), epochs=3, stop_fraction=0.6, distribution="uniform")
+    run(config, tmp_path, digits)
+    model, _, _ = load_model(tmp_path)
+    layers = [m for m in model.modules() if isinstance(m, ua.nn.SparseLayer)]
+    active, all_ = sum(m.pattern.nnz for m in layers), sum(math.prod(m.pattern.shape) for m in layers)
+    assert active / all_ == pytest.approx(density, abs=0.02 if method == "srigl" else 0.002)
+
+
 def test_cross_entropy_with_unknowns_is_weighted_cross_entropy():
     loss_fn = LOSSES["ce"](LossSpec(num_classes=3, epochs=5, with_unknowns=True, unknown_weight=0.25))
     logits, target = torch.randn(6, 4, requires_grad=True), torch.tensor([0, 3, 1, 2, 3, 0])

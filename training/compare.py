@@ -18,7 +18,7 @@ from rich.table import Table
 
 from training import report
 from training.checkpoint import read_json, write_json
-from training.config import FitConfig, with_arm
+from training.config import FIXED_SPARSITY, FitConfig, with_arm
 from training.data import TrainTest
 from training.errors import CheckpointError, NonFiniteLossError
 from training.evaluate import evaluate_checkpoint, load_data
@@ -67,9 +67,9 @@ def plan(suite: Suite) -> list[Run]:
     for seed in suite.seeds:
         for arm in suite.arms:
             config = with_arm(replace(suite.config, seed=seed), arm)
-            sparsities = suite.sparsities if config.method != "dense" else (0.0,)
-            for sparsity in sparsities:
-                label = arm if len(suite.sparsities) == 1 or config.method == "dense" else f"{arm}@{sparsity:g}"
+            fixed = config.method in FIXED_SPARSITY
+            for sparsity in (FIXED_SPARSITY[config.method],) if fixed else suite.sparsities:
+                label = arm if len(suite.sparsities) == 1 or fixed else f"{arm}@{sparsity:g}"
                 runs.append(Run(label, replace(config, sparsity=sparsity)))
     return runs
 

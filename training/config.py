@@ -12,7 +12,9 @@ from training.losses import LOSSES
 from training.models import MODELS
 from training.unknowns import UNKNOWNS
 
-METHODS = ("dense", "static", "set", "rigl")
+METHODS = ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "srigl", "2:4")
+FIXED_SPARSITY = {"dense": 0.0, "2:4": 0.5}  # whatever the config says
+INITIAL_SPARSITY = {"gmp": 0.0, "granet": 0.5}  # of methods that prune gradually to the config's
 UPDATE_STEPS = ("instead", "extra")
 
 
@@ -35,7 +37,7 @@ class FitConfig:
     model: str = option("convnet", f"One of {', '.join(MODELS)}.")
     stem: str = option("auto", "First layer of a ResNet: cifar, imagenet, or auto (by image size).")
     method: str = option("rigl", f"One of {', '.join(METHODS)}.")
-    sparsity: float = option(0.9, "Share of absent weights (dense ignores it).")
+    sparsity: float = option(0.9, "Share of absent weights, in the end (dense and 2:4 ignore it).")
     distribution: str = option("erk", "Density over the layers: erk, er or uniform.")
     block: str = option("1x1", "Size of the blocks that are pruned and grown, rows x columns.")
     storage: str = option("auto", "Weights packed (active ones only), dense, or auto.")
@@ -88,6 +90,8 @@ class FitConfig:
                 f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
                 "alpha rises only after the warm-up."
             )
+        if self.method == "2:4" and self.block_size != (1, 1):
+            raise TrainingError(f"Expected block 1x1 for method 2:4, got {self.block}.")
         _ = self.block_size, self.holdout_classes
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import uasparse_kernels as ua
 from training.batches import Batches, Normalise
-from training.config import FitConfig
+from training.config import FIXED_SPARSITY, INITIAL_SPARSITY, FitConfig
 from training.data import TrainTest
 from training.errors import CheckpointError, NonFiniteLossError, TrainingError
 from training.losses import LOSSES, LossSpec
@@ -51,10 +52,28 @@ def build_network(
     )
     model = build_model(config.model, cast(int, loss_fn.num_outputs), in_channels, image_size, config.stem)
     if config.method != "dense":
-        model = ua.sparsify(
-            model, config.sparsity, distribution=config.distribution, block=config.block_size, storage=config.storage
-        )
+        model = ua.sparsify(model, **sparsity_options(config))
     return model, loss_fn
+
+
+def sparsity_options(config: FitConfig) -> dict[str, Any]:
+    """The arguments of `sparsify`: the network as the method starts with it."""
+    sparsity = FIXED_SPARSITY.get(config.method, config.sparsity)
+    options: dict[str, Any] = {
+        "sparsity": min(sparsity, INITIAL_SPARSITY.get(config.method, sparsity)),
+        "distribution": config.distribution,
+        "block": config.block_size,
+        "storage": config.storage,
+        "include_dense": config.method in INITIAL_SPARSITY,
+    }
+    return options | {"structure": {"srigl": "fan-in", "2:4": "2:4"}.get(config.method)}
+
+
+def topology_method(config: FitConfig) -> str | ua.topology.Method:
+    """The argument of `DynamicSparsity`."""
+    if config.method in INITIAL_SPARSITY:
+        return replace(ua.topology.METHODS[config.method](), final_sparsity=config.sparsity)
+    return config.method
 
 
 class Trainer:
@@ -199,7 +218,7 @@ class Trainer:
         return ua.DynamicSparsity(
             self.model,
             self.optimizer,
-            method=config.method,
+            method=topology_method(config),
             total_steps=self.total_steps,
             delta_t=config.delta_t,
             drop_fraction=config.drop_fraction,
@@ -210,7 +229,7 @@ class Trainer:
     def _check_vote_settings(self) -> None:
         config = self.config
         start = config.vote_start_epoch / config.epochs
-        if config.vote and config.method in ("rigl", "set") and config.stop_fraction > start:
+        if config.vote and config.method not in ("dense", "static") and config.stop_fraction > start:
             raise TrainingError(
                 f"The vote starts after {start:.0%} of the epochs, but the topology changes until stop_fraction "
                 f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. "

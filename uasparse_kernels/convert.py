@@ -10,6 +10,7 @@ from torch import nn
 
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.topology.distribution import layer_densities
+from uasparse_kernels.topology.structure import parse_n_of_m, structured_pattern
 
 logger = logging.getLogger("uasparse_kernels")
 
@@ -24,15 +25,17 @@ def sparsify(
     distribution: str = "erk",
     block: Sequence[int] = (1, 1),
     storage: str = "auto",
+    structure: str | None = None,
+    include_dense: bool = False,
     exempt: Iterable[str] = (),
     overrides: Mapping[str, float | Mapping[str, Any]] | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
     """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
 
-    The first convolution stays dense, and so does every layer that the distribution makes fully dense; both may be
-    changed by ``overrides``. What cannot be converted is left as it is and logged (logger "uasparse_kernels") with the
-    reason. Build the optimiser afterwards: the parameters are new ones.
+    The first convolution stays dense, and so does every layer that the distribution makes fully dense (but see
+    ``include_dense``); both may be changed by ``overrides``. What cannot be converted is left as it is and logged
+    (logger "uasparse_kernels") with the reason. Build the optimiser afterwards: the parameters are new ones.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
@@ -41,6 +44,11 @@ def sparsify(
         distribution: "erk", "er" or "uniform".
         block: (1, 1), (r, 1) or (b, b).
         storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``).
+        structure: None for patterns without constraint; "fan-in" for as many active blocks in every row (their number
+            is rounded in each layer), or "N:M" (such as "2:4") for N in every M neighbouring input channels, whose
+            sparsity is 1 - N / M in every layer: ``sparsity`` must say the same. See ``topology.structured_pattern``.
+        include_dense: swaps layers that the distribution makes fully dense too, for methods that prune gradually:
+            ``sparsify(model, 0.0, include_dense=True)`` is where GMP starts.
         exempt: fully qualified names of layers that stay dense.
         overrides: by fully qualified name, a layer's own sparsity, or a mapping of ``sparsity`` or ``pattern``,
             ``block`` and ``storage``; what it leaves out is as for the model.
@@ -54,6 +62,8 @@ def sparsify(
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
+    if structure not in (None, "fan-in"):
+        parse_n_of_m(structure)
     overrides, exempt = dict(overrides or {}), set(exempt)
     names = {name for name, _ in model.named_modules()}
     unknown = sorted((exempt | overrides.keys()) - names)
@@ -72,11 +82,14 @@ def sparsify(
     for name, module in candidates.items():
         if name not in overrides and filter is not None and not filter(name, module):
             skipped.setdefault(name, "left out by the filter")
-        if name not in overrides and name not in skipped and (reason := _misfit(module, block)):
+        if name not in overrides and name not in skipped and (reason := _misfit(module, block, structure)):
             skipped[name] = reason
 
     covered = {n: tuple(m.weight.shape) for n, m in candidates.items() if n not in skipped and n not in overrides}
-    densities = layer_densities(covered, 1 - sparsity, distribution, dict.fromkeys(covered, block))
+    if structure is None or structure == "fan-in":
+        densities = layer_densities(covered, 1 - sparsity, distribution, dict.fromkeys(covered, block))
+    else:
+        densities = dict.fromkeys(covered, 1 - sparsity)
     plans: dict[str, dict[str, Any]] = {
         name: {"sparsity": 1 - density, "block": block, "storage": storage} for name, density in densities.items()
     }
@@ -87,9 +100,12 @@ def sparsify(
 
     layers = {}
     for name, plan in plans.items():
-        if "pattern" not in plan and plan["sparsity"] <= 0:
+        if "pattern" not in plan and plan["sparsity"] <= 0 and not (include_dense and name in densities):
             skipped[name] = "fully dense"
             continue
+        if structure is not None and "pattern" not in plan:
+            shape, density = candidates[name].weight.shape, 1 - plan.pop("sparsity")
+            plan["pattern"] = structured_pattern(shape, density, structure, block=plan["block"])
         layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
     for name, reason in skipped.items():
         logger.info("%s stays dense: %s", name or "the layer", reason)
@@ -127,12 +143,14 @@ def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]
     return candidates, skipped
 
 
-def _misfit(module: DenseLayer, block: Sequence[int]) -> str:
-    """Why a layer's sizes do not take the block; empty where they do."""
+def _misfit(module: DenseLayer, block: Sequence[int], structure: str | None) -> str:
+    """Why a layer's sizes do not take the block or the structure; empty where they do."""
     out, inp = module.weight.shape[:2]
     rows = out // getattr(module, "groups", 1)
     if rows % block[0] or inp % block[1]:
         return f"its weight {tuple(module.weight.shape)} is not made of {block[0]}x{block[1]} blocks"
+    if structure is not None and ":" in structure and inp % parse_n_of_m(structure)[1]:
+        return f"its {inp} input channels are not made of groups of {parse_n_of_m(structure)[1]}"
     return ""
 
 

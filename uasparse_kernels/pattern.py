@@ -29,8 +29,8 @@ class SparsityPattern(nn.Module):
       in the order by rows.
 
     It is an ``nn.Module`` without parameters, so that it moves, copies, pickles and is saved with the layer that owns
-    it; ``crow``, ``col`` and ``layout`` (shape and block) are saved. A topology update changes the tensors in place,
-    and never their sizes.
+    it; ``crow``, ``col`` and ``layout`` (shape and block) are saved. A topology update changes the tensors in place;
+    only one that changes the number of active blocks (:meth:`set_blocks_`) makes new ones.
     """
 
     layout: Tensor
@@ -94,11 +94,7 @@ class SparsityPattern(nn.Module):
     @classmethod
     def from_blocks(cls, shape: Sequence[int], blocks: Tensor, *, block: Sequence[int] = (1, 1)) -> SparsityPattern:
         """The pattern of the active blocks' flat indices into the grid (``[num_blocks]``, ascending, distinct)."""
-        rows, columns = _grid(*_check_shape(shape, block))
-        counts = torch.bincount(blocks // columns, minlength=rows)
-        crow = torch.zeros(rows + 1, dtype=torch.int64, device=blocks.device)
-        torch.cumsum(counts, 0, out=crow[1:])
-        return cls(shape, crow, blocks % columns, block=block)
+        return cls(shape, *_csr(blocks, _grid(*_check_shape(shape, block))), block=block)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> SparsityPattern:
@@ -144,20 +140,16 @@ class SparsityPattern(nn.Module):
 
     def indices(self) -> Tensor:
         """Flat indices of the active weights into the dense weight, in packed order: int64 of ``packed_shape``."""
-        flat = self.blocks()
-        if self.block == (1, 1):
-            return flat
-        (bh, bw), positions, columns = self.block, math.prod(self.shape[2:]), self.grid[1]
-        row, column = flat // columns, flat % columns
-        channel, position = column // positions, column % positions
-        out = row[:, None] * bh + torch.arange(bh, device=self.device)
-        inp = channel[:, None] * bw + torch.arange(bw, device=self.device)
-        return (out[:, :, None] * self.shape[1] + inp[:, None, :]) * positions + position[:, None, None]
+        return self._entries(self.blocks())
 
     def to_mask(self) -> Tensor:
         """The pattern as a bool mask of the weight's shape."""
+        return self.mask_of(self.blocks())
+
+    def mask_of(self, blocks: Tensor) -> Tensor:
+        """A bool mask of the weight's shape of any blocks, given by flat grid index (int64 ``[n]``)."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
-        mask.view(-1)[self.indices().view(-1)] = True
+        mask.view(-1)[self._entries(blocks).view(-1)] = True
         return mask
 
     def pack(self, dense: Tensor) -> Tensor:
@@ -208,6 +200,34 @@ class SparsityPattern(nn.Module):
         for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
             mine.copy_(theirs)
         return self
+
+    @torch.no_grad()
+    def set_blocks_(self, blocks: Tensor) -> SparsityPattern:
+        """Takes other active blocks, of any number: flat grid indices, int64, distinct and ascending (not checked).
+
+        In place where the number stays the same; otherwise the tensors are replaced. No host sync.
+        """
+        crow, col = _csr(blocks, self.grid)
+        new = {"crow": crow, "col": col}
+        new |= dict(zip(("ccol", "row", "perm"), _transpose(crow, col, self.grid[1]), strict=True))
+        if blocks.numel() == self.num_blocks:
+            for name, tensor in new.items():
+                getattr(self, name).copy_(tensor)
+        else:
+            for name, tensor in new.items():
+                setattr(self, name, tensor)
+        return self
+
+    def _entries(self, blocks: Tensor) -> Tensor:
+        """Flat indices into the dense weight of the entries of blocks: ``[n]`` for 1x1, else ``[n, bh, bw]``."""
+        if self.block == (1, 1):
+            return blocks
+        (bh, bw), positions, columns = self.block, math.prod(self.shape[2:]), self.grid[1]
+        row, column = blocks // columns, blocks % columns
+        channel, position = column // positions, column % positions
+        out = row[:, None] * bh + torch.arange(bh, device=self.device)
+        inp = channel[:, None] * bw + torch.arange(bw, device=self.device)
+        return (out[:, :, None] * self.shape[1] + inp[:, None, :]) * positions + position[:, None, None]
 
     def extra_repr(self) -> str:
         structure = "unstructured" if self.block == (1, 1) else f"blocks {self.block[0]}x{self.block[1]}"
@@ -311,15 +331,21 @@ def _to_grid(dense: Tensor, block: tuple[int, int]) -> Tensor:
     return view.reshape(out // bh, -1, bh * bw)
 
 
+def _csr(blocks: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """``crow`` and ``col`` (int32) of ascending flat indices."""
+    ends = torch.arange(grid[0] + 1, device=blocks.device) * grid[1]
+    crow = torch.searchsorted(blocks.contiguous(), ends, out_int32=True)
+    return crow, (blocks % grid[1]).to(torch.int32)
+
+
 def _transpose(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order by columns of blocks given by rows: ``ccol``, ``row``, ``perm`` (int32)."""
-    perm = torch.argsort(col, stable=True)
-    counts = torch.bincount(col, minlength=columns)
-    ccol = torch.zeros(columns + 1, dtype=torch.int64, device=col.device)
-    torch.cumsum(counts, 0, out=ccol[1:])
+    """The order by columns of blocks given by rows: ``ccol``, ``row``, ``perm`` (int32). No host sync."""
+    by_column, perm = torch.sort(col, stable=True)
+    ends = torch.arange(columns + 1, dtype=col.dtype, device=col.device)
+    ccol = torch.searchsorted(by_column, ends, out_int32=True)
     rows = torch.arange(crow.numel() - 1, device=col.device)
     rows = torch.repeat_interleave(rows, (crow[1:] - crow[:-1]).to(torch.int64), output_size=col.numel())
-    return ccol.to(torch.int32), rows[perm].to(torch.int32), perm.to(torch.int32)
+    return ccol, rows[perm].to(torch.int32), perm.to(torch.int32)
 
 
 @_library.register_fake("pack")

@@ -2,7 +2,8 @@
 //
 // The new order of packed values is the old one without the dropped blocks, merged with the grown ones. As many are grown
 // as dropped, so every array is first closed up over the dropped places (to the left) and then spread out to the grown
-// ones (from the right), with no second copy. The order by columns is counted anew.
+// ones (from the right), with no second copy. Where they are is said by two rows of bits, a bit a place: values are
+// moved without a branch, which would be mispredicted at every second one. The order by columns is counted anew.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -10,11 +11,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/workspace.h"
 
 namespace uasparse {
 namespace {
@@ -22,20 +25,27 @@ namespace {
 struct Grid {
   const int32_t *crow, *col;
   int64_t rows, columns;
-
-  // Number of active blocks before the flat index `block`: its place in packed order if it is active.
-  int64_t place(int64_t block) const {
-    const int32_t *begin = col + crow[block / columns], *end = col + crow[block / columns + 1];
-    return std::lower_bound(begin, end, static_cast<int32_t>(block % columns)) - col;
-  }
-  bool is_active(int64_t block, int64_t place) const {
-    return place < crow[block / columns + 1] && col[place] == block % columns;
-  }
 };
 
-// Old places of the dropped blocks and new places of the grown ones, both ascending.
+// A bit a place in packed order.
+class Bits {
+ public:
+  explicit Bits(int64_t size) : memory_((size + 63) / 64 * 8), words_(memory_.as<uint64_t>()) {
+    std::fill_n(words_, (size + 63) / 64, 0);
+  }
+  void set(int64_t i) { words_[i / 64] |= uint64_t{1} << (i % 64); }
+  bool operator[](int64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
+  uint64_t word(int64_t i) const { return words_[i / 64]; }
+
+ private:
+  Workspace memory_;
+  uint64_t* words_;
+};
+
+// Old places of the dropped blocks, and new places of the grown ones.
 struct Moves {
-  std::vector<int64_t> from, to;
+  explicit Moves(int64_t blocks) : dropped(blocks), grown(blocks) {}
+  Bits dropped, grown;
 };
 
 void check_indices(const at::Tensor& blocks, const char* name, int64_t total) {
@@ -50,51 +60,69 @@ void check_indices(const at::Tensor& blocks, const char* name, int64_t total) {
                       j, ".");
 }
 
-Moves plan(const Grid& grid, const at::Tensor& dropped, const at::Tensor& grown) {
+// Row by row, a walk along its blocks beside those dropped and those grown; all are ascending.
+void plan(const Grid& grid, const at::Tensor& dropped, const at::Tensor& grown, Moves& moves) {
   const int64_t k = dropped.size(0);
   const int64_t *out = dropped.const_data_ptr<int64_t>(), *in = grown.const_data_ptr<int64_t>();
-  Moves moves{std::vector<int64_t>(k), std::vector<int64_t>(k)};
-  for (int64_t j = 0; j < k; ++j) {
-    moves.from[j] = grid.place(out[j]);
-    TORCH_CHECK_VALUE(grid.is_active(out[j], moves.from[j]), "prune_grow_: expected active blocks to drop, got ", out[j],
-                      ", which is not active.");
-  }
-  int64_t dropped_before = 0;
-  for (int64_t j = 0; j < k; ++j) {
-    while (dropped_before < k && out[dropped_before] < in[j]) ++dropped_before;
-    const int64_t place = grid.place(in[j]);
-    TORCH_CHECK_VALUE(!grid.is_active(in[j], place) || (dropped_before < k && out[dropped_before] == in[j]),
-                      "prune_grow_: expected inactive or dropped blocks to grow, got ", in[j],
-                      ", which is active and not dropped.");
-    moves.to[j] = place - dropped_before + j;
-  }
-  return moves;
-}
-
-// Moves `count` items of T; the regions may overlap. Runs between dropped blocks are short: no call for them.
-template <typename T>
-void move_run(T* to, const T* from, int64_t count) {
-  if (count >= 32) {
-    std::memmove(to, from, count * sizeof(T));
-  } else if (to < from) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from[i];
-  } else {
-    for (int64_t i = count; i-- > 0;) to[i] = from[i];
+  int64_t left = 0, came = 0;
+  for (int64_t r = 0; r < grid.rows; ++r) {
+    const int64_t first = r * grid.columns, next = first + grid.columns, left_before = left;
+    int64_t place = grid.crow[r];
+    const int64_t end = grid.crow[r + 1];
+    for (; left < k && out[left] < next; ++left, ++place) {
+      while (place < end && first + grid.col[place] < out[left]) ++place;
+      TORCH_CHECK_VALUE(place < end && first + grid.col[place] == out[left],
+                        "prune_grow_: expected active blocks to drop, got ", out[left], ", which is not active.");
+      moves.dropped.set(place);
+    }
+    place = grid.crow[r];
+    for (int64_t gone = left_before; came < k && in[came] < next; ++came) {
+      for (; place < end && first + grid.col[place] < in[came]; ++place) gone += moves.dropped[place];
+      const bool is_active = place < end && first + grid.col[place] == in[came];
+      TORCH_CHECK_VALUE(!is_active || moves.dropped[place], "prune_grow_: expected inactive or dropped blocks to grow, got ",
+                        in[came], ", which is active and not dropped.");
+      moves.grown.set(place - gone + came);
+    }
   }
 }
 
 // data [blocks, size] of blocks in packed order: without the dropped, with zeros for the grown.
 template <typename T>
 void move_values(T* data, int64_t blocks, int64_t size, const Moves& moves) {
-  const int64_t k = static_cast<int64_t>(moves.from.size());
-  for (int64_t j = 0; j < k; ++j) {
-    const int64_t begin = moves.from[j] + 1, end = j + 1 < k ? moves.from[j + 1] : blocks;
-    move_run(data + (begin - j - 1) * size, data + begin * size, (end - begin) * size);
+  if (size == 1) {
+    int64_t to = 0;
+    for (int64_t first = 0; first < blocks; first += 64) {
+      uint64_t gone = moves.dropped.word(first);
+      for (int64_t i = first; i < std::min(blocks, first + 64); ++i, gone >>= 1) {
+        data[to] = data[i];
+        to += static_cast<int64_t>(~gone & 1);
+      }
+    }
+    for (int64_t end = blocks; end > 0;) {  // the last place of a word first
+      const int64_t first = (end - 1) / 64 * 64;
+      uint64_t fresh = moves.grown.word(first) << (63 - (end - 1 - first));
+      for (int64_t i = end; i-- > first; fresh <<= 1) {
+        const uint64_t is_new = fresh >> 63;
+        to -= static_cast<int64_t>(1 - is_new);
+        // Where the place is new there may be nothing left to read; what is read then does not count.
+        data[i] = static_cast<T>(data[to] & (static_cast<T>(is_new) - 1));
+      }
+      end = first;
+    }
+    return;
   }
-  for (int64_t j = k - 1; j >= 0; --j) {
-    const int64_t begin = moves.to[j] + 1, end = j + 1 < k ? moves.to[j + 1] : blocks;
-    move_run(data + begin * size, data + (begin - j - 1) * size, (end - begin) * size);
-    std::fill_n(data + moves.to[j] * size, size, T(0));
+  int64_t to = 0;
+  for (int64_t i = 0; i < blocks; ++i) {
+    if (moves.dropped[i]) continue;
+    if (to != i) std::memcpy(data + to * size, data + i * size, size * sizeof(T));
+    ++to;
+  }
+  for (int64_t i = blocks; i-- > 0;) {
+    if (moves.grown[i]) {
+      std::fill_n(data + i * size, size, T(0));
+    } else if (--to != i) {
+      std::memcpy(data + i * size, data + to * size, size * sizeof(T));
+    }
   }
 }
 
@@ -130,26 +158,43 @@ void write_rows(int32_t* crow, int32_t* col, int64_t rows, int64_t columns, cons
                 const at::Tensor& grown, const Moves& moves) {
   const int64_t k = dropped.size(0);
   const int64_t *out = dropped.const_data_ptr<int64_t>(), *in = grown.const_data_ptr<int64_t>();
-  for (int64_t j = 0; j < k; ++j) col[moves.to[j]] = static_cast<int32_t>(in[j] % columns);
-  int64_t left = 0, came = 0;
+  int64_t left = 0, came = 0, place = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    while (left < k && out[left] < (r + 1) * columns) ++left;
-    while (came < k && in[came] < (r + 1) * columns) ++came;
+    const int64_t first = r * columns;
+    while (left < k && out[left] < first + columns) ++left;
+    for (; came < k && in[came] < first + columns; ++came, ++place) {
+      for (uint64_t rest = moves.grown.word(place) >> (place % 64);;) {
+        if (rest != 0) {
+          place += std::countr_zero(rest);
+          break;
+        }
+        place = (place / 64 + 1) * 64;
+        rest = moves.grown.word(place);
+      }
+      col[place] = static_cast<int32_t>(in[came] - first);
+    }
     crow[r + 1] += static_cast<int32_t>(came - left);
   }
 }
 
+// A range of columns at a time: so many places to write to stay in the caches and the translation buffer.
 void write_columns(const Grid& grid, int32_t* ccol, int32_t* row, int32_t* perm) {
+  constexpr int64_t kColumns = 512;
   const int64_t blocks = grid.crow[grid.rows];
   std::fill_n(ccol, grid.columns + 1, 0);
   for (int64_t i = 0; i < blocks; ++i) ++ccol[grid.col[i] + 1];
   for (int64_t c = 0; c < grid.columns; ++c) ccol[c + 1] += ccol[c];
-  std::vector<int32_t> next(ccol, ccol + grid.columns);
-  for (int64_t r = 0; r < grid.rows; ++r) {
-    for (int32_t i = grid.crow[r]; i < grid.crow[r + 1]; ++i) {
-      const int32_t at = next[grid.col[i]]++;
-      row[at] = static_cast<int32_t>(r);
-      perm[at] = i;
+  std::vector<int32_t> at_row(grid.crow, grid.crow + grid.rows), next(ccol, ccol + grid.columns);
+  for (int64_t first = 0; first < grid.columns; first += kColumns) {
+    const int64_t last = std::min(grid.columns, first + kColumns);
+    for (int64_t r = 0; r < grid.rows; ++r) {
+      int32_t i = at_row[r];
+      for (; i < grid.crow[r + 1] && grid.col[i] < last; ++i) {
+        const int32_t at = next[grid.col[i]]++;
+        row[at] = static_cast<int32_t>(r);
+        perm[at] = i;
+      }
+      at_row[r] = i;
     }
   }
 }
@@ -189,7 +234,8 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
                     " packed values, got ", weight.sizes(), ".");
 
   const Grid grid{crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), rows, columns};
-  const Moves moves = plan(grid, dropped, grown);  // the last that can fail: nothing has changed yet
+  Moves moves(blocks);
+  plan(grid, dropped, grown, moves);  // the last that can fail: nothing has changed yet
   if (dropped.size(0) == 0) return;
   at::parallel_for(0, static_cast<int64_t>(tensors.size()) + 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {

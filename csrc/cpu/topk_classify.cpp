@@ -61,6 +61,31 @@ __attribute__((target("avx2,bmi,popcnt"))) int64_t count_bmi(const uint64_t* wor
   return count_any(words, n);
 }
 
+// (Masked with all ones where GCC 12 takes the plain intrinsics for uninitialised.)
+// The places of a word's bits, packed as bytes by one instruction. Sixteen are written, needed or not; seldom more are set.
+__attribute__((target("avx512f,avx512bw,avx512vbmi2,bmi,popcnt"))) void write_vbmi2(const uint64_t* words, int64_t n,
+                                                                                   int64_t first, int64_t* to,
+                                                                                   const int64_t* last) {
+  alignas(64) char bytes[64];
+  for (int i = 0; i < 64; ++i) bytes[i] = static_cast<char>(i);
+  const __m512i places = _mm512_load_si512(bytes);
+  int64_t w = 0;
+  for (; w < n && last - to >= 64; ++w) {
+    const uint64_t bits = words[w];
+    const __m512i base = _mm512_set1_epi64(first + w * 64), packed = _mm512_maskz_compress_epi8(bits, places);
+    const __m128i low = _mm512_maskz_extracti32x4_epi32(0xf, packed, 0);
+    const int64_t count = __builtin_popcountll(bits);
+    _mm512_storeu_si512(to, _mm512_add_epi64(base, _mm512_maskz_cvtepu8_epi64(0xff, low)));
+    _mm512_storeu_si512(to + 8, _mm512_add_epi64(base, _mm512_maskz_cvtepu8_epi64(0xff, _mm_srli_si128(low, 8))));
+    if (count > 16) {
+      _mm512_store_si512(bytes, packed);
+      for (int64_t i = 16; i < count; ++i) to[i] = first + w * 64 + bytes[i];
+    }
+    to += count;
+  }
+  write_any(words + w, n - w, first + w * 64, to, last);
+}
+
 // keep clears the sign bit for magnitudes, flip then negates for the smallest.
 __attribute__((target("avx2"))) void classify_avx2(const float* scores, int64_t n, float low, float high, int32_t keep,
                                                    int32_t flip, uint64_t* above, uint64_t* maybe) {
@@ -111,6 +136,8 @@ void classify_scores(const float* scores, int64_t n, float low, float high, bool
 
 void write_indices(const uint64_t* words, int64_t n, int64_t first, int64_t* to, const int64_t* last) {
 #if defined(__x86_64__)
+  static const bool has_vbmi2 = __builtin_cpu_supports("avx512vbmi2");
+  if (cpu_isa() == Isa::avx512 && has_vbmi2) return write_vbmi2(words, n, first, to, last);
   if (cpu_isa() != Isa::portable) return write_bmi(words, n, first, to, last);
 #endif
   write_any(words, n, first, to, last);

@@ -64,11 +64,16 @@ struct Bracket {
 Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order) {
   const int64_t size = std::clamp<int64_t>(n / 64, 1024, 32768);
   std::vector<float> sample(size);
+  std::vector<int64_t> places(size);
   uint64_t state = 0x9e3779b97f4a7c15u;
+  const uint64_t width = static_cast<uint64_t>((n << 16) / size);  // of `size` equal parts, in 2^-16; one draw from each
   for (int64_t i = 0; i < size; ++i) {
-    state = state * 6364136223846793005u + 1442695040888963407u;  // one draw from each of `size` equal parts
-    const int64_t begin = i * n / size, end = (i + 1) * n / size;
-    const float x = preference(scores[begin + static_cast<int64_t>(state >> 33) % (end - begin)], order);
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    places[i] = static_cast<int64_t>((i * width + (state >> 32) * width / (uint64_t{1} << 32)) >> 16);
+  }
+  for (int64_t i = 0; i < size; ++i) {
+    __builtin_prefetch(scores + places[std::min(i + 32, size - 1)]);  // each is a cache miss
+    const float x = preference(scores[places[i]], order);
     sample[i] = std::isnan(x) ? -std::numeric_limits<float>::infinity() : x;
   }
   const double quantile = static_cast<double>(rank) / n, middle = quantile * size;
@@ -166,25 +171,24 @@ class Selection {
     Chunk& chunk = chunks_[c];
     Key* keys = entries.keys + c * entries.capacity;
     uint16_t* places = entries.places + c * entries.capacity;
-    const T* const scores = scores_;
-    const Order order = order_;
     chunk.above += count_bits(above_ + begin, end - begin);
+    // Places first. Two are written whether they are there or not, which spares a mispredicted branch a word.
+    int64_t count = chunk.maybe;
     for (int64_t w = begin; w < end; ++w) {
-      if (chunk.maybe + 64 > entries.capacity) return false;
-      int64_t count = chunk.maybe;
-      const auto collect = [&](uint64_t bits) {
-        const int64_t i = w * 64 + (std::countr_zero(bits) & 63);
-        keys[count] = key_of(preference(scores[i], order));
-        places[count++] = static_cast<uint16_t>(i - chunk_begin * 64);
-      };
-      // Two are written whether they are there or not, which spares a mispredicted branch a word.
+      if (count + 64 > entries.capacity) return false;
+      const int64_t first = (w - chunk_begin) * 64;
       uint64_t bits = maybe[w - begin];
-      for (int i = 0; i < 2; ++i, bits &= bits - 1) {
-        chunk.maybe += bits != 0;
-        collect(bits);
-      }
-      for (; bits != 0; bits &= bits - 1, ++chunk.maybe) collect(bits);
+      places[count] = static_cast<uint16_t>(first + (std::countr_zero(bits) & 63));
+      count += bits != 0;
+      bits &= bits - 1;
+      places[count] = static_cast<uint16_t>(first + (std::countr_zero(bits) & 63));
+      count += bits != 0;
+      for (bits &= bits - 1; bits != 0; bits &= bits - 1)
+        places[count++] = static_cast<uint16_t>(first + std::countr_zero(bits));
     }
+    const T* const scores = scores_ + chunk_begin * 64;
+    for (int64_t i = chunk.maybe; i < count; ++i) keys[i] = key_of(preference(scores[places[i]], order_));
+    chunk.maybe = count;
     return true;
   }
 
@@ -299,9 +303,40 @@ std::vector<at::Tensor> topk_indices_many(at::TensorList scores, at::IntArrayRef
   return indices;
 }
 
+template <typename T>
+void mark_above(const T* scores, int64_t n, T threshold, uint64_t* above, uint64_t* scratch) {
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    done = n / 64 * 64;
+    classify_scores(scores, done, threshold, threshold, true, false, above, scratch);
+  }
+  for (int64_t w = done / 64; w < (n + 63) / 64; ++w) {
+    above[w] = 0;
+    for (int64_t i = w * 64; i < std::min(n, w * 64 + 64); ++i)
+      above[w] |= static_cast<uint64_t>(scores[i] > threshold) << (i % 64);
+  }
+}
+
+// The indices of scores above a threshold, ascending; NaN is not above anything.
+at::Tensor indices_above(const at::Tensor& scores, double threshold) {
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.is_contiguous(), "Expected contiguous scores of one dimension, got ",
+                    scores.sizes(), ".");
+  const int64_t n = scores.size(0), words = (n + 63) / 64;
+  const Workspace memory(16 * words);
+  uint64_t* const above = memory.as<uint64_t>();
+  AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "indices_above", [&] {
+    mark_above(scores.const_data_ptr<scalar_t>(), n, static_cast<scalar_t>(threshold), above, above + words);
+  });
+  at::Tensor indices = at::empty({count_bits(above, words)}, at::kLong);
+  int64_t* const to = indices.mutable_data_ptr<int64_t>();
+  write_indices(above, words, 0, to, to + indices.size(0));
+  return indices;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("indices_above", &indices_above);
   m.impl("topk_indices", &topk_indices);
   m.impl("topk_indices_many", &topk_indices_many);
 }

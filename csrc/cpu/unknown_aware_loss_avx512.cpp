@@ -3,6 +3,8 @@
 #include "cpu/unknown_aware_loss.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #define UASPARSE_ISA_AVX512
 #include "cpu/isa_begin.h"
 

@@ -26,16 +26,8 @@ UASPARSE_INLINE Floats load_tail(const float* from, int64_t n, const float* end)
   return lane < static_cast<int32_t>(n) ? load<float>(padded) : broadcast(-__builtin_inff());
 }
 
-// exp(x) for x <= 0 to about one unit in the last place: 2^n * exp(r), |r| <= ln(2) / 2, by Taylor's polynomial of
-// degree 7 (its remainder is 5e-9). Below exp's normal range the result is 0; NaN stays NaN.
-UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
-  const float lowest = -87.3f;
-  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const Floats clamped = x < lowest ? broadcast(lowest) : x;
-  const Floats shifted = clamped * 1.44269504f + magic;
-  const Floats n = shifted - magic;
-  Floats r = clamped - n * 0.693359375f;  // ln(2) in two parts, the first exact in few bits
-  r = r + n * 2.12194440e-4f;
+// exp(r) for |r| <= ln(2) / 2, by Taylor's polynomial of degree 7 (its remainder is 5e-9).
+UASPARSE_INLINE Floats exp_small(Floats r) {
   Floats p = broadcast(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -43,15 +35,46 @@ UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// exp(x) for x <= 0 to about one unit in the last place: 2^n * exp(r). Far below, the result is 0; NaN stays NaN.
+UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
+  constexpr float log2_e = 1.44269504f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // high: exact in few bits
+#ifdef UASPARSE_ISA_AVX512  // masked with all ones: GCC 12 takes the plain intrinsics for uninitialised
+  const Floats clamped = _mm512_maskz_max_ps(0xffff, broadcast(-110.0f), x);  // of a NaN it takes the second
+  const Floats n = _mm512_maskz_roundscale_ps(0xffff, clamped * log2_e, 0);
+  return _mm512_maskz_scalef_ps(0xffff, exp_small(clamped - n * ln2_high - n * ln2_low), n);
+#else
+  const float lowest = -87.3f;  // exp's normal range
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const Floats clamped = x < lowest ? broadcast(lowest) : x;
+  const Floats shifted = clamped * log2_e + magic;
+  const Floats n = shifted - magic;
   const Floats scale = (Floats)(((Ints)shifted << 23) + 0x3f800000);
-  return x < lowest ? broadcast(0.0f) : p * scale;
+  return x < lowest ? broadcast(0.0f) : exp_small(clamped - n * ln2_high - n * ln2_low) * scale;
+#endif
 }
 
 UASPARSE_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
 UASPARSE_INLINE float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
 UASPARSE_INLINE double log_of(double x) { return __builtin_log(x); }
 UASPARSE_INLINE float log_of(float x) { return __builtin_logf(x); }
+
+// All lanes together, halves at a time: a shuffle and an operation each.
+template <int H = kFloats / 2>
+UASPARSE_INLINE float largest_lane(Floats x) {
+  const Floats other = Stage<float, H>::template shuffle<Stage<float, H>::inner>(x, x), larger = other > x ? other : x;
+  if constexpr (H > 1) return largest_lane<H / 2>(larger);
+  else return larger[0];
+}
+
+template <int H = kFloats / 2>
+UASPARSE_INLINE float sum_of_lanes(Floats x) {
+  const Floats both = x + Stage<float, H>::template shuffle<Stage<float, H>::inner>(x, x);
+  if constexpr (H > 1) return sum_of_lanes<H / 2>(both);
+  else return both[0];
+}
 
 UASPARSE_INLINE float row_max(const float* z, int64_t n, const float* end) {
   Floats max = broadcast(-__builtin_inff());
@@ -64,11 +87,7 @@ UASPARSE_INLINE float row_max(const float* z, int64_t n, const float* end) {
     const Floats x = load_tail(z + i, n - i, end);
     max = x > max ? x : max;
   }
-  float lanes[kFloats];
-  __builtin_memcpy(lanes, &max, sizeof max);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
-  return lanes[0];
+  return largest_lane(max);
 }
 
 UASPARSE_INLINE double row_max(const double* z, int64_t n, const double*) {
@@ -82,11 +101,7 @@ UASPARSE_INLINE float exp_sum(const float* z, int64_t n, float base, const float
   int64_t i = 0;
   for (; i + kFloats <= n; i += kFloats) sum += exp_nonpositive(load(z + i) - base);
   if (i < n) sum += exp_nonpositive(load_tail(z + i, n - i, end) - base);
-  float lanes[kFloats];
-  __builtin_memcpy(lanes, &sum, sizeof sum);
-  for (int half = kFloats / 2; half > 0; half /= 2)
-    for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
-  return lanes[0];
+  return sum_of_lanes(sum);
 }
 
 UASPARSE_INLINE double exp_sum(const double* z, int64_t n, double base, const double*) {

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from uasparse_kernels import ops
+from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops._cpu import crossover
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -108,7 +109,7 @@ class SparseLayer(nn.Module):
             state_dict.update(pattern.state_dict(prefix=prefix + "pattern."))
             if self.storage == "packed" and own[prefix + "weight"].shape != self.weight.shape:
                 # Another number of active weights: the parameter keeps its identity and takes the new size.
-                self.weight.data = torch.empty_like(own[prefix + "weight"])
+                replace_data_(self.weight, torch.empty_like(own[prefix + "weight"]))
                 self.weight.grad = None
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
 

@@ -127,3 +127,13 @@ def check_layer_arguments(
         )
     if bias is not None and tuple(bias.shape) != pattern.shape[:1]:
         raise ValueError(f"{op}: expected a bias of shape {pattern.shape[:1]}, got {tuple(bias.shape)}.")
+
+
+@torch.no_grad()
+def replace_data_(tensor: Tensor, data: Tensor) -> None:
+    """Gives a leaf tensor data of another size; the object stays. Autograd is made to forget the old size."""
+    # A graph of an earlier step may live on (in the loss that a loop keeps) and with it the node that accumulates the
+    # gradient, made for the old size. Assigning data drops it only where the dtype changes: so it does, for a moment.
+    tensor.data = tensor.new_empty(0, dtype=torch.float32 if tensor.dtype == torch.float64 else torch.float64)
+    tensor.data = data
+    torch.autograd.graph.increment_version(tensor)

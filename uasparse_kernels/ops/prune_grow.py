@@ -1,9 +1,10 @@
 """Prune-and-grow of one sparse weight: the smallest active blocks leave, as many others come, all in place.
 
 :func:`prune_grow` is the whole update where the scores of all blocks are at hand. Its pieces serve updates that never
-hold them all: :func:`drop_candidates`, then :class:`GrowthCandidates` over tiles of scores (:func:`block_scores`) or
-:func:`random_candidates`, then :func:`apply`. Blocks are named by their flat index into the grid of blocks
-(``SparsityPattern.blocks``): int64, ascending.
+hold them all: :func:`drop_lowest` of :func:`active_norms`, then :class:`GrowthCandidates` over tiles of scores
+(:func:`block_scores`) or :func:`random_candidates`, then :func:`apply`, or :func:`resize` where more leave than come.
+Those that select take many layers at once, which on a GPU is one set of launches. Blocks are named by their flat index
+into the grid of blocks (``SparsityPattern.blocks``): int64, ascending.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from uasparse_kernels import _library
-from uasparse_kernels.ops._common import pattern_tensors
-from uasparse_kernels.ops.topk_indices import topk_indices, topk_indices_reference
+from uasparse_kernels.ops._common import pattern_tensors, replace_data_
+from uasparse_kernels.ops.topk_indices import indices_above, topk_indices_many, topk_indices_reference
 from uasparse_kernels.pattern import SparsityPattern, sample_indices
 
 
@@ -38,12 +39,13 @@ def prune_grow(
     grow_scores: Tensor | None = None,
     generator: torch.Generator | None = None,
     states: Sequence[Tensor] = (),
+    regrow_dropped: bool = True,
 ) -> PruneGrowResult:
     """One topology update as in RigL (arXiv 1911.11134) or SET: ``weight``, ``states`` and ``pattern`` change in place.
 
     The ``ceil(fraction * blocks)`` active blocks of smallest norm are dropped and as many are grown, so that the count
-    never changes. A just-dropped block is a candidate for growth. Grown blocks start at zero, with zero state; what was
-    kept is kept bit for bit. Equal scores: the lower index first.
+    never changes. Grown blocks start at zero, with zero state; what was kept is kept bit for bit. Equal scores: the
+    lower index first.
 
     Args:
         weight: packed or dense-stored. Only its magnitude counts: Frobenius norms of blocks.
@@ -52,17 +54,20 @@ def prune_grow(
         grow_scores: of ``pattern.shape``, for "gradient": the dense gradient. NaN counts as -inf.
         generator: CPU generator of the draw, for "random".
         states: tensors of the weight's shape that move with it (optimizer state, a gradient in flight).
+        regrow_dropped: whether a just-dropped block is a candidate for growth. Without, no more blocks are replaced
+            than were inactive.
 
     Raises:
         ValueError, TypeError: if shapes, dtypes, devices or options do not fit. Nothing is changed then.
     """
     _check(weight, pattern, fraction, grow, grow_scores, states)
-    k = drop_count(fraction, pattern)
+    k = drop_count(fraction, pattern, regrow_dropped)
     dropped = drop_candidates(weight, pattern, k)
+    candidates_too = dropped if regrow_dropped else dropped[:0]
     if grow == "random":
-        grown = random_candidates(pattern, dropped, k, generator)
+        grown = random_candidates(pattern, candidates_too, k, generator)
     else:
-        candidates = GrowthCandidates(k, pattern, dropped)
+        candidates = GrowthCandidates(k, pattern, candidates_too)
         assert grow_scores is not None  # checked
         candidates.add(block_scores(grow_scores, pattern.block), 0)
         grown = candidates.select()
@@ -70,23 +75,38 @@ def prune_grow(
     return PruneGrowResult(dropped, grown)
 
 
-def drop_count(fraction: float, pattern: SparsityPattern) -> int:
-    """Number of blocks that an update replaces: ``ceil(fraction * blocks)``."""
+def drop_count(fraction: float, pattern: SparsityPattern, regrow_dropped: bool = True) -> int:
+    """Number of blocks that an update replaces: ``ceil(fraction * blocks)``, or what is inactive if that is all it may
+    grow."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"prune_grow: expected a fraction in [0, 1], got {fraction}.")
-    return min(pattern.num_blocks, math.ceil(fraction * pattern.num_blocks))
+    most = pattern.num_blocks if regrow_dropped else math.prod(pattern.grid) - pattern.num_blocks
+    return min(most, math.ceil(fraction * pattern.num_blocks))
 
 
 @torch.no_grad()
 def drop_candidates(weight: Tensor, pattern: SparsityPattern, k: int) -> Tensor:
     """The ``k`` active blocks of smallest norm; linear in the active weights."""
-    values = weight if pattern.is_packed(weight) else pattern.pack(weight)
+    return drop_lowest([active_norms(weight, pattern)], [pattern], [k])[0]
+
+
+@torch.no_grad()
+def active_norms(weight: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Norm of every active block, in packed order: float32 or float64 ``[num_blocks]``; absolute values for 1x1."""
+    values = (weight if pattern.is_packed(weight) else pattern.pack(weight)).detach()
     if pattern.block == (1, 1):
-        places = topk_indices(values, k, largest=False, magnitude=True)
-    else:
-        places = topk_indices(_norms(values.flatten(1)), k, largest=False)
-    rows = torch.searchsorted(pattern.crow, places.to(torch.int32), right=True) - 1
-    return rows * pattern.grid[1] + pattern.col[places]
+        return values.to(_score_dtype(values)).abs()
+    return _norms(values.flatten(1))
+
+
+@torch.no_grad()
+def drop_lowest(scores: Sequence[Tensor], patterns: Sequence[SparsityPattern], counts: Sequence[int]) -> list[Tensor]:
+    """Of each layer the ``counts[i]`` active blocks of lowest ``scores[i]`` (``[num_blocks]``, in packed order)."""
+    dropped = []
+    for pattern, places in zip(patterns, topk_indices_many(scores, counts, largest=False), strict=True):
+        rows = torch.searchsorted(pattern.crow, places.to(torch.int32), right=True)
+        dropped.append(rows.sub_(1).mul_(pattern.grid[1]).add_(pattern.col[places]))
+    return dropped
 
 
 @torch.no_grad()
@@ -111,7 +131,7 @@ def block_scores(dense_rows: Tensor, block: Sequence[int]) -> Tensor:
 class GrowthCandidates:
     """A running selection of the ``k`` best blocks to grow, over tiles of scores, without holding all scores.
 
-    Active blocks that are not dropped are left out. At most ``4 * k`` candidates are held, whatever the tiles.
+    Active blocks that are not in ``dropped`` are left out. At most ``4 * k`` candidates are held, whatever the tiles.
 
     Example:
         >>> candidates = GrowthCandidates(k, pattern, dropped)
@@ -126,65 +146,96 @@ class GrowthCandidates:
             raise ValueError(f"GrowthCandidates: expected k in [0, {free}], the inactive or dropped blocks, got {k}.")
         self.k, self.pattern, self.dropped = k, pattern, dropped
         self._end = 0
+        self._index_dtype = torch.int32 if math.prod(pattern.grid) < 2**31 else torch.int64
         self._indices: list[Tensor] = []
         self._scores: list[Tensor] = []
         self._held = 0
-        self._least: Tensor | None = None
+        self._least: float | None = None
 
-    @torch.no_grad()
     def add(self, tile_scores: Tensor, first_index: int) -> None:
         """Takes the scores of the blocks ``[first_index, first_index + n)``, which must follow those of the last call.
 
         ``tile_scores [n]`` (float32 or float64; NaN counts as -inf) is overwritten where blocks are kept.
         """
-        if first_index != self._end:
-            raise ValueError(f"GrowthCandidates: expected the tile from block {self._end} on, got {first_index}.")
-        n, total = tile_scores.numel(), math.prod(self.pattern.grid)
-        if tile_scores.dim() != 1 or first_index + n > total:
-            raise ValueError(
-                f"GrowthCandidates: expected a row of at most {total - first_index} scores, got shape "
-                f"{tuple(tile_scores.shape)}."
-            )
-        self._end += n
-        if self.k == 0:
-            return
-        tile_scores.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-        exclude_kept_(tile_scores, first_index, self.pattern, self.dropped)
-        places = self._promising(tile_scores)
-        self._indices.append(places + first_index)
-        self._scores.append(tile_scores[places])
-        self._held += places.numel()
-        if self._held > 2 * self.k:
-            self._reduce()
+        self.add_many([(self, tile_scores, first_index)])
 
-    @torch.no_grad()
     def select(self) -> Tensor:
         """The ``k`` best of all tiles: flat grid indices, int64, ascending; of equal scores the lower index."""
-        if self._end != math.prod(self.pattern.grid):
+        return self.select_many([self])[0]
+
+    @staticmethod
+    @torch.no_grad()
+    def add_many(tiles: Sequence[tuple[GrowthCandidates, Tensor, int]]) -> None:
+        """:meth:`add` of tiles of several layers (one of each), selected together."""
+        waiting = []
+        for candidates, scores, first in tiles:
+            candidates._follow(scores, first)
+            if candidates.k == 0:
+                continue
+            prepare_scores_(scores, first, candidates.pattern, candidates.dropped)
+            places = candidates._better(scores)
+            if places is None:
+                waiting.append((candidates, scores, first))
+            else:
+                candidates._hold(scores, first, places)
+        counts = [min(candidates.k, scores.numel()) for candidates, scores, _ in waiting]
+        best = topk_indices_many([scores for _, scores, _ in waiting], counts)
+        for (candidates, scores, first), places in zip(waiting, best, strict=True):
+            candidates._hold(scores, first, places)
+        GrowthCandidates._reduce([candidates for candidates, _, _ in tiles if candidates._held > 2 * candidates.k])
+
+    @staticmethod
+    @torch.no_grad()
+    def select_many(layers: Sequence[GrowthCandidates]) -> list[Tensor]:
+        """:meth:`select` of several layers, together."""
+        for candidates in layers:
+            total = math.prod(candidates.pattern.grid)
+            if candidates._end != total:
+                raise ValueError(f"GrowthCandidates: expected the scores of all {total} blocks, got {candidates._end}.")
+        GrowthCandidates._reduce([candidates for candidates in layers if candidates.k > 0])
+        nothing = [candidates.pattern.col.new_empty(0, dtype=torch.int64) for candidates in layers]
+        return [c._indices[0].to(torch.int64) if c.k > 0 else none for c, none in zip(layers, nothing, strict=True)]
+
+    def _follow(self, scores: Tensor, first: int) -> None:
+        if first != self._end:
+            raise ValueError(f"GrowthCandidates: expected the tile from block {self._end} on, got {first}.")
+        n, total = scores.numel(), math.prod(self.pattern.grid)
+        if scores.dim() != 1 or first + n > total:
             raise ValueError(
-                f"GrowthCandidates: expected the scores of all {math.prod(self.pattern.grid)} blocks, got {self._end}."
+                f"GrowthCandidates: expected a row of at most {total - first} scores, got shape {tuple(scores.shape)}."
             )
-        if self.k == 0:
-            return self.pattern.col.new_empty(0, dtype=torch.int64)
-        self._reduce()
-        return self._indices[0]
+        self._end += n
 
-    def _promising(self, scores: Tensor) -> Tensor:
-        """Places in a tile that can be among the best ``k`` of all: at most ``2 * k``."""
-        if scores.device.type == "cpu" and self._least is not None:
-            # A later block must be better than the k-th best so far. On a GPU the host would wait for this count.
-            places = (scores > self._least).nonzero().squeeze(1)
-            if places.numel() <= 2 * self.k:
-                return places
-        return topk_indices(scores, min(self.k, scores.numel()))
+    def _better(self, scores: Tensor) -> Tensor | None:
+        """Places in a tile that are better than the k-th best so far, where that is known and few (at most ``2 * k``).
 
-    def _reduce(self) -> None:
-        indices, scores = torch.cat(self._indices), torch.cat(self._scores)
-        best = topk_indices(scores, min(self.k, scores.numel()))
-        self._indices, self._scores = [indices[best]], [scores[best]]
-        self._held = best.numel()
-        if self._held == self.k:
-            self._least = self._scores[0].min()
+        A later block must be better, not equal. On a GPU the host would wait for the count: None.
+        """
+        if self._least is None:
+            return None
+        places = indices_above(scores, self._least)
+        return places if places.numel() <= 2 * self.k else None
+
+    def _hold(self, scores: Tensor, first: int, places: Tensor) -> None:
+        self._indices.append((places + first).to(self._index_dtype))
+        self._scores.append(scores[places])
+        self._held += places.numel()
+
+    @staticmethod
+    def _reduce(layers: Sequence[GrowthCandidates]) -> None:
+        for candidates in layers:  # one after the other, what was joined is let go
+            candidates._scores = [torch.cat(candidates._scores)]
+        scores = [candidates._scores[0] for candidates in layers]
+        counts = [min(c.k, s.numel()) for c, s in zip(layers, scores, strict=True)]
+        for candidates, held, best in zip(layers, scores, topk_indices_many(scores, counts), strict=True):
+            candidates._scores = [held[best]]
+            candidates._indices = [torch.cat(candidates._indices)]
+            candidates._indices = [candidates._indices[0][best]]
+            candidates._held = best.numel()
+            if candidates._held == candidates.k and held.device.type == "cpu":
+                least = float(candidates._scores[0].min())
+                # NaN: kept blocks are among them still, for want of others.
+                candidates._least = None if math.isnan(least) else least
 
 
 @torch.no_grad()
@@ -227,6 +278,53 @@ def apply(
 
 
 @torch.no_grad()
+def resize(
+    weight: Tensor, pattern: SparsityPattern, dropped: Tensor, grown: Tensor, states: Sequence[Tensor] = ()
+) -> None:
+    """:func:`apply` where fewer (or more) blocks come than leave: the pattern takes another number of active blocks.
+
+    Tensor objects keep their identity: a packed weight and its states get new data of the new size, dense-stored ones
+    change in place. What holds their old size (a CUDA graph, the buckets of DistributedDataParallel, a graph that
+    awaits its backward) is outdated by it. No host sync.
+
+    Raises:
+        ValueError: on the CPU if dropped blocks are not active, or blocks are not distinct and ascending.
+    """
+    _check_states(weight, pattern, states)
+    active, count = pattern.blocks(), pattern.num_blocks - dropped.numel()
+    keep = torch.ones_like(active, dtype=torch.bool)
+    places = torch.searchsorted(active, dropped.contiguous()).clamp(max=max(0, active.numel() - 1))
+    keep[places] = False
+    old = torch.nonzero_static(keep, size=count).squeeze(1)
+    blocks, order = torch.cat([active[old], grown]).sort()
+    if blocks.device.type == "cpu":
+        rises = (dropped[1:] > dropped[:-1]).all() and (blocks[1:] > blocks[:-1]).all()
+        if not (rises and torch.equal(active[places], dropped)):
+            raise ValueError("resize: expected active blocks to drop and inactive or dropped ones to grow, ascending.")
+    size = pattern.block[0] * pattern.block[1]
+    tensors = [tensor.detach() for tensor in (weight, *states)]
+    if pattern.is_packed(weight):
+        for tensor, holder in zip(tensors, (weight, *states), strict=True):
+            values = tensor.reshape(-1, size)
+            values = torch.cat([values[old], values.new_zeros(grown.numel(), size)])[order]
+            replace_data_(holder, values.view(blocks.numel(), *weight.shape[1:]))
+    else:
+        changed = pattern.mask_of(torch.cat([dropped, grown]))
+        for tensor in tensors:
+            tensor.masked_fill_(changed, 0)
+        torch.autograd.graph.increment_version([weight, *states])
+    pattern.set_blocks_(blocks)
+
+
+@torch.no_grad()
+def prepare_scores_(scores: Tensor, first: int, pattern: SparsityPattern, dropped: Tensor) -> None:
+    """Makes the scores of blocks ``[first, first + n)`` ready for selection, in place: NaN counts as -inf, and the
+    scores of active blocks that are not in ``dropped`` become NaN, which comes last."""
+    scores.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+    exclude_kept_(scores, first, pattern, dropped)
+
+
+@torch.no_grad()
 def exclude_kept_(scores: Tensor, first: int, pattern: SparsityPattern, dropped: Tensor) -> None:
     """Sets the scores of kept blocks (active, not dropped) among ``[first, first + n)`` to NaN, in place."""
     if _library.has_kernel("exclude_kept_", scores):
@@ -245,19 +343,21 @@ def prune_grow_reference(
     grow_scores: Tensor | None = None,
     generator: torch.Generator | None = None,
     states: Sequence[Tensor] = (),
+    regrow_dropped: bool = True,
 ) -> PruneGrowResult:
     """What :func:`prune_grow` computes, in plain torch, by sorting; in place too."""
     _check(weight, pattern, fraction, grow, grow_scores, states)
-    k = drop_count(fraction, pattern)
+    k = drop_count(fraction, pattern, regrow_dropped)
     values = weight.detach() if pattern.is_packed(weight) else pattern.pack(weight.detach())
     active = pattern.blocks()
     dropped = active[topk_indices_reference(_norms(values.reshape(pattern.num_blocks, -1)), k, largest=False)]
+    candidates_too = dropped if regrow_dropped else dropped[:0]
     if grow == "random":
-        grown = random_candidates(pattern, dropped, k, generator)
+        grown = random_candidates(pattern, candidates_too, k, generator)
     else:
         assert grow_scores is not None  # checked
         scores = block_scores(grow_scores, pattern.block).nan_to_num(-math.inf, math.inf, -math.inf)
-        scores[kept_blocks(pattern, dropped)] = math.nan
+        scores[kept_blocks(pattern, candidates_too)] = math.nan
         grown = topk_indices_reference(scores, k)
     _apply_reference(weight, pattern, dropped, grown, states)
     return PruneGrowResult(dropped, grown)

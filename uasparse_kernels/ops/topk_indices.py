@@ -47,6 +47,13 @@ def topk_indices_many(
     return torch.ops.uasparse.topk_indices_many([s.detach() for s in scores], list(k), largest, magnitude)
 
 
+def indices_above(scores: Tensor, threshold: float) -> Tensor:
+    """Indices of ``scores [n]`` (float32 or float64) above a threshold: int64, ascending. On a GPU the host waits."""
+    if not _library.has_kernel("indices_above", scores):
+        return (scores > threshold).nonzero().squeeze(1)
+    return torch.ops.uasparse.indices_above(scores.detach(), threshold)
+
+
 def topk_indices_reference(scores: Tensor, k: int, *, largest: bool = True, magnitude: bool = False) -> Tensor:
     """What :func:`topk_indices` computes, in plain torch, by two stable sorts."""
     scores = scores.detach().abs() if magnitude else scores.detach()
@@ -73,3 +80,8 @@ def _fake(scores, k, largest, magnitude=False):
 @_library.register_fake("topk_indices_many")
 def _many_fake(scores, k, largest, magnitude=False):
     return [s.new_empty((n,), dtype=torch.int64) for s, n in zip(scores, k, strict=True)]
+
+
+@_library.register_fake("indices_above")
+def _above_fake(scores, threshold):
+    return scores.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)

@@ -125,21 +125,3 @@ def _fake(logits, target, alpha, unknown_weight, reduction):
 @_library.register_fake("unknown_aware_loss_backward")
 def _backward_fake(grad_loss, logits, target, alpha, saved, unknown_weight, reduction):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    logits, target, alpha, ctx.unknown_weight, ctx.reduction = inputs
-    _loss, threshold, saved = output
-    ctx.mark_non_differentiable(threshold, saved)
-    ctx.save_for_backward(logits, target, alpha, saved)
-
-
-def _backward(ctx, grad_loss, _grad_threshold, _grad_saved):
-    logits, target, alpha, saved = ctx.saved_tensors
-    grad = torch.ops.uasparse.unknown_aware_loss_backward(
-        grad_loss, logits, target, alpha, saved, ctx.unknown_weight, ctx.reduction
-    )
-    return grad, None, None, None, None
-
-
-_library.register_autograd("unknown_aware_loss", _backward, _setup_context)

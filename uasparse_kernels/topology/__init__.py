@@ -2,7 +2,47 @@
 
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.dynamic import DynamicSparsity
-from uasparse_kernels.topology.methods import METHODS, LayerUpdate, Method
-from uasparse_kernels.topology.schedule import CosineSchedule
+from uasparse_kernels.topology.methods import (
+    GMP,
+    MEST,
+    METHODS,
+    SET,
+    GradientGrowth,
+    GraNet,
+    GroupGrowth,
+    LayerUpdate,
+    Method,
+    NOfM,
+    RandomGrowth,
+    RigL,
+    SRigL,
+    Update,
+    magnitude,
+    magnitude_and_gradient,
+)
+from uasparse_kernels.topology.schedule import CosineSchedule, cubic_sparsity
+from uasparse_kernels.topology.structure import structured_pattern
 
-__all__ = ["METHODS", "CosineSchedule", "DynamicSparsity", "LayerUpdate", "Method", "layer_densities"]
+__all__ = [
+    "GMP",
+    "MEST",
+    "METHODS",
+    "SET",
+    "CosineSchedule",
+    "DynamicSparsity",
+    "GraNet",
+    "GradientGrowth",
+    "GroupGrowth",
+    "LayerUpdate",
+    "Method",
+    "NOfM",
+    "RandomGrowth",
+    "RigL",
+    "SRigL",
+    "Update",
+    "cubic_sparsity",
+    "layer_densities",
+    "magnitude",
+    "magnitude_and_gradient",
+    "structured_pattern",
+]

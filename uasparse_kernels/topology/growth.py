@@ -10,8 +10,14 @@ from torch import Tensor
 
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer
 
-# A tile's size in entries (4 MiB of float32): a small part of any layer that is worth it, large enough for a matmul.
+# A tile's size in entries (4 MiB of float32 on the CPU, 64 MiB on a GPU): a small part of any layer that is worth it,
+# large enough for a matmul.
 _TILE_ENTRIES = 1 << 20
+_GPU_TILES = 16
+
+
+def tile_entries(device: torch.device) -> int:
+    return _TILE_ENTRIES if device.type == "cpu" else _TILE_ENTRIES * _GPU_TILES
 
 
 class GradientCapture:
@@ -47,7 +53,7 @@ class GradientCapture:
             group: a process group over which each tile is summed.
         """
         shape = layer.pattern.shape
-        rows_of_blocks = max(1, _TILE_ENTRIES // math.prod(shape[1:]) // layer.pattern.block[0])
+        rows_of_blocks = max(1, tile_entries(layer.weight.device) // math.prod(shape[1:]) // layer.pattern.block[0])
         rows = rows_of_blocks * layer.pattern.block[0]
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         for first in range(0, shape[0], rows):

@@ -1,68 +1,423 @@
-"""Dynamic sparse training methods: what a layer drops and what it grows at an update.
+"""Dynamic sparse training methods: what the layers drop and what they grow at an update.
 
-A method is an object with ``needs_gradient`` and ``update(layer) -> (dropped, grown)``, flat indices into the grid of
-blocks (int64, ascending, equally many). Register it in METHODS to name it in DynamicSparsity.
+A :class:`Method` is put together from a drop score, a grower and a few switches; docs/methods.md has the table and
+shows how to add one. It sees all layers at once, so that selection takes one call for all of them. Blocks are named by
+their flat index into the grid of blocks (int64, ascending).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from uasparse_kernels.ops.prune_grow import GrowthCandidates, block_scores, drop_candidates, random_candidates
+from uasparse_kernels.ops.prune_grow import (
+    GrowthCandidates,
+    active_norms,
+    block_scores,
+    drop_lowest,
+    prepare_scores_,
+    random_candidates,
+)
+from uasparse_kernels.ops.topk_indices import topk_indices, topk_indices_many
 from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.topology.growth import tile_entries
+from uasparse_kernels.topology.schedule import cubic_sparsity
+from uasparse_kernels.topology.structure import check_n_of_m, groups_of, parse_n_of_m, row_counts
+
+Change = tuple[Tensor, Tensor]  # blocks dropped and grown
 
 
 @dataclass
 class LayerUpdate:
-    """One layer at one update, as a method sees it."""
+    """One layer at one update, as a method sees it.
+
+    ``gradient`` is that of the active weights, in the weight's storage (None where there is none); ``tiles()`` gives
+    the gradient of all weights: ``(first output row, gradient [rows, ...])``, ascending, whole rows of blocks each.
+    """
 
     weight: Tensor
+    gradient: Tensor | None
     pattern: SparsityPattern
-    fraction: float
-    generator: torch.Generator
-    gradient_tiles: Callable[[], Iterator[tuple[int, Tensor]]]
+    initial_blocks: int
+    tiles: Callable[[], Iterator[tuple[int, Tensor]]]
 
     @property
-    def count(self) -> int:
-        """Blocks to drop and to grow: ``ceil(fraction * num_blocks)``."""
-        return math.ceil(self.fraction * self.pattern.num_blocks)
+    def grid_size(self) -> int:
+        return math.prod(self.pattern.grid)
+
+    def score_tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """Norms of the gradient's blocks: ``(first block, scores [n])``, tile by tile."""
+        for row, tile in self.tiles():
+            yield row // self.pattern.block[0] * self.pattern.grid[1], block_scores(tile, self.pattern.block)
 
 
-class Method(Protocol):
+@dataclass
+class Update:
+    """All layers at one update: the share of blocks to replace, and the share of updates that are done with this
+    one."""
+
+    layers: Sequence[LayerUpdate]
+    fraction: float
+    progress: float
+    generator: torch.Generator
+
+
+# ---- drop scores: of every active block, [num_blocks] in packed order; the lowest leave ----
+
+
+def magnitude(layer: LayerUpdate) -> Tensor:
+    """``|w|``, for blocks the Frobenius norm."""
+    return active_norms(layer.weight, layer.pattern)
+
+
+def magnitude_and_gradient(weight_of_gradient: float) -> Callable[[LayerUpdate], Tensor]:
+    """``|w| + lambda * |dL/dw|`` (MEST, arXiv 2110.14032), for blocks of Frobenius norms."""
+
+    def score(layer: LayerUpdate) -> Tensor:
+        norms = magnitude(layer)
+        if layer.gradient is not None:  # none: the layer took no part
+            norms.add_(active_norms(layer.gradient, layer.pattern), alpha=weight_of_gradient)
+        return norms
+
+    return score
+
+
+# ---- growers: counts[i] blocks of each layer, from those inactive or in dropped[i] ----
+
+
+class Grower(Protocol):
     needs_gradient: bool
 
-    def update(self, layer: LayerUpdate) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, update: Update, dropped: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]: ...
 
 
-class RigL:
-    """Drops the smallest magnitudes, grows the largest dense gradients (Evci et al., arXiv 1911.11134)."""
-
-    needs_gradient = True
-
-    def update(self, layer: LayerUpdate) -> tuple[Tensor, Tensor]:
-        dropped = drop_candidates(layer.weight, layer.pattern, layer.count)
-        candidates = GrowthCandidates(layer.count, layer.pattern, dropped)
-        columns = layer.pattern.grid[1]
-        for first, tile in layer.gradient_tiles():
-            scores = block_scores(tile, layer.pattern.block)
-            candidates.add(scores.reshape(-1), first // layer.pattern.block[0] * columns)
-        return dropped, candidates.select()
-
-
-class SET:
-    """Drops the smallest magnitudes, grows at random (Mocanu et al., arXiv 1707.04780)."""
+class RandomGrowth:
+    """Uniformly at random, layer after layer."""
 
     needs_gradient = False
 
-    def update(self, layer: LayerUpdate) -> tuple[Tensor, Tensor]:
-        dropped = drop_candidates(layer.weight, layer.pattern, layer.count)
-        return dropped, random_candidates(layer.pattern, dropped, layer.count, layer.generator)
+    def __call__(self, update: Update, dropped: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        layers = zip(update.layers, dropped, counts, strict=True)
+        return [random_candidates(layer.pattern, out, k, update.generator) for layer, out, k in layers]
 
 
-METHODS: dict[str, type[Method]] = {"rigl": RigL, "set": SET}
+class GradientGrowth:
+    """The largest dense gradients. Tiles of small layers are selected together."""
+
+    needs_gradient = True
+
+    def __call__(self, update: Update, dropped: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        layers = zip(update.layers, dropped, counts, strict=True)
+        selection = [GrowthCandidates(k, layer.pattern, out) for layer, out, k in layers]
+        waiting: list[tuple[GrowthCandidates, Tensor, int]] = []
+        size = 0
+        for layer, candidates in zip(update.layers, selection, strict=True):
+            for first, scores in layer.score_tiles():
+                if size and (size + scores.numel() > tile_entries(scores.device) or waiting[-1][0] is candidates):
+                    GrowthCandidates.add_many(waiting)
+                    waiting, size = [], 0
+                waiting.append((candidates, scores, first))
+                size += scores.numel()
+        GrowthCandidates.add_many(waiting)
+        return GrowthCandidates.select_many(selection)
+
+
+@dataclass(frozen=True)
+class GroupGrowth:
+    """In every group of ``m`` input channels as many as it dropped, those of the largest dense gradients."""
+
+    m: int
+    needs_gradient = True
+
+    def __call__(self, update: Update, dropped: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+        return [self._layer(layer, out) for layer, out in zip(update.layers, dropped, strict=True)]
+
+    def _layer(self, layer: LayerUpdate, dropped: Tensor) -> Tensor:
+        positions, grown = math.prod(layer.pattern.shape[2:]), [dropped[:0]]
+        lost = torch.zeros(layer.grid_size // self.m, dtype=torch.int32, device=dropped.device)
+        groups = groups_of(dropped, layer.pattern, self.m)
+        lost.index_add_(0, groups, torch.ones_like(groups, dtype=lost.dtype))
+        for first, scores in layer.score_tiles():
+            prepare_scores_(scores, first, layer.pattern, dropped)
+            scores.nan_to_num_(nan=-math.inf, neginf=torch.finfo(scores.dtype).min, posinf=math.inf)
+            tile = scores.view(-1, self.m, positions)
+            # A block's rank in its group: how many are better, of equal ones those before it.
+            rank = torch.zeros_like(tile, dtype=torch.int32)
+            for other in range(self.m):
+                it = tile[:, other : other + 1]
+                rank[:, :other] += it > tile[:, :other]
+                rank[:, other + 1 :] += it >= tile[:, other + 1 :]
+            wanted = lost[first // self.m :][: tile.shape[0] * positions].view(-1, 1, positions)
+            grown.append((rank < wanted).view(-1).nonzero().squeeze(1) + first)
+        return torch.cat(grown)
+
+
+# ---- methods ----
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method from parts. At an update every layer loses the blocks of lowest score and grows ``ceil(fraction * n)``.
+
+    Args:
+        drop: score of a layer's active blocks, ``[num_blocks]``; the lowest leave.
+        grow: what comes instead; None for nothing.
+        scope: "layer" drops the same share of each layer. "global" compares the scores of all layers (of one block
+            size); every layer keeps at least its best block, and grows in itself what it lost. With gradual pruning,
+            what goes for good is found globally, and replacement is by layer (as in GraNet).
+        regrow_dropped: whether a just-dropped block may be grown again, at zero.
+        final_sparsity: of gradual pruning, reached at the last update by the cubic schedule; None keeps the density.
+            By "layer" each layer ends with it, by "global" all together.
+    """
+
+    drop: Callable[[LayerUpdate], Tensor] = magnitude
+    grow: Grower | None = field(default_factory=GradientGrowth)
+    scope: str = "layer"
+    regrow_dropped: bool = True
+    final_sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("layer", "global"):
+            raise ValueError(f'Expected scope "layer" or "global", got {self.scope!r}.')
+        if self.final_sparsity is not None and not 0 <= self.final_sparsity < 1:
+            raise ValueError(f"Expected a final_sparsity in [0, 1), got {self.final_sparsity}.")
+        if self.grow is None and self.final_sparsity is None:
+            raise ValueError("Expected a final_sparsity for a method that grows nothing.")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether it reads ``tiles()``."""
+        return self.grow is not None and self.grow.needs_gradient
+
+    @property
+    def resizes(self) -> bool:
+        """Whether a layer's number of active blocks may change."""
+        return self.final_sparsity is not None
+
+    def check(self, pattern: SparsityPattern) -> None:
+        """Raises ValueError for a pattern that the method cannot keep to."""
+
+    def update(self, update: Update) -> list[Change]:
+        """What each layer drops and grows."""
+        dropped, replaced = self._dropped(update)
+        if self.grow is None:
+            return [(out, out[:0]) for out in dropped]
+        candidates = dropped if self.regrow_dropped else [out[:0] for out in dropped]
+        return list(zip(dropped, self.grow(update, candidates, replaced), strict=True))
+
+    def _dropped(self, update: Update) -> tuple[list[Tensor], list[int]]:
+        """What each layer drops, and how many of it are replaced."""
+        scores = [self.drop(layer) for layer in update.layers]
+        pruned, replaced = self._counts(update, scores)
+        counts = [p + r for p, r in zip(pruned, replaced, strict=True)]
+        return drop_lowest(scores, [layer.pattern for layer in update.layers], counts), replaced
+
+    def _counts(self, update: Update, scores: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+        """By layer, the blocks to drop for good and those to replace."""
+        held = [layer.pattern.num_blocks for layer in update.layers]
+        pruned = self._pruned(update, scores)
+        replaced = [math.ceil(update.fraction * (n - p)) for n, p in zip(held, pruned, strict=True)]
+        if self.grow is None:
+            replaced = [0] * len(held)
+        elif self.scope == "global" and self.final_sparsity is None:
+            replaced = lowest_of_all(scores, sum(replaced))
+        if not self.regrow_dropped:
+            free = [layer.grid_size - n for layer, n in zip(update.layers, held, strict=True)]
+            replaced = [min(r, f) for r, f in zip(replaced, free, strict=True)]
+        return pruned, replaced
+
+    def _pruned(self, update: Update, scores: Sequence[Tensor]) -> list[int]:
+        if self.final_sparsity is None:
+            return [0] * len(update.layers)
+        held = [layer.pattern.num_blocks for layer in update.layers]
+        sizes = [layer.grid_size for layer in update.layers]
+        initial = [layer.initial_blocks for layer in update.layers]
+        if self.scope == "layer":
+            left = [self._left(n, size, update.progress) for n, size in zip(initial, sizes, strict=True)]
+            return [max(0, n - target) for n, target in zip(held, left, strict=True)]
+        left_of_all = self._left(sum(initial), sum(sizes), update.progress)
+        return lowest_of_all(scores, max(0, sum(held) - left_of_all))
+
+    def _left(self, initial: int, size: int, progress: float) -> int:
+        assert self.final_sparsity is not None
+        return max(1, round(size * (1 - cubic_sparsity(1 - initial / size, self.final_sparsity, progress))))
+
+
+def lowest_of_all(scores: Sequence[Tensor], k: int) -> list[int]:
+    """How many of the ``k`` lowest of all layers' scores each layer has; the best of each layer is never among them.
+
+    On a GPU the host waits for these counts: the sizes of what follows depend on them.
+    """
+    joined = torch.cat(list(scores))
+    starts = torch.tensor([0, *(s.numel() for s in scores)], device=joined.device).cumsum(0)
+    best = torch.stack([s.argmax() for s in scores]) + starts[:-1]
+    joined[best] = math.inf
+    lowest = topk_indices(joined, min(k, joined.numel() - len(scores)), largest=False)
+    return torch.searchsorted(lowest, starts).diff().tolist()
+
+
+@dataclass(frozen=True)
+class RigL(Method):
+    """Drops the smallest magnitudes, grows the largest dense gradients (Evci et al., arXiv 1911.11134).
+
+    On patterns of blocks it is block RigL: norms of blocks instead of magnitudes.
+    """
+
+
+@dataclass(frozen=True)
+class SET(Method):
+    """Drops the smallest magnitudes, grows at random (Mocanu et al., arXiv 1707.04780)."""
+
+    grow: Grower | None = field(default_factory=RandomGrowth)
+
+
+@dataclass(frozen=True)
+class MEST(Method):
+    """Drops the smallest ``|w| + lambda * |gradient|``, grows at random (Yuan et al., arXiv 2110.14032).
+
+    This is its elastic mutation; the soft memory bound, which grows first and drops after some training, is left out.
+    Lambda is a hyper-parameter.
+    """
+
+    drop: Callable[[LayerUpdate], Tensor] = field(default_factory=lambda: magnitude_and_gradient(0.5))
+    grow: Grower | None = field(default_factory=RandomGrowth)
+
+    def update(self, update: Update) -> list[Change]:
+        if all(layer.gradient is None for layer in update.layers):
+            raise RuntimeError("MEST: expected gradients at the update, got none; call step() before zero_grad().")
+        return super().update(update)
+
+
+@dataclass(frozen=True)
+class GMP(Method):
+    """Gradual magnitude pruning: to a final sparsity by the cubic schedule, no regrowth (arXiv 1710.01878)."""
+
+    grow: Grower | None = None
+    final_sparsity: float | None = 0.9
+
+
+@dataclass(frozen=True)
+class GraNet(Method):
+    """Gradual pruning with regrowth (Liu et al., arXiv 2106.10404): at each update magnitudes are pruned globally by
+    the cubic schedule, then each layer replaces its smallest magnitudes by the largest dense gradients."""
+
+    scope: str = "global"
+    final_sparsity: float | None = 0.9
+
+
+@dataclass(frozen=True)
+class NOfM(Method):
+    """RigL that keeps N of every M neighbouring input channels: a group grows as many as it dropped, by gradient.
+
+    The pattern must be N:M already (``sparsify(..., structure="2:4")``) and have 1x1 blocks.
+    """
+
+    grow: Grower | None = field(default_factory=lambda: GroupGrowth(4))
+    n: int = 2
+
+    @classmethod
+    def of(cls, structure: str) -> NOfM:
+        """For "N:M"."""
+        n, m = parse_n_of_m(structure)
+        return cls(grow=GroupGrowth(m), n=n)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.grow, GroupGrowth) or not 0 < self.n < self.grow.m:
+            raise ValueError(f"Expected GroupGrowth(m) and 0 < n < m, got {self.grow} and n = {self.n}.")
+        if not self.regrow_dropped:
+            raise ValueError("NOfM: expected regrow_dropped; a small group may have nothing else to grow.")
+
+    def check(self, pattern: SparsityPattern) -> None:
+        assert isinstance(self.grow, GroupGrowth)
+        m = self.grow.m
+        check_n_of_m(pattern, m)
+        counts = torch.bincount(groups_of(pattern.blocks(), pattern, m), minlength=math.prod(pattern.grid) // m)
+        if not bool((counts == self.n).all()):
+            raise ValueError(
+                f"Expected {self.n} active weights in every {m} input channels, got {int(counts.min())} to "
+                f'{int(counts.max())}; call sparsify(model, {1 - self.n / m:g}, structure="{self.n}:{m}") first.'
+            )
+
+
+@dataclass(frozen=True)
+class SRigL(Method):
+    """RigL with a constant fan-in and neuron ablation (Lasby et al., arXiv 2305.02299, section 3).
+
+    A row's salient blocks are those that survive the drop and those among the layer's largest gradients. Rows with
+    fewer than ``min_salient`` of the fan-in are ablated, for good: all they have is dropped, and the fan-in of the
+    others rises to ``initial blocks // rows``, so that up to ``rows`` blocks fewer than at first may be active. Then
+    the layer's smallest magnitudes are dropped, and every row grows up to the fan-in by its own largest gradients,
+    which are computed a second time.
+
+    The pattern must have a constant fan-in already: ``sparsify(..., structure="fan-in")``.
+    """
+
+    min_salient: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.min_salient <= 1:
+            raise ValueError(f"Expected min_salient in [0, 1], got {self.min_salient}.")
+        plain = self.scope == "layer" and self.final_sparsity is None and self.regrow_dropped
+        if not plain or not isinstance(self.grow, GradientGrowth):
+            raise ValueError("SRigL: expected nothing but drop and min_salient to be changed.")
+
+    @property
+    def resizes(self) -> bool:
+        return True
+
+    def check(self, pattern: SparsityPattern) -> None:
+        counts = row_counts(pattern)
+        if not bool(((counts == counts.max()) | (counts == 0)).all()):
+            raise ValueError(
+                f"Expected as many active blocks in every row, got {int(counts.min())} to {int(counts.max())}; call "
+                'sparsify(model, sparsity, structure="fan-in") first.'
+            )
+
+    def update(self, update: Update) -> list[Change]:
+        assert self.grow is not None
+        dropped, counts = self._dropped(update)
+        wanted = self.grow(update, dropped, counts)
+        return [self._layer(*parts) for parts in zip(update.layers, dropped, wanted, strict=True)]
+
+    def _layer(self, layer: LayerUpdate, dropped: Tensor, wanted: Tensor) -> Change:
+        pattern, (rows, columns) = layer.pattern, layer.pattern.grid
+        before = row_counts(pattern).to(torch.int64)
+        ends = torch.arange(rows + 1, device=before.device) * columns
+        survivors = before - torch.searchsorted(dropped, ends).diff()
+        salient = survivors + torch.searchsorted(wanted, ends).diff()
+        alive = before > 0
+        # An ablated row gets nothing; the most salient one always stays. The host needs these numbers: they are sizes.
+        needed = torch.clamp(before.max() * self.min_salient, min=1)
+        alive &= (salient >= needed) | (salient == salient.masked_fill(~alive, -1).max())
+        active = pattern.blocks()
+        out = torch.zeros_like(active, dtype=torch.bool)
+        out[torch.searchsorted(active, dropped)] = True
+        out |= ~alive[active // columns]
+        dropped = active[out]
+        fan_in = min(columns, layer.initial_blocks // int(alive.sum()))
+        missing = torch.where(alive, fan_in - survivors, 0).tolist()
+        grown = [dropped[:0]]
+        for first, scores in layer.score_tiles():
+            prepare_scores_(scores, first, pattern, dropped)
+            by_row = list(scores.view(-1, columns))
+            row = first // columns
+            picked = topk_indices_many(by_row, missing[row : row + len(by_row)])
+            grown += [places + (row + i) * columns for i, places in enumerate(picked) if places.numel()]
+        return dropped, torch.cat(grown)
+
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "rigl": RigL,
+    "set": SET,
+    "mest": MEST,
+    "gmp": GMP,
+    "granet": GraNet,
+    "srigl": SRigL,
+}

@@ -42,3 +42,16 @@ class CosineSchedule:
     def is_over(self, step: int) -> bool:
         """Whether no update comes after ``step``."""
         return (step // self.delta_t + 1) * self.delta_t >= self.end
+
+    def progress(self, step: int) -> float:
+        """Share of the updates that are done with the one of ``step``: 1 at the last."""
+        last = (self.end - 1) // self.delta_t * self.delta_t
+        return min(1.0, step / last) if last > 0 else 1.0
+
+
+def cubic_sparsity(initial: float, final: float, progress: float) -> float:
+    """Sparsity of gradual pruning: ``final + (initial - final) * (1 - progress)^3``.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", arXiv 1710.01878, equation (1).
+    """
+    return final + (initial - final) * (1 - progress) ** 3

@@ -1,0 +1,555 @@
+"""What each method promises of its patterns, and that all layers at once is the same as one by one."""
+
+import dataclasses
+import math
+import pathlib
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import uasparse_kernels as ua
+from uasparse_kernels import topology
+from uasparse_kernels.ops.prune_grow import apply, resize
+from uasparse_kernels.topology import growth
+from uasparse_kernels.topology.dynamic import resolve_method
+
+NAMES = ["rigl", "set", "mest", "gmp", "granet", "srigl", "2:4"]
+
+
+def network(name="rigl", storage="packed", block=(1, 1), sparsity=0.75, dtype=torch.float64, seed=1):
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12 * 9, 16),
+        nn.ReLU(),
+        nn.Linear(16, 8),
+    ).to(dtype)
+    options = {"distribution": "uniform", "storage": storage, "block": block}
+    if name == "gmp":
+        return ua.sparsify(model, 0.0, include_dense=True, **options)
+    if name == "granet":
+        return ua.sparsify(model, 0.5, include_dense=True, **options)
+    if name == "2:4":
+        return ua.sparsify(model, 0.5, structure="2:4", **options)
+    return ua.sparsify(model, sparsity, structure="fan-in" if name == "srigl" else None, **options)
+
+
+def sparse_layers(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, ua.nn.SparseLayer)}
+
+
+def batch(dtype=torch.float64):
+    return torch.randn(8, 4, 6, 6, dtype=dtype), torch.randint(8, (8,))
+
+
+def train(model, method, steps=20, delta_t=2, make=None, on_update=None, seed=3, **kwargs):
+    optimizer = (make or (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)))(model.parameters())
+    generator = torch.Generator().manual_seed(seed)
+    dst = ua.DynamicSparsity(
+        model, optimizer, method=method, total_steps=steps, delta_t=delta_t, generator=generator, **kwargs
+    )
+    torch.manual_seed(seed)
+    for _ in range(steps):
+        x, y = batch(next(model.parameters()).dtype)
+        loss = nn.functional.cross_entropy(model(x), y)  # lives on, and its graph, until the next one is there
+        loss.backward()
+        optimizer.step()
+        if dst.step() and on_update is not None:
+            on_update(dst)
+        optimizer.zero_grad()
+    assert dst.frozen
+    return dst, optimizer
+
+
+def check_state(model, optimizer, storage):
+    """Patterns are consistent, and all that belongs to a weight has its shape and lies on active weights only."""
+    for layer in sparse_layers(model).values():
+        pattern = layer.pattern
+        rebuilt = ua.SparsityPattern.from_blocks(pattern.shape, pattern.blocks(), block=pattern.block)
+        for mine, fresh in zip(pattern.buffers(), rebuilt.buffers(), strict=True):
+            assert torch.equal(mine, fresh)
+        states = [s for s in optimizer.state[layer.weight].values() if s.dim()]
+        expected = pattern.packed_shape if storage == "packed" else pattern.shape
+        for tensor in (layer.weight, *states):
+            assert tuple(tensor.shape) == tuple(expected)
+            if storage == "dense":
+                assert not (tensor.detach() * ~pattern.to_mask()).any()
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_moves_and_keeps_its_house_in_order(name, storage):
+    model = network(name, storage)
+    layers = sparse_layers(model)
+    before = {n: (m.weight, m.pattern.blocks()) for n, m in layers.items()}
+    make = lambda p: torch.optim.Adam(p, 0.01)  # noqa: E731
+    _, optimizer = train(model, name, make=make, on_update=lambda dst: check_state(model, dst.optimizer, storage))
+    check_state(model, optimizer, storage)
+    for n, layer in layers.items():
+        assert layer.weight is before[n][0]
+        assert not torch.equal(layer.pattern.blocks(), before[n][1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_patterns(name):
+    runs = []
+    for _ in range(2):
+        model = network(name)
+        train(model, name)
+        runs.append([m.pattern.blocks() for m in sparse_layers(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "regrow_dropped"),
+    [("rigl", True), ("set", True), ("mest", True), ("2:4", True), ("rigl", False), ("set", False), ("mest", False)],
+)
+def test_constant_density(name, regrow_dropped):
+    model = network(name)
+    counts = {n: m.pattern.nnz for n, m in sparse_layers(model).items()}
+    train(model, dataclasses.replace(resolve_method(name), regrow_dropped=regrow_dropped))
+    assert counts == {n: m.pattern.nnz for n, m in sparse_layers(model).items()}
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("base", [topology.GMP, topology.GraNet])
+@pytest.mark.parametrize("block", [(1, 1), (4, 4)])
+def test_gradual_pruning_follows_the_cubic_schedule(base, scope, block):
+    """s = s_f + (s_i - s_f) (1 - t / n)^3 after update t of n: of each layer, or of all."""
+    model = network("gmp" if base is topology.GMP else "granet", block=block)
+    layers = sparse_layers(model)
+    grids = {n: math.prod(m.pattern.grid) for n, m in layers.items()}
+    initial = {n: m.pattern.num_blocks for n, m in layers.items()}
+    assert base is not topology.GMP or initial == grids
+    updates = []
+
+    def left(blocks, size, t):
+        start = 1 - blocks / size
+        return round(size * (1 - (0.9 + (start - 0.9) * (1 - t) ** 3)))
+
+    def check(dst):
+        updates.append(dst.steps)
+        t = dst.steps / 14  # updates at 2, 4, ... 14 of 20 * 0.75 steps
+        now = {n: m.pattern.num_blocks for n, m in layers.items()}
+        if scope == "layer":
+            assert now == {n: max(1, left(initial[n], grids[n], t)) for n in layers}
+        else:
+            assert sum(now.values()) == left(sum(initial.values()), sum(grids.values()), t)
+            assert min(now.values()) >= 1
+
+    train(model, base(scope=scope, final_sparsity=0.9), on_update=check)
+    assert updates == [2, 4, 6, 8, 10, 12, 14]
+
+
+def expected_global(layers, k):
+    """Blocks dropped by the k lowest magnitudes of all layers, by sorting, each layer's best spared."""
+    entries = []
+    for i, layer in enumerate(layers):
+        values = layer.weight.detach().abs()
+        best = int(values.argmax())
+        entries += [(v, i, j) for j, v in enumerate(values.tolist()) if j != best]
+    out = sorted(entries)[:k]
+    return [layer.pattern.blocks()[sorted(j for _, i, j in out if i == at)] for at, layer in enumerate(layers)]
+
+
+def test_global_dropping_is_by_one_threshold():
+    model = network()
+    layers = list(sparse_layers(model).values())
+    with torch.no_grad():
+        layers[0].weight.mul_(100)  # of one layer nothing is low
+    dst = ua.DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=10)
+    updates = [
+        topology.LayerUpdate(m.weight.detach(), None, m.pattern, m.pattern.num_blocks, lambda: iter(())) for m in layers
+    ]
+    update = topology.Update(updates, 0.4, 1.0, dst.generator)
+    changes = topology.SET(scope="global").update(update)
+    k = sum(math.ceil(0.4 * m.pattern.num_blocks) for m in layers)
+    for (dropped, grown), expected in zip(changes, expected_global(layers, k), strict=True):
+        assert torch.equal(dropped, expected)
+        assert dropped.numel() == grown.numel()
+    assert changes[0][0].numel() == 0
+    assert sum(dropped.numel() for dropped, _ in changes) == k
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "mest"])
+@pytest.mark.parametrize("sparsity", [0.75, 0.1])
+def test_dropped_weights_stay_out_where_they_are_no_candidates(name, sparsity):
+    model = network(sparsity=sparsity)
+    method = type(topology.METHODS[name]())(regrow_dropped=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    dst = ua.DynamicSparsity(model, optimizer, method=method, total_steps=9, delta_t=1, drop_fraction=0.5)
+    for _ in range(3):
+        x, y = batch()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        before = {n: (m.pattern.to_mask(), m.pattern.num_blocks) for n, m in sparse_layers(model).items()}
+        fraction = dst.schedule.fraction(dst.steps + 1)
+        dst.step()
+        for n, layer in sparse_layers(model).items():
+            old, count = before[n]
+            free = math.prod(layer.pattern.grid) - count
+            moved = int((layer.pattern.to_mask() & ~old).sum())
+            assert moved == min(math.ceil(fraction * count), free)
+            assert layer.pattern.num_blocks == count
+        optimizer.zero_grad()
+
+
+def test_mest_drops_by_weight_and_gradient():
+    layer = ua.SparseLinear(30, 20, sparsity=0.7, dtype=torch.float64)
+    method = topology.MEST(drop=topology.magnitude_and_gradient(3.0))
+    dst = ua.DynamicSparsity(layer, torch.optim.SGD(layer.parameters(), 0.0), method=method, total_steps=9, delta_t=1)
+    with pytest.raises(RuntimeError, match="before zero_grad"):
+        dst.step()
+    dst.steps = 0
+    layer(torch.randn(5, 30, dtype=torch.float64)).square().sum().backward()
+    score = layer.weight.detach().abs() + 3 * layer.weight.grad.abs()
+    blocks, k = layer.pattern.blocks(), math.ceil(dst.schedule.fraction(1) * layer.pattern.nnz)
+    kept = blocks[score.argsort()[k:]].sort().values
+    dst.step()
+    assert set(kept.tolist()) <= set(layer.pattern.blocks().tolist())
+    zeros = layer.pattern.blocks()[layer.weight == 0]
+    assert zeros.numel() == k and not set(zeros.tolist()) & set(kept.tolist())
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 12, 3, 2)])
+@pytest.mark.parametrize("structure", ["2:4", "1:2", "3:4"])
+@pytest.mark.parametrize("tile", [1, 50, 1 << 20])
+def test_n_of_m_in_every_group(shape, structure, tile, monkeypatch):
+    monkeypatch.setattr(growth, "_TILE_ENTRIES", tile)
+    n, m = map(int, structure.split(":"))
+    g = torch.Generator().manual_seed(4)
+    pattern = topology.structured_pattern(shape, n / m, structure, generator=g)
+    gradient = torch.randn(shape, generator=g, dtype=torch.float64).mul_(4).round_()  # ties
+    gradient.view(-1)[::7] = math.nan
+    weight = torch.randn(pattern.nnz, generator=g, dtype=torch.float64)
+    tiles = lambda: ((r, gradient[r : r + 2]) for r in range(0, shape[0], 2))  # noqa: E731
+    layer = topology.LayerUpdate(weight, None, pattern, pattern.num_blocks, tiles)
+    before = pattern.to_mask()
+    ((dropped, grown),) = topology.NOfM.of(structure).update(topology.Update([layer], 0.4, 1.0, g))
+    assert dropped.numel() == grown.numel() == math.ceil(0.4 * pattern.nnz)
+    apply(weight, pattern, dropped, grown)
+    view = pattern.to_mask().view(shape[0], shape[1] // m, m, -1)
+    assert (view.sum(2) == n).all()
+    # In each group the best of what is free, ties to the lower channel.
+    kept = before & ~pattern.mask_of(dropped)
+    scores = gradient.abs().nan_to_num(nan=-1.0).masked_fill(kept, -2.0).view_as(view)
+    order = scores.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
+    wanted = n - kept.view_as(view).sum(2, keepdim=True)
+    assert torch.equal(view, (order < wanted) | kept.view_as(view))
+
+
+def test_n_of_m_patterns_stay_n_of_m_in_training():
+    model = network("2:4")
+
+    def check(_):
+        for layer in sparse_layers(model).values():
+            out, inp = layer.pattern.shape[:2]
+            assert (layer.pattern.to_mask().view(out, inp // 4, 4, -1).sum(2) == 2).all()
+
+    train(model, "2:4", on_update=check)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("min_salient", [0.3, 0.9])
+def test_srigl_keeps_a_constant_fan_in(block, min_salient):
+    model = network("srigl", block=block)
+    layers = sparse_layers(model)
+    initial = {n: m.pattern.num_blocks for n, m in layers.items()}
+    history = {n: [] for n in layers}
+
+    def check(_):
+        for n, layer in layers.items():
+            counts = topology.structure.row_counts(layer.pattern)
+            alive = counts > 0
+            fan_in = initial[n] // int(alive.sum())
+            assert (counts[alive] == min(fan_in, layer.pattern.grid[1])).all()
+            if history[n]:
+                assert not (alive & ~history[n][-1]).any()  # ablation is for good
+            history[n].append(alive)
+
+    train(model, topology.SRigL(min_salient=min_salient), drop_fraction=0.5, on_update=check)
+    ablated = sum(int((~masks[-1]).sum()) for masks in history.values())
+    assert ablated > 0 or min_salient < 0.9
+
+
+def test_srigl_is_the_papers():
+    """Against the steps of section 3, one by one, on a small layer with ties out of the way."""
+    g = torch.Generator().manual_seed(5)
+    pattern = topology.structured_pattern((8, 20), 0.25, "fan-in", generator=g)
+    weight = torch.randn(40, generator=g, dtype=torch.float64)
+    gradient = torch.randn(8, 20, generator=g, dtype=torch.float64)
+    w, mask = pattern.unpack(weight).abs(), pattern.to_mask()
+    w[2], gradient[2] = w[2] * 1e-3, gradient[2] * 1e-3  # a neuron without salient weights
+    weight = pattern.pack(w)
+    layer = topology.LayerUpdate(weight, None, pattern, 40, lambda: iter([(0, gradient)]))
+    ((dropped, grown),) = topology.SRigL().update(topology.Update([layer], 0.3, 1.0, g))
+    k = math.ceil(0.3 * 40)
+    drop = torch.zeros(160, dtype=torch.bool)
+    drop[w.masked_fill(~mask, math.inf).view(-1).argsort()[:k]] = True
+    survivors = mask & ~drop.view(8, 20)
+    top = torch.zeros(160, dtype=torch.bool)
+    top[gradient.abs().masked_fill(survivors, -1).view(-1).argsort(descending=True)[:k]] = True
+    salient = (survivors | top.view(8, 20)).sum(1)
+    alive = salient >= 0.3 * 5
+    assert alive.tolist() == [True, True, False, True, True, True, True, True]
+    fan_in = 40 // 7
+    new = survivors & alive[:, None]
+    for r in range(8):
+        need = fan_in - int(new[r].sum()) if alive[r] else 0
+        new[r, gradient[r].abs().masked_fill(survivors[r], -1).argsort(descending=True)[:need]] = True
+    resize(weight, pattern, dropped, grown)
+    assert torch.equal(pattern.to_mask(), new)
+    assert weight.numel() == 35
+
+
+class OneByOne(topology.Method):
+    """A method asked for one layer at a time."""
+
+    def __init__(self, method):
+        object.__setattr__(self, "method", method)
+
+    needs_gradient = property(lambda self: self.method.needs_gradient)
+    resizes = property(lambda self: self.method.resizes)
+
+    def update(self, update):
+        alone = [
+            self.method.update(topology.Update([layer], update.fraction, update.progress, update.generator))
+            for layer in update.layers
+        ]
+        return [changes[0] for changes in alone]
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("name", ["rigl", "set", "mest", "srigl", "gmp"])
+@pytest.mark.parametrize("tile", [50, 1000])
+def test_all_layers_at_once_is_the_same_as_one_by_one(name, storage, tile, monkeypatch):
+    monkeypatch.setattr(growth, "_TILE_ENTRIES", tile)
+    together, alone = network(name, storage), network(name, storage)
+    method = topology.METHODS[name]()
+    train(together, method)
+    train(alone, OneByOne(method))
+    for a, b in zip(together.state_dict().values(), alone.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("name", ["gmp", "granet", "srigl"])
+@pytest.mark.parametrize("stop", [4, 9])
+def test_resumes_bit_for_bit_after_changes_of_size(name, storage, stop, tmp_path):
+    batches = [batch(torch.float32) for _ in range(12)]
+    method = topology.SRigL(min_salient=0.9) if name == "srigl" else name
+
+    def setup():
+        model = network(name, storage, dtype=torch.float32)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        dst = ua.DynamicSparsity(model, optimizer, method=method, total_steps=12, delta_t=2, stop_fraction=1.0)
+        return model, optimizer, dst
+
+    def go(model, optimizer, dst, some):
+        for x, y in some:
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            dst.step()
+            optimizer.zero_grad()
+
+    whole, first, second = setup(), setup(), setup()
+    go(*whole, batches)
+    go(*first, batches[:stop])
+    torch.save([part.state_dict() for part in first], tmp_path / "state.pt")
+    for part, state in zip(second, torch.load(tmp_path / "state.pt"), strict=True):
+        part.load_state_dict(state)
+    go(*second, batches[stop:])
+    for key, value in whole[0].state_dict().items():
+        assert torch.equal(value, second[0].state_dict()[key]), key
+
+
+def device_update(name, device):
+    """One update of three layers, gradients given, on a device: what is dropped, grown, and the patterns after."""
+    g = torch.Generator().manual_seed(7)
+    layers = []
+    for shape in ((24, 40), (16, 8, 3, 3), (8, 12)):
+        if name in ("srigl", "2:4"):
+            structure = "fan-in" if name == "srigl" else name
+            pattern = topology.structured_pattern(shape, 0.5, structure, generator=g)
+        else:
+            pattern = ua.SparsityPattern.random(shape, 0.5, generator=g)
+        weight, active = (torch.randn(pattern.nnz, generator=g).to(device) for _ in range(2))
+        gradient = torch.randn(shape, generator=g).mul_(8).round_().to(device)  # ties, and the same on every device
+        tiles = lambda rows=gradient: ((r, rows[r : r + 4]) for r in range(0, rows.shape[0], 4))  # noqa: E731
+        layers.append(topology.LayerUpdate(weight, active, pattern.to(device), pattern.num_blocks, tiles))
+    changes = resolve_method(name).update(topology.Update(layers, 0.3, 0.5, torch.Generator().manual_seed(1)))
+    for layer, (dropped, grown) in zip(layers, changes, strict=True):
+        resize(layer.weight, layer.pattern, dropped, grown)
+    found = [(dropped, grown, layer.pattern.blocks()) for layer, (dropped, grown) in zip(layers, changes, strict=True)]
+    return [tensor.cpu() for parts in found for tensor in parts]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_decides_as_the_cpu_does(name):
+    for a, b in zip(device_update(name, "cpu"), device_update(name, "cuda"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["rigl", "gmp"])
+def test_the_host_does_not_wait_for_a_gpu(name):
+    model = network(name, dtype=torch.float32).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    dst = ua.DynamicSparsity(model, optimizer, method=name, total_steps=9, delta_t=1)
+    x, y = (tensor.cuda() for tensor in batch(torch.float32))
+    for _ in range(2):
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert dst.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_update_of_given_gradients(name):
+    """The test above, as far as a CPU can say: it changes every layer, and does so again in the same way."""
+    first, second = device_update(name, "cpu"), device_update(name, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(dropped.numel() > 0 for dropped in first[::3])
+
+
+@pytest.mark.parametrize("name", ["rigl", "granet"])
+def test_a_compiled_model_follows(name):
+    """Sizes that change make it compile anew; the result stays that of the model itself."""
+    results = []
+    for compile_it in (True, False):
+        model = network(name, dtype=torch.float32)
+        function = torch.compile(model, backend="aot_eager") if compile_it else model
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        dst = ua.DynamicSparsity(model, optimizer, method=name, total_steps=9, delta_t=2)
+        torch.manual_seed(0)
+        for _ in range(5):
+            x, y = batch(torch.float32)
+            nn.functional.cross_entropy(function(x), y).backward()
+            optimizer.step()
+            dst.step()
+            optimizer.zero_grad()
+        results.append([layer.pattern.blocks() for layer in sparse_layers(model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("block", [(1, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("out", "come"), [(5, 2), (3, 0), (0, 3), (2, 4), (0, 0)])
+def test_resize_moves_everything(block, storage, out, come):
+    g = torch.Generator().manual_seed(out)
+    pattern = ua.SparsityPattern.random((12, 6, 1, 3), 0.4, block=block, generator=g)
+    dense = torch.randn(pattern.shape, generator=g, dtype=torch.float64)
+    tensors = [torch.nn.Parameter(dense.clone()), dense + 5]
+    with torch.no_grad():
+        tensors = [pattern.pack(t) if storage == "packed" else t.mul_(pattern.to_mask()) for t in tensors]
+    kept = pattern.to_mask()
+    active = pattern.blocks()
+    dropped = active[torch.randperm(active.numel(), generator=g)[:out]].sort().values
+    kept &= ~pattern.mask_of(dropped)
+    others = (~torch.isin(torch.arange(math.prod(pattern.grid)), active)).nonzero().squeeze(1)
+    grown = torch.cat([dropped[:1], others[torch.randperm(others.numel(), generator=g)]])[:come].sort().values
+    versions = [t._version for t in tensors]
+    resize(tensors[0], pattern, dropped, grown, tensors[1:])
+    expected = torch.cat([active[~torch.isin(active, dropped)], grown]).sort().values
+    assert torch.equal(pattern.blocks(), expected)
+    for tensor, old, version in zip(tensors, [dense, dense + 5], versions, strict=True):
+        got = pattern.unpack(tensor) if storage == "packed" else tensor
+        assert torch.equal(got.detach(), old * kept)
+        assert tensor._version > version
+
+
+def test_an_old_graph_is_refused_and_a_new_one_is_right():
+    layer = ua.SparseLinear(6, 5, sparsity=0.5, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    calls = []
+    layer.weight.register_post_accumulate_grad_hook(calls.append)
+    old, done = layer(x).square().sum(), layer(x).sum()
+    done.backward(retain_graph=True)
+    blocks = layer.pattern.blocks()
+    resize(layer.weight, layer.pattern, blocks[::3], blocks[:0], [layer.weight.grad])
+    with pytest.raises(RuntimeError):
+        old.backward()
+    layer.weight.grad = None
+    new = layer(x).square().sum()
+    new.backward()
+    dense = layer.to_dense()
+    dense(x).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, layer.pattern.pack(dense.weight.grad))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("dropped", "grown"), [([1], []), ([2, 0], []), ([9], []), ([], [2]), ([0, 0], [])])
+def test_resize_refuses_bad_blocks_and_changes_nothing(dropped, grown):
+    pattern = ua.SparsityPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 1]]))
+    weight = torch.tensor([1.0, 2.0, 3.0])
+    before = [t.clone() for t in (weight, *pattern.buffers())]
+    with pytest.raises(ValueError, match="active"):
+        resize(weight, pattern, *(torch.tensor(x, dtype=torch.int64) for x in (dropped, grown)))
+    assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.buffers()), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: topology.Method(scope="model"), "scope"),
+        (lambda: topology.GMP(final_sparsity=1.0), "final_sparsity"),
+        (lambda: topology.Method(grow=None), "grows nothing"),
+        (lambda: topology.NOfM(n=4), "0 < n < m"),
+        (lambda: topology.NOfM.of("4:2"), "N:M"),
+        (lambda: topology.NOfM(regrow_dropped=False), "regrow_dropped"),
+        (lambda: topology.SRigL(min_salient=2), "min_salient"),
+        (lambda: topology.SRigL(scope="global"), "min_salient"),
+        (lambda: train(network(), "srigl"), "fan-in"),
+        (lambda: train(network(), "2:4"), "2:4"),
+        (lambda: train(network("granet"), "granet", delta_t=50), "gradual pruning"),
+        (lambda: ua.sparsify(nn.Linear(8, 8), 0.6, structure="2:4"), "density 0.5"),
+        (lambda: ua.sparsify(nn.Linear(8, 8), 0.5, structure="2-4"), "N:M"),
+        (lambda: topology.structured_pattern((8, 6), 0.5, "2:4"), "divides"),
+    ],
+)
+def test_bad_use_is_explained(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_structured_patterns():
+    model = network("srigl", sparsity=0.8)
+    for layer in sparse_layers(model).values():
+        counts = topology.structure.row_counts(layer.pattern)
+        assert (counts == max(1, round(0.2 * layer.pattern.grid[1]))).all()
+    odd = ua.sparsify(nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 8)), 0.5, structure="2:4")
+    assert isinstance(odd[0], ua.SparseLinear) and type(odd[1]) is nn.Linear
+    dense = ua.sparsify(nn.Sequential(nn.Linear(3, 4), nn.Linear(400, 400)), 0.9)
+    assert type(dense[0]) is nn.Linear
+    dense = ua.sparsify(nn.Sequential(nn.Linear(3, 4), nn.Linear(400, 400)), 0.9, include_dense=True)
+    assert dense[0].pattern.density == 1
+
+
+def test_the_documented_example_runs():
+    """The code of docs/methods.md, as it stands there."""
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    (example,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "Method(" in c]
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    scope = {"model": model, "optimizer": optimizer, "steps": 20}
+    exec(example, scope)
+    before = [m.pattern.blocks() for m in sparse_layers(model).values()]
+    for _ in range(8):
+        x, y = batch()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        scope["dst"].step()
+        optimizer.zero_grad()
+    after = [m.pattern.blocks() for m in sparse_layers(model).values()]
+    assert all(a.numel() == b.numel() and not torch.equal(a, b) for a, b in zip(before, after, strict=True))
