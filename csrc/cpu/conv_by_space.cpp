@@ -6,6 +6,8 @@
 // tiles. Copies are plain (no transpose), and results go straight to their place in the output: where activations are
 // large and weights few, this is what counts.
 
+#include <cstdlib>
+
 #include "cpu/conv_pass.h"
 
 namespace uasparse {
@@ -49,49 +51,34 @@ struct SpacePass {
   }
 };
 
-// Rows of a group: whole vectors, and enough of them for `vectors` vectors. 0: no such group divides the rows evenly.
+// Rows of a group: enough for `vectors` vectors.
 int64_t group_rows(int64_t rows, int64_t columns, int64_t lanes, int64_t vectors) {
-  int64_t unit = 1;
-  while (unit <= rows && unit * columns % lanes != 0) ++unit;
-  if (unit > rows || rows % unit != 0) return 0;
-  return std::min(rows, ceil_div(ceil_div(vectors * lanes, columns), unit) * unit);
+  return std::min(rows, ceil_div(vectors * lanes, columns));
 }
 
-// The copies of destination rows [begin, end) of one image's planes [channel_begin, channel_end).
+// The copies of destination rows [begin, end) of one image's planes.
 template <typename T>
-void copy_rows(const SpacePass& p, const T* image, int64_t plane_stride, int64_t begin, int64_t end, T* to) {
+void copy_rows(const ConvKernels<T>& kernels, const SpacePass& p, const at::Tensor& images, int64_t n, int64_t begin,
+               int64_t end, T* to) {
+  const T* const data = images.const_data_ptr<T>();
+  const int64_t plane_stride = images.stride(1), plane = p.height * p.width;
+  const T* const last = data + (images.size(0) - 1) * images.stride(0) + (p.channels - 1) * plane_stride + plane;
   const int64_t first = begin + p.origin_y, count = end - begin + p.reach;
   const int64_t valid_begin = std::clamp<int64_t>(-first, 0, count);
   const int64_t valid_end = std::clamp<int64_t>(p.height - first, valid_begin, count);
+  const int64_t valid = (valid_end - valid_begin) * p.columns, shifts = int64_t(p.shift_x.size());
   for (int64_t c = 0; c < p.channels; ++c) {
-    const T* const from = image + c * plane_stride;
-    for (size_t k = 0; k < p.shift_x.size(); ++k) {
-      T* const copy = to + c * p.channel + int64_t(k) * p.plane;
-      const int64_t shift = p.shift_x[k];
-      std::fill(copy, copy + valid_begin * p.columns, T(0));
-      std::fill(copy + valid_end * p.columns, copy + count * p.columns, T(0));
-      // Columns [left, right) of the destination lie in the image.
-      const int64_t left = std::clamp<int64_t>(-shift, 0, p.columns);
-      const int64_t right = std::clamp<int64_t>(p.width - shift, left, p.columns);
-      if (p.columns == p.width && left < right) {
-        // One run; what it takes from the neighbouring rows is then zeroed.
-        const int64_t source = (first + valid_begin) * p.width + shift;
-        const int64_t low = std::max<int64_t>(0, -source);
-        const int64_t high =
-            std::min((valid_end - valid_begin) * p.columns, p.height * p.width - source);
-        if (low < high) std::memcpy(copy + valid_begin * p.columns + low, from + source + low, sizeof(T) * (high - low));
-        for (int64_t r = valid_begin; r < valid_end; ++r) {
-          for (int64_t x = 0; x < left; ++x) copy[r * p.columns + x] = T(0);
-          for (int64_t x = right; x < p.columns; ++x) copy[r * p.columns + x] = T(0);
-        }
-      } else {
-        for (int64_t r = valid_begin; r < valid_end; ++r) {
-          T* const row = copy + r * p.columns;
-          std::fill(row, row + left, T(0));
-          std::copy_n(from + (first + r) * p.width + shift + left, right - left, row + left);
-          std::fill(row + right, row + p.columns, T(0));
-        }
-      }
+    const T* const from = data + n * images.stride(0) + c * plane_stride + (first + valid_begin) * p.width;
+    // The next plane's rows are elsewhere, where the hardware does not look ahead.
+    for (int64_t i = 0; c + 1 < p.channels && i < valid; i += 64 / sizeof(T)) __builtin_prefetch(from + plane_stride + i);
+    T* const copy = to + c * p.channel + valid_begin * p.columns;
+    kernels.shift_rows({from, data, last, valid_end - valid_begin, p.width, p.shift_x.data(),
+                        shifts, copy, p.plane});
+    // Rows above and below the image.
+    for (int64_t k = 0; k < shifts && valid < count * p.columns; ++k) {
+      T* const rows = to + c * p.channel + k * p.plane;
+      std::fill(rows, rows + valid_begin * p.columns, T(0));
+      std::fill(rows + valid_end * p.columns, rows + count * p.columns, T(0));
     }
   }
 }
@@ -123,9 +110,10 @@ template <typename T>
 bool goes_by_space(const Geometry& g, const ConvWeight&, std::initializer_list<at::Tensor> activations) {
   if (g.stride[0] != 1 || g.stride[1] != 1) return false;
   if (!std::all_of(activations.begin(), activations.end(), has_plain_planes)) return false;
-  const ConvKernels<T>& kernels = conv_kernels<T>();
-  return group_rows(g.out_height, g.out_width, kernels.lanes, kernels.max_vectors) > 0 &&
-         group_rows(g.height, g.width, kernels.lanes, kernels.max_vectors) > 0;
+  static const char* way = std::getenv("CONV_WAY");
+  if (way && *way == 'b') return false;
+  const int64_t lanes = conv_kernels<T>().lanes;
+  return g.width == g.out_width && g.width % lanes == 0;
 }
 
 template <typename T>
@@ -137,14 +125,13 @@ void forward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& 
   const int64_t tile = tile_vectors(group * pass.columns / lanes, kernels.max_vectors);
   const auto lists = ConvEntries<T>::forward(w, pass.taps(), source_block<T>(pass, tile, lanes, w, w.in),
                                              weight.const_data_ptr<T>());
-  const T* const from = input.const_data_ptr<T>();
   T* const to = output.mutable_data_ptr<T>();
   const int64_t groups = ceil_div(pass.rows, group);
   at::parallel_for(0, g.batch * groups, 1, [&](int64_t first, int64_t last) {
     const Workspace copies(sizeof(T) * g.in * pass.channel);
     for (int64_t task = first; task < last; ++task) {
       const int64_t image = task / groups, y = task % groups * group, end = std::min(y + group, pass.rows);
-      copy_rows(pass, from + image * input.stride(0), input.stride(1), y, end, copies.as<T>());
+      copy_rows(kernels, pass, input, image, y, end, copies.as<T>());
       run_product(kernels, lists, copies.as<const T>(), to + image * output.stride(0) + y * pass.columns,
                   output.stride(1), (end - y) * pass.columns / lanes, tile, 0, g.out,
                   bias.empty() ? nullptr : bias.data());
@@ -185,15 +172,14 @@ void backward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor&
         const T* const grad = from + image * grad_output.stride(0);
         for (int64_t y = 0; wants_input && y < pass.rows; y += pass.group) {
           const int64_t end = std::min(y + pass.group, pass.rows);
-          copy_rows(pass, grad, grad_output.stride(1), y, end, grad_copies.as<T>());
+          copy_rows(kernels, pass, grad_output, image, y, end, grad_copies.as<T>());
           T* const to = gradients.input.mutable_data_ptr<T>() + image * gradients.input.stride(0) + y * pass.columns;
           run_product(kernels, lists, grad_copies.as<const T>(), to, gradients.input.stride(1),
                       (end - y) * pass.columns / lanes, tile, in_begin, in_end, static_cast<const T*>(nullptr));
         }
         for (int64_t y = 0; wants_weight && y < forward.rows; y += forward.group) {
           const int64_t end = std::min(y + forward.group, forward.rows);
-          copy_rows(forward, input.const_data_ptr<T>() + image * input.stride(0), input.stride(1), y, end,
-                    copies.as<T>());
+          copy_rows(kernels, forward, input, image, y, end, copies.as<T>());
           for (int64_t b = 0; b < places.blocks; ++b)
             kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, copies.as<const T>(),
                            0, grad + y * forward.columns, 0, grad_output.stride(1), 1,

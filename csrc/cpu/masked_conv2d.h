@@ -70,6 +70,18 @@ struct ConvMove {
   T* packed;
 };
 
+// Copies `rows` rows of `width` (a multiple of lanes) numbers, once for each shift: to[k][r][x] = from[r][x + shift[k]], or
+// zero where that is left or right of the row. May read next to a row, within [begin, end).
+template <typename T>
+struct ConvShift {
+  const T *from, *begin, *end;
+  int64_t rows, width;
+  const int64_t* shift;
+  int64_t shifts;
+  T* to;
+  int64_t copy;  // from a copy to the next
+};
+
 constexpr int kMaxLanes = 16;
 
 template <typename T>
@@ -78,6 +90,7 @@ struct ConvKernels {
   int max_vectors;  // accumulators of one tile
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
+  void (*shift_rows)(const ConvShift<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

@@ -5,6 +5,7 @@
 //   large as the registers allow, because the entry's own cost (two loads) is spread over it.
 // sddmm: kGroup entries of one output channel take the dot product of the same grad_output positions with their input
 //   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
+// shift_rows: unaligned loads, aligned stores; lanes beyond the row are masked.
 // pack, unpack: lanes x lanes transposes in registers between images and packed vectors.
 
 #include "cpu/vec.h"
@@ -353,9 +354,35 @@ void unpack(const ConvMove<T>& m, S* const* images) {
 }
 
 template <typename T>
+void shift_rows(const ConvShift<T>& s) {
+  constexpr int L = kLanes<T>;
+  using Bits = typename SameSizeInt<T>::type;
+  const T *const begin = s.begin, *const end = s.end - L;
+  const int64_t width = s.width, rows = s.rows;
+  Vec<Bits> lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  for (int64_t k = 0; k < s.shifts; ++k) {
+    for (int64_t x = 0; x < width; x += L) {
+      // A column of vectors: all have the same lanes inside the row.
+      const Vec<Bits> column = lane + Bits(x + s.shift[k]);
+      const Vec<Bits> inside = (column >= Bits(0)) & (column < Bits(width));
+      const T* from = s.from + x + s.shift[k];
+      T* to = s.to + k * s.copy + x;
+      for (int64_t r = 0; r < rows; ++r, from += width, to += width) {
+        if (from >= begin && from <= end) {
+          store(to, Vec<T>(Vec<Bits>(load(from)) & inside));
+        } else {
+          for (int l = 0; l < L; ++l) to[l] = inside[l] ? from[l] : T(0);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
-    kLanes<T>,      kMaxVectors<T>,  product<T>,           sddmm<T>,
-    pack<T, T>,     unpack<T, T>,    pack<T, BFloat16>,    unpack<T, BFloat16>,
+    kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,          shift_rows<T>,
+    pack<T, T>,    unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
 const ConvKernels<float> conv_float = kConvKernels<float>;

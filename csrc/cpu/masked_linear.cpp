@@ -90,12 +90,14 @@ struct Panels {
 };
 
 // Grid columns taken together: enough of them for ~25 blocks a row, for less does not pay for loading and storing the
-// row's outputs, and no fewer than what L1 holds (docs/cpu-kernels.md).
-int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column) {
+// row's outputs, and no fewer than what L1 and a part of L2 hold (docs/cpu-kernels.md). Narrow panels (batch <= 16) are
+// bound by the weights instead, which are read in order if no columns are set apart.
+int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column, int64_t width_bytes) {
   const double density = static_cast<double>(grid.blocks) / static_cast<double>(grid.rows * grid.columns);
-  const int64_t l1 = std::max<int64_t>(1, 28 * 1024 / (inputs_per_column * kTileBytes));
+  const int64_t near = std::max<int64_t>(1, (width_bytes <= kLaneBytes ? 512 : 48) * 1024 /
+                                                 (inputs_per_column * width_bytes));
   const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(25 / density, 1e9)) : columns;
-  return std::clamp<int64_t>(std::max(l1, wanted), 1, columns);
+  return std::clamp<int64_t>(std::max(near, wanted), 1, columns);
 }
 
 // Rows of `tensor` [batch, channels], contiguous, into panels.
@@ -165,6 +167,14 @@ void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, cons
 
 template <typename T>
 void forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
+  if (input.size(0) == 1 && grid.bh * grid.bw == 1 && input.scalar_type() != at::kBFloat16) {
+    const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
+    at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
+      linear_kernels<T>().single(grid.crow, grid.col, values, begin, end, input.const_data_ptr<T>(), bias,
+                                 output.mutable_data_ptr<T>());
+    });
+    return;
+  }
   const Panels<T> panels(input.size(0));
   const Workspace packed(panels.bytes(grid.in()));
   pack_panels<T>(input, panels, packed.as<T>());
@@ -173,30 +183,45 @@ void forward(const at::Tensor& input, const T* values, const T* bias, const Grid
   p.columns = grid.columns, p.blocks = grid.blocks, p.block_out = grid.bh, p.block_in = grid.bw;
   p.stride_out = grid.bw, p.stride_in = 1;
   p.bias = bias, p.in = packed.as<T>();
-  p.column_block = column_block(grid, grid.columns, grid.bw);
+  p.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
   run_product(p, grid.rows, panels, output);
+}
+
+// Values in the order by columns. Single values are read in order and written at the end of their column, which needs
+// no `perm` and touches one cache line a column; a thread that starts at a later row finds the places by bisection.
+template <typename T>
+void transpose_values(const T* values, const Grid& grid, T* to) {
+  const int64_t size = grid.bh * grid.bw;
+  if (size > 1) {
+    at::parallel_for(0, grid.blocks, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) std::copy_n(values + grid.perm[i] * size, size, to + i * size);
+    });
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
+  at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
+    const Workspace places(sizeof(int32_t) * grid.columns);
+    int32_t* place = places.as<int32_t>();
+    for (int64_t c = 0; c < grid.columns; ++c) {
+      const int32_t *first = grid.row + grid.ccol[c], *last = grid.row + grid.ccol[c + 1];
+      place[c] = static_cast<int32_t>((begin == 0 ? first : std::lower_bound(first, last, begin)) - grid.row);
+    }
+    for (int64_t i = grid.crow[begin]; i < grid.crow[end]; ++i) to[place[grid.col[i]]++] = values[i];
+  });
 }
 
 template <typename T>
 void input_gradient(const T* grad_panels, const Panels<T>& panels, const T* values, const Grid& grid,
                     const at::Tensor& grad_input) {
-  // Values by columns: read once for all panels.
-  const int64_t size = grid.bh * grid.bw;
   const Workspace transposed(sizeof(T) * grid.values());
   T* to = transposed.as<T>();
-  at::parallel_for(0, grid.blocks, 4096, [&](int64_t begin, int64_t end) {
-    if (size == 1) {
-      for (int64_t i = begin; i < end; ++i) to[i] = values[grid.perm[i]];
-    } else {
-      for (int64_t i = begin; i < end; ++i) std::copy_n(values + grid.perm[i] * size, size, to + i * size);
-    }
-  });
+  transpose_values(values, grid, to);
   Product<T> p{};
   p.ptr = grid.ccol, p.idx = grid.row, p.val = to;
   p.columns = grid.rows, p.blocks = grid.blocks, p.block_out = grid.bw, p.block_in = grid.bh;
   p.stride_out = 1, p.stride_in = grid.bw;
   p.in = grad_panels;
-  p.column_block = column_block(grid, grid.rows, grid.bh);
+  p.column_block = column_block(grid, grid.rows, grid.bh, sizeof(T) * panels.width(0));
   run_product(p, grid.columns, panels, grad_input);
 }
 
@@ -214,7 +239,7 @@ void weight_gradient(const T* grad_panels, const T* input_panels, const Panels<T
       s.ptr = grid.crow, s.idx = grid.col;
       s.begin = task * chunk, s.end = std::min(grid.rows, s.begin + chunk);
       s.columns = grid.columns, s.blocks = grid.blocks, s.bh = grid.bh, s.bw = grid.bw;
-      s.column_block = column_block(grid, grid.columns, grid.bw);
+      s.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
       s.scratch = scratch.as<int32_t>();
       s.grad = grad_values;
       s.grad_panel = panels.tile * grid.out(), s.input_panel = panels.tile * grid.in();

@@ -59,6 +59,9 @@ struct LinearKernels {
   void (*unpack_bf16)(const T* from, int64_t width, int64_t channels, uint16_t* to, int64_t stride, int64_t batch);
   void (*product)(const Product<T>&);
   void (*sddmm)(const Sddmm<T>&);
+  // One input vector, 1x1 blocks: out[r] = bias[r] + sum of val * in[idx] for rows [begin, end).
+  void (*single)(const int32_t* ptr, const int32_t* idx, const T* val, int64_t begin, int64_t end, const T* in,
+                 const T* bias, T* out);
   // sums[c] (+)= sum of panel[c, :]
   void (*row_sums)(const T* panel, int64_t width, int64_t channels, T* sums, bool accumulate);
 };

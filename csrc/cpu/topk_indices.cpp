@@ -291,8 +291,19 @@ at::Tensor topk_indices(const at::Tensor& scores, int64_t k, bool largest, bool 
   return indices;
 }
 
+// Layer after layer: each uses all threads.
+std::vector<at::Tensor> topk_indices_many(at::TensorList scores, at::IntArrayRef k, bool largest, bool magnitude) {
+  TORCH_CHECK_VALUE(scores.size() == k.size(), "Expected a k for each of ", scores.size(), " scores, got ", k.size(), ".");
+  std::vector<at::Tensor> indices;
+  for (size_t s = 0; s < scores.size(); ++s) indices.push_back(topk_indices(scores[s], k[s], largest, magnitude));
+  return indices;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(uasparse, CPU, m) { m.impl("topk_indices", &topk_indices); }
+TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("topk_indices", &topk_indices);
+  m.impl("topk_indices_many", &topk_indices_many);
+}
 
 }  // namespace uasparse

@@ -137,7 +137,7 @@ __device__ inline Partial sum_block(Partial mine) {
   __syncthreads();
   sums[threadIdx.x] = mine;
   __syncthreads();
-  for (int step = kThreads / 2; step > 0; step /= 2) {
+  for (unsigned step = kThreads / 2; step > 0; step /= 2) {
     if (threadIdx.x < step) {
       sums[threadIdx.x].loss += sums[threadIdx.x + step].loss;
       sums[threadIdx.x].threshold += sums[threadIdx.x + step].threshold;

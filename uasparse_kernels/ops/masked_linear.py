@@ -97,22 +97,3 @@ def _fake(input, weight, bias, crow, col, ccol, row, perm, shape, block):
 def _backward_fake(grad_output, input, weight, crow, col, ccol, row, perm, shape, block, output_mask):
     sizes = (input.shape, weight.shape, (shape[0],))
     return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
-
-
-def _setup_context(ctx, inputs, output):
-    input, weight, _bias, *pattern, ctx.shape, ctx.block = inputs
-    # Only what some gradient needs is kept alive.
-    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *pattern)
-    ctx.input_shape = input.shape
-
-
-def _backward(ctx, grad_output):
-    input, weight, *pattern = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    if input is None:
-        input = grad_output.new_empty(1).expand(ctx.input_shape)
-    grads = torch.ops.uasparse.masked_linear_backward(grad_output, input, weight, *pattern, ctx.shape, ctx.block, mask)
-    return (*(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), *[None] * 7)
-
-
-_library.register_autograd("masked_linear", _backward, _setup_context)
