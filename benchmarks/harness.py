@@ -87,6 +87,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    fields = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
     name = fields.get("model name", platform.machine())
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})" if name == "AMD EPYC" else name

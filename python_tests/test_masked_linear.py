@@ -216,7 +216,9 @@ def test_second_derivative_is_an_error():
     pattern = _pattern(12, 10, 0.3)
     input, weight, bias, _ = _problem(pattern, (5,), torch.float32, True)
     input.requires_grad_()
-    (gradient,) = torch.autograd.grad(_op(input, weight.requires_grad_(), pattern, bias).sum(), input, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        _op(input, weight.requires_grad_(), pattern, bias).sum(), input, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="not implemented"):
         gradient.sum().backward()
 

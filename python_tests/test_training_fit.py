@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 import uasparse_kernels as ua
-from training import recipe
+from training import recipe, report
 from training.checkpoint import load_checkpoint, read_json, save_checkpoint
 from training.compare import Suite, compare, plan, spread
 from training.config import FitConfig, with_arm
@@ -47,6 +47,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Drawing takes longer than these runs; test_run_folder_and_evaluate and the demo draw."""
+    monkeypatch.setattr(report, "draw_run", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def digits():
     return load_train_test("digits", limit_train=640)
@@ -61,7 +67,7 @@ def run(config, folder, data, **options):
 
 @pytest.mark.parametrize("arm", ["rigl+moon+vote", "set+vote+patch-shuffle", "static", "dense+moon"])
 @pytest.mark.parametrize("interrupted_step", [23, 44])  # in the third epoch, and in the last one, where the vote runs
-def test_resumed_run_equals_an_uninterrupted_one(tmp_path, digits, monkeypatch, arm, interrupted_step):
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path, digits, monkeypatch, arm, interrupted_step, no_figures):
     config = with_arm(TINY, arm)
     whole = run(config, tmp_path / "whole", digits, unknowns=["noise"])
 
@@ -112,7 +118,7 @@ def assert_equal(first, second):
         assert first == second
 
 
-def test_folder_of_another_run_is_refused(tmp_path, digits):
+def test_folder_of_another_run_is_refused(tmp_path, digits, no_figures):
     run(replace(TINY, epochs=2, warmup_epochs=1, vote=False), tmp_path, digits)
     with pytest.raises(CheckpointError, match=r"holds a run already .*Use --resume"):
         run(TINY, tmp_path, digits)
@@ -120,7 +126,7 @@ def test_folder_of_another_run_is_refused(tmp_path, digits):
         run(TINY, tmp_path, digits, resume=True)
 
 
-def test_seeds_differ_and_repeat(tmp_path, digits):
+def test_seeds_differ_and_repeat(tmp_path, digits, no_figures):
     states = []
     for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(replace(TINY, epochs=2, vote=False, seed=seed), tmp_path / folder, digits)
@@ -251,7 +257,7 @@ def test_learning_rate():
     assert [learning_rate(n, 80, 0.12, 0.008) for n in (80, 81, 1000)] == pytest.approx([0.008] * 3)
 
 
-def test_it_learns(tmp_path, digits):
+def test_it_learns(tmp_path, digits, no_figures):
     for arm in ("rigl", "rigl+moon+vote", "set+vote+patch-shuffle"):
         results = run(replace(with_arm(TINY, arm), epochs=8), tmp_path / arm, digits)
         assert results["known"]["accuracy"] > 0.8
@@ -306,7 +312,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]  # nothing half-written is left
 
 
-def test_full_disk_stops_fit_and_it_resumes(tmp_path, digits, monkeypatch):
+def test_full_disk_stops_fit_and_it_resumes(tmp_path, digits, monkeypatch, no_figures):
     real, calls = torch.save, []
 
     def full_disk(state, file):
@@ -337,7 +343,7 @@ def test_damaged_checkpoints(tmp_path):
         load_checkpoint(tmp_path / "last.pt")
 
 
-def test_checkpoint_of_another_architecture(tmp_path, digits):
+def test_checkpoint_of_another_architecture(tmp_path, digits, no_figures):
     run(replace(with_arm(TINY, "rigl"), epochs=1), tmp_path, digits)
     state = load_checkpoint(tmp_path / "model.pt")
     state["config"]["model"] = "mlp"
@@ -368,7 +374,7 @@ def test_run_folder_and_evaluate(tmp_path, digits):
         evaluate_checkpoint(tmp_path, ["noise"], scores=["mpp"])
 
 
-def test_holdout_is_an_unknown_set(tmp_path):
+def test_holdout_is_an_unknown_set(tmp_path, no_figures):
     config = replace(with_arm(TINY, "rigl"), epochs=1, holdout="8,9")
     results = fit(config, tmp_path, unknowns=["holdout"], device="cpu", console=QUIET, scores=["msp"])
     assert results["unknown_images"]["holdout"] + results["known"]["images"] == 397
@@ -419,7 +425,7 @@ def test_plan():
     assert len({run.folder for run in runs}) == 10
 
 
-def test_compare_resumes_and_summarises(tmp_path, digits, monkeypatch):
+def test_compare_resumes_and_summarises(tmp_path, digits, monkeypatch, no_figures):
     first = compare(study(), tmp_path, device="cpu", console=QUIET, data=digits)
     assert list(first["arms"]) == ["dense", "rigl", "rigl+moon"] and first["failed"] == []
     accuracy = first["arms"]["rigl"]["known"]["accuracy"]

@@ -254,18 +254,19 @@ def _blobs(channels: int, size: int) -> Tensor:
 
 def _photos(channels: int, size: int) -> Tensor:
     """Random square crops (a quarter to all of the height) of the two photographs that come with scikit-learn."""
+    from PIL import Image
     from sklearn.datasets import load_sample_images
 
     random = np.random.RandomState(0)
-    photos = [torch.from_numpy(photo.copy()).permute(2, 0, 1) for photo in load_sample_images().images]
-    crops = []
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    crops = np.empty((NUM_GENERATED, size, size, 3), np.uint8)
     for index in range(NUM_GENERATED):
         photo = photos[index % len(photos)]
-        height, width = photo.shape[1:]
-        side = random.randint(height // 4, height)
-        top, left = random.randint(height - side + 1), random.randint(width - side + 1)
-        crops.append(tv.resize(photo[:, top : top + side, left : left + side], [size, size], antialias=True))
-    return torch.stack(crops)
+        side = random.randint(photo.height // 4, photo.height)
+        left, top = random.randint(photo.width - side + 1), random.randint(photo.height - side + 1)
+        box = (left, top, left + side, top + side)
+        crops[index] = np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR, box))
+    return torch.from_numpy(crops).permute(0, 3, 1, 2)
 
 
 GENERATED: dict[str, Callable[[int, int], Tensor]] = {"noise": _noise, "blobs": _blobs, "photos": _photos}
