@@ -69,6 +69,12 @@ struct Barrier {
   char order[2];  // what ThreadSanitizer knows it by, one for each of two generations that may overlap
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, zeros;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -76,6 +82,8 @@ struct Fiber {
   bool done = false;
   const Barrier* waits_for = nullptr;
   uint64_t generation = 0;
+  std::vector<Copy> copies;  // asynchronous ones that have not happened yet
+  std::vector<size_t> commits;
   void* sanitizer = nullptr;  // the fibre as ThreadSanitizer knows it, or AddressSanitizer's fake stack
 };
 
@@ -89,6 +97,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::function<void()> kernel;
+  void* shared = nullptr;
+  size_t shared_bytes = 0;
   Fiber scheduler;
 };
 
@@ -188,9 +198,12 @@ UASPARSE_UNSEEN inline void run_block() {
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random);
+  if (block->shared_bytes) std::memset(block->shared, 0xff, block->shared_bytes);
   for (const unsigned t : order) {
     block->fibers[t]->done = false;
     block->fibers[t]->waits_for = nullptr;
+    block->fibers[t]->copies.clear();
+    block->fibers[t]->commits.clear();
   }
   happens_before(block);
   for (unsigned left = threads; left > 0;) {
@@ -208,6 +221,11 @@ UASPARSE_UNSEEN inline void run_block() {
     }
   }
   happens_after(block);
+}
+
+template <typename T>
+T* dynamic_shared() {
+  return static_cast<T*>(block->shared);
 }
 
 inline unsigned lane() { return current->thread.x % kWarpSize; }
@@ -233,6 +251,8 @@ auto exchange(unsigned mask, T value, Read read) {
 }
 
 }  // namespace emulation
+
+using std::min;
 
 #define threadIdx (emulation::current->thread)
 
@@ -276,6 +296,11 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline long long __double_as_longlong(double x) {
   long long bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -292,6 +317,9 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   const unsigned threads = config->blockDim.x, blocks = config->gridDim.x;
@@ -299,6 +327,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::make_fibers(threads);
   emulation::block->warps.resize(threads / emulation::kWarpSize);
   emulation::block->kernel = [&] { kernel(arguments...); };
+  const std::unique_ptr<void, void (*)(void*)> shared(
+      config->dynamicSmemBytes ? std::aligned_alloc(128, config->dynamicSmemBytes) : nullptr, std::free);
+  emulation::block->shared = shared.get();
+  emulation::block->shared_bytes = config->dynamicSmemBytes;
   ::blockDim = config->blockDim;
   ::gridDim = config->gridDim;
   std::vector<unsigned> order(blocks);
