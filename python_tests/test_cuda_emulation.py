@@ -21,7 +21,8 @@ from uasparse_kernels.ops.prune_grow import kept_blocks
 HERE = pathlib.Path(__file__).parent
 EMULATION, CSRC = HERE / "cuda_emulation", HERE.parent / "csrc"
 CXX = shutil.which("g++")
-SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
+# Optimising what both address checks fill takes longer than running it as it is.
+SANITIZERS = {"address": ["-O0", "-fsanitize=address,undefined"], "thread": ["-O1", "-fsanitize=thread"]}
 
 pytestmark = pytest.mark.skipif(CXX is None or not CSRC.exists(), reason="needs g++ and the sources")
 
@@ -35,9 +36,8 @@ def emulate(request, tmp_path_factory):
         if op not in built:
             built[op] = folder / op
             sources = [str(EMULATION / f"run_{op}.cpp"), "-x", "c++", str(CSRC / "cuda" / f"{op}.cu")]
-            flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-            flags.append(SANITIZERS[request.param])
-            command = [CXX, *flags, f"-I{EMULATION}", f"-I{CSRC}", *sources, "-o", str(built[op])]
+            flags = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+            command = [CXX, *flags, *SANITIZERS[request.param], f"-I{EMULATION}", f"-I{CSRC}", *sources, "-o", str(built[op])]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         done = subprocess.run([built[op]], input=b"".join(cases), capture_output=True)
@@ -224,7 +224,7 @@ def test_masked_linear(emulate):
     cases = []
     for i, (rows, columns, tokens, *tile) in enumerate(PRODUCT_SIZES):
         for j, dtype in enumerate(VALUE_TYPES):
-            if emulate.few and i % 3 != j:
+            if (i + j) % 3 > (0 if emulate.few else 1) or (emulate.few and i % 2):
                 continue
             pattern = _uneven_pattern(rows, columns, g)
             padding = (i + j) % 3  # odd strides, and even ones of odd sizes

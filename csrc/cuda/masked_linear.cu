@@ -264,6 +264,7 @@ struct Samples {
   __device__ __forceinline__ Samples(const Walk& walk, float* part) : walk(walk), part(part), is_first(true) {}
   __device__ __forceinline__ Entries load(int at) const { return Entries::load(walk, nullptr, at); }
   __device__ __forceinline__ void use(int r, const Entries& w, int at, int begin, int end, SharedAddress panel) {
+    if (begin >= end) return;
     const int lane = threadIdx.x % 32, mine = at + lane / 8;
     const bool writes = lane % 8 == 0 && mine >= begin && mine < end;
     const float old = writes && !is_first ? part[mine] : 0.0f;
