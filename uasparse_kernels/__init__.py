@@ -6,6 +6,7 @@ from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.topology import DynamicSparsity
+from uasparse_kernels.tune import tune
 
 __all__ = [
     "DynamicSparsity",
@@ -20,4 +21,5 @@ __all__ = [
     "ops",
     "sparsify",
     "topology",
+    "tune",
 ]

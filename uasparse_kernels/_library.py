@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import ModuleType
 
@@ -33,6 +34,11 @@ def has_kernel(op: str, tensor: torch.Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def has_kernel_for(op: str, device_type: str) -> bool:
     """As :func:`has_kernel`, by device type."""
+    return _has_kernel_for(op, device_type)
+
+
+@functools.cache
+def _has_kernel_for(op: str, device_type: str) -> bool:
     if compiled is None:
         return False
     # A meta tensor goes where fakes go: to the op, whose fake knows the shape.

@@ -187,26 +187,15 @@ void forward(const at::Tensor& input, const T* values, const T* bias, const Grid
   run_product(p, grid.rows, panels, output);
 }
 
-// Values in the order by columns. Single values are read in order and written at the end of their column, which needs
-// no `perm` and touches one cache line a column; a thread that starts at a later row finds the places by bisection.
+// Values in the order by columns.
 template <typename T>
 void transpose_values(const T* values, const Grid& grid, T* to) {
   const int64_t size = grid.bh * grid.bw;
-  if (size > 1) {
-    at::parallel_for(0, grid.blocks, 4096, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, grid.blocks, 16384, [&](int64_t begin, int64_t end) {
+    if (size == 1)
+      for (int64_t i = begin; i < end; ++i) to[i] = values[grid.perm[i]];
+    else
       for (int64_t i = begin; i < end; ++i) std::copy_n(values + grid.perm[i] * size, size, to + i * size);
-    });
-    return;
-  }
-  const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
-  at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
-    const Workspace places(sizeof(int32_t) * grid.columns);
-    int32_t* place = places.as<int32_t>();
-    for (int64_t c = 0; c < grid.columns; ++c) {
-      const int32_t *first = grid.row + grid.ccol[c], *last = grid.row + grid.ccol[c + 1];
-      place[c] = static_cast<int32_t>((begin == 0 ? first : std::lower_bound(first, last, begin)) - grid.row);
-    }
-    for (int64_t i = grid.crow[begin]; i < grid.crow[end]; ++i) to[place[grid.col[i]]++] = values[i];
   });
 }
 
