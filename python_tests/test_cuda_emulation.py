@@ -1,4 +1,4 @@
-"""The CUDA kernels of unstructured products, of the loss, of selection and of prune-grow, executed on the CPU under the sanitizers of g++.
+"""The CUDA kernels (unstructured products, loss, selection, prune-grow) on the CPU under the sanitizers of g++.
 
 cuda_emulation/cuda_runtime.h stands in for CUDA's; the .cu files are compiled unchanged. Each op has a program that
 reads cases from stdin and writes results to stdout, which are compared with the references here.
@@ -37,7 +37,16 @@ def emulate(request, tmp_path_factory):
             built[op] = folder / op
             sources = [str(EMULATION / f"run_{op}.cpp"), "-x", "c++", str(CSRC / "cuda" / f"{op}.cu")]
             flags = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-            command = [CXX, *flags, *SANITIZERS[request.param], f"-I{EMULATION}", f"-I{CSRC}", *sources, "-o", str(built[op])]
+            command = [
+                CXX,
+                *flags,
+                *SANITIZERS[request.param],
+                f"-I{EMULATION}",
+                f"-I{CSRC}",
+                *sources,
+                "-o",
+                str(built[op]),
+            ]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
         done = subprocess.run([built[op]], input=b"".join(cases), capture_output=True)

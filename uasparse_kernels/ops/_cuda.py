@@ -14,11 +14,11 @@ from uasparse_kernels.triton import settings
 BLOCKS = (16, 32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The densities up to which the sparse kernel of a block (1: unstructured) is taken before the vendor's dense one, by op,
-# arithmetic and block. Keys are strings throughout, as in the file that keeps what was measured.
+# The densities up to which the sparse kernel of a block (1: unstructured) is taken before the vendor's dense one, by
+# op, arithmetic and block. Keys are strings throughout, as in the file that keeps what was measured.
 #
-# PREDICTED, not measured: 60 to 65 % of the roofline of a training step (docs/gpu-kernels.md), against the vendor's dense
-# kernel of the same arithmetic. In "fp32" (no tensor cores) arithmetic bounds both sides of the block kernels.
+# PREDICTED, not measured: 60 to 65 % of the roofline of a training step (docs/gpu-kernels.md), against the vendor's
+# dense kernel of the same arithmetic. In "fp32" (no tensor cores) arithmetic bounds both sides of the block kernels.
 PREDICTED: _crossovers.Table = {
     "masked_linear": {
         "half": {"1": 0.008, "16": 0.05, "32": 0.10, "64": 0.20, "128": 0.35},
@@ -74,7 +74,7 @@ def arithmetic(op: str, dtype: torch.dtype) -> str:
 def choose_cuda(
     op: str, dtype: torch.dtype, pattern: SparsityPattern, work: int, *, packed: bool, linear: bool = True
 ) -> Choice:
-    """ "triton" (block kernel), "cuda" (unstructured kernel) or "dense"; for the first two, a dense-stored weight is packed.
+    """ "triton" (block kernel), "cuda" (unstructured kernel), for which a dense-stored weight is packed, or "dense".
 
     Args:
         work: multiply-adds of the dense product.

@@ -113,13 +113,13 @@ def choose(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "cuda" (unstructured 1x1 kernels on a
-    GPU), "dense" (the vendor's, on the dense form) or "reference".
+    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "cuda" (unstructured 1x1 kernels on
+    a GPU), "dense" (the vendor's, on the dense form) or "reference".
     """
     if not _library.has_kernel_for("masked_conv2d", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
     if device_type == "cuda" and groups != 1:
-        return Choice("dense", "no block kernel for groups")
+        return Choice("dense", "no sparse kernel for groups")
     pixels = input_shape[0] * math.prod(output_size(input_shape, pattern.shape, stride, padding, dilation))
     if device_type == "cuda":
         work = pixels * math.prod(pattern.shape)

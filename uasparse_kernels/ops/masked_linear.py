@@ -65,8 +65,8 @@ def masked_linear_reference(
 def choose(
     input_shape: tuple[int, ...], dtype: torch.dtype, device_type: str, pattern: SparsityPattern, *, packed: bool
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "cuda" (unstructured on a GPU), "dense"
-    (the vendor's, on the dense form) or "reference".
+    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "cuda" (unstructured on a GPU),
+    "dense" (the vendor's, on the dense form) or "reference".
     """
     if not _library.has_kernel_for("masked_linear", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")

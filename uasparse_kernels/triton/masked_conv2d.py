@@ -245,9 +245,7 @@ class _Geometry:
         return self.channels, self.out_channels, self.positions, self.stride, _launch.size_class(self.pixels)
 
 
-def _check_sizes(
-    op: str, input: Tensor, geometry: _Geometry, shape: list[int], block: list[int], groups: int
-) -> None:
+def _check_sizes(op: str, input: Tensor, geometry: _Geometry, shape: list[int], block: list[int], groups: int) -> None:
     if block[0] == 1 and not geometry.is_linear:
         raise ValueError(f"{op} on CUDA: expected square blocks, or a 1x1 kernel without stride and padding.")
     if groups != 1:
@@ -346,7 +344,7 @@ def masked_conv2d(
     perm: Tensor, shape: list[int], block: list[int], stride: list[int], padding: list[int], dilation: list[int],
     groups: int,
 ) -> Tensor:  # fmt: skip
-    """``uasparse::masked_conv2d`` for packed weights of square blocks (1x1 kernels: unstructured too), without groups."""
+    """``uasparse::masked_conv2d`` for packed weights of square blocks (by 1x1: unstructured too), without groups."""
     linear.check_op("masked_conv2d", input, weight, col, block)
     size = _Geometry(input.shape, shape, stride, padding, dilation)
     _check_sizes("masked_conv2d", input, size, shape, block, groups)

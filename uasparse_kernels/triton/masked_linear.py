@@ -1,6 +1,7 @@
 """Sparse linear layer on CUDA devices: block-sparse kernels on tensor cores, and the way to the unstructured ones.
 
-Unstructured weights go to the kernels of csrc/cuda/masked_linear.cu. Blocks: X [T, in] by packed weights [blocks, b, b], b = 16, 32, 64 or 128.
+Unstructured weights go to the kernels of csrc/cuda/masked_linear.cu. The others are X [T, in] by packed weights
+[blocks, b, b], b = 16, 32, 64 or 128.
 
 Product (forward Y = X W^T + bias, and grad-input dX = dY W): a program makes a tile [TILE rows of X, b columns of Y] in
 float32 and walks the active blocks of one row of the grid of blocks (forward: crow, col) or one column of it
