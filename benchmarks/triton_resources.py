@@ -254,6 +254,22 @@ def read_table() -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in json.loads(TABLE.read_text())["rows"]} if TABLE.exists() else {}
 
 
+def table_version() -> str:
+    """Triton's version that the table was made with."""
+    return json.loads(TABLE.read_text())["versions"]["triton"]
+
+
+def cuda_kernels(library: str) -> dict[str, int]:
+    """Bytes of stack and local memory a thread (spills) of the kernels in a compiled file, by mangled name."""
+    found = re.findall(
+        r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump("--dump-resource-usage", library)
+    )
+    worst: dict[str, int] = {}
+    for name, stack, local in found:
+        worst[name] = max(worst.get(name, 0), int(stack) + int(local))
+    return worst
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="compile what is known too")

@@ -45,6 +45,19 @@ def test_unstructured():
         assert choice.kernel == expected and ("no unstructured kernel" in choice.reason) == (expected == "dense")
 
 
+def test_storage_by_default():
+    for shape, block, density, packed in (
+        ((64, 64), (1, 1), 0.1, False),
+        ((64, 64), (1, 1), 0.005, True),
+        ((64, 64, 1, 1), (1, 1), 0.005, True),
+        ((64, 64, 3, 3), (1, 1), 0.005, False),
+        ((64, 64), (16, 16), 0.5, True),
+    ):
+        pattern = SparsityPattern.random(shape, density, block=block)
+        op = "masked_linear" if len(shape) == 2 else "masked_conv2d"
+        assert _cuda.is_packed_by_default(op, pattern) == packed
+
+
 def test_what_blocks_do_not_serve():
     assert _choose(0.01, (16, 1)).kernel == "dense" and _choose(0.01, (8, 8)).kernel == "dense"
     assert _choose(0.1, (64, 64), torch.float64).kernel == "dense"

@@ -4,12 +4,22 @@ mistake in them."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 
 import pytest
 import torch
 
-from benchmarks import bench_gpu_masked_conv2d, bench_gpu_masked_linear, bench_gpu_step, gpu, gpu_plots, gpu_warm
+from benchmarks import (
+    bench_gpu_masked_conv2d,
+    bench_gpu_masked_linear,
+    bench_gpu_step,
+    gpu,
+    gpu_check,
+    gpu_plots,
+    gpu_warm,
+)
 from uasparse_kernels.ops import _cuda
 from uasparse_kernels.ops._cuda_crossovers import measure_crossovers
 
@@ -119,3 +129,34 @@ def test_crossovers_have_the_shape_of_the_predictions():
             assert blocks.keys() <= _cuda.PREDICTED[op][arithmetic].keys()
             assert all(0 < density <= 1 for density in blocks.values())
     assert measure_crossovers("cpu", seconds=0, features=64, vectors=20).keys() == {"masked_linear"}
+
+
+def test_stages_of_gpu_check(tmp_path, monkeypatch):
+    """Every module of a stage is there and takes its arguments; a stage that fails or hangs does not stop the rest."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    stages = gpu_check.stages(tmp_path)
+    assert [stage.name for stage in stages if "gpu-" in stage.name] == ["gpu-linear", "gpu-conv", "gpu-step"]
+    for stage in stages:
+        if stage.command[1] == "-m":
+            assert importlib.util.find_spec(stage.command[2]) is not None
+            if "--seconds" in stage.command:
+                assert gpu.parser(None).parse_args(stage.command[3:]).folder == tmp_path
+    slow = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
+    monkeypatch.setattr(
+        gpu_check,
+        "stages",
+        lambda _: [
+            gpu_check.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20),
+            gpu_check.Stage("slow", slow, 3),
+            gpu_check.Stage("good", [sys.executable, "-c", "print('done')"], 20),
+        ],
+    )
+    monkeypatch.setattr(gpu_check, "MINIMUM_SECONDS", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    assert end.value.code
+    results = [result["result"] for result in json.loads((tmp_path / "stages.json").read_text())]
+    assert results == [3, "out of time", 0]
+    assert (tmp_path / "slow.log").read_text() == "begun\n" and (tmp_path / "good.log").read_text() == "done\n"

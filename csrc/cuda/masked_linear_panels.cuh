@@ -54,7 +54,7 @@ __device__ __forceinline__ float element(uint32_t word, int upper) {
   if constexpr (sizeof(T) == 4) {
     return __uint_as_float(word);
   } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __uint_as_float(upper ? word & 0xffff0000u : word << 16);
+    return __uint_as_float(__byte_perm(word, 0, 0x1044 + 0x2200 * upper));  // its bytes on top, zeros below
   } else {
     const uint16_t bits = static_cast<uint16_t>(upper ? word >> 16 : word);
     T x;

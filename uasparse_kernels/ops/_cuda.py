@@ -71,6 +71,18 @@ def arithmetic(op: str, dtype: torch.dtype) -> str:
     return "fp32" if settings.resolve_float32_precision(op) == "ieee" else "tf32"
 
 
+def is_packed_by_default(op: str, pattern: SparsityPattern) -> bool:
+    """Whether a layer on a GPU keeps packed values where nobody said how.
+
+    Blocks do. Unstructured weights do where their kernel serves them in every arithmetic, since a layer cannot know
+    under which autocast it will be called; elsewhere they are dense-stored, and what that costs the unstructured
+    kernel, a gather of its values, is little.
+    """
+    if pattern.block != (1, 1):
+        return True
+    return pattern.shape[2:] in ((), (1, 1)) and pattern.density <= crossover(op, "half", 1)[0]
+
+
 def choose_cuda(
     op: str, dtype: torch.dtype, pattern: SparsityPattern, work: int, *, packed: bool, linear: bool = True
 ) -> Choice:
