@@ -89,7 +89,7 @@ struct Fiber {
 
 struct Warp {
   Barrier barrier;
-  uint64_t slots[kWarpSize];
+  uint64_t slots[2][kWarpSize];  // in turn: who reads one operation's meets nobody who writes the next one's
 };
 
 struct Block {
@@ -230,7 +230,7 @@ T* dynamic_shared() {
 
 inline unsigned lane() { return current->thread.x % kWarpSize; }
 
-// Gives every lane the values of all: read(slots) between two barriers.
+// Gives every lane the values of all: read(slots) after a barrier.
 template <typename T, typename Read>
 auto exchange(unsigned mask, T value, Read read) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -239,15 +239,14 @@ auto exchange(unsigned mask, T value, Read read) {
     std::abort();
   }
   Warp& warp = block->warps[current->thread.x / kWarpSize];
-  std::memcpy(&warp.slots[lane()], &value, sizeof value);
+  uint64_t* const slots = warp.slots[warp.barrier.generation % 2];
+  std::memcpy(&slots[lane()], &value, sizeof value);
   wait(warp.barrier);
-  auto result = read([&warp](unsigned from) {
+  return read([slots](unsigned from) {
     T got;
-    std::memcpy(&got, &warp.slots[from], sizeof got);
+    std::memcpy(&got, &slots[from], sizeof got);
     return got;
   });
-  wait(warp.barrier);
-  return result;
 }
 
 }  // namespace emulation
