@@ -47,6 +47,11 @@ def _has_kernel_for(op: str, device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"uasparse::{op}", device_type.upper())
 
 
+def free_workspaces() -> int:
+    """Gives back the memory that the CPU kernels keep for their next call, at most 256 MiB; returns its bytes."""
+    return torch.ops.uasparse.free_workspaces() if compiled is not None else 0
+
+
 def register_fake(op: str):
     """Decorator: registers the shape function of ``op`` where the op exists."""
 

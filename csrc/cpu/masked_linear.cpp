@@ -47,7 +47,7 @@ namespace {
 
 // Outputs of a task, over all its panels: they stay in a core's L2 cache, as do the weights of one column block, which
 // all panels of a task share.
-constexpr int64_t kTaskOutputs = 1024;
+constexpr int64_t kTaskOutputs = 512;
 constexpr int64_t kTaskPanels = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,14 +89,14 @@ struct Panels {
   }
 };
 
-// Grid columns taken together: enough of them for ~25 blocks a row, for less does not pay for loading and storing the
+// Grid columns taken together: enough of them for ~40 blocks a row, for less does not pay for loading and storing the
 // row's outputs, and no fewer than what L1 and a part of L2 hold. Narrow panels (batch <= 16) are
 // bound by the weights instead, which are read in order if no columns are set apart.
 int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column, int64_t width_bytes) {
   const double density = static_cast<double>(grid.blocks) / static_cast<double>(grid.rows * grid.columns);
   const int64_t near = std::max<int64_t>(1, (width_bytes <= kLaneBytes ? 512 : 48) * 1024 /
                                                  (inputs_per_column * width_bytes));
-  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(25 / density, 1e9)) : columns;
+  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(40 / density, 1e9)) : columns;
   return std::clamp<int64_t>(std::max(near, wanted), 1, columns);
 }
 
