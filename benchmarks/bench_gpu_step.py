@@ -84,6 +84,8 @@ def variants(cell: Cell, dense: nn.Module) -> dict[str, nn.Module]:
         setattr(packed, name, kind.from_dense(layer, pattern=pattern, storage="packed"))
         mask = torch.empty_like(layer.weight, dtype=torch.bool).copy_(pattern.to_mask())
         parametrize.register_parametrization(getattr(masked, name), "weight", _Masked(mask))
+    if cell.model == "conv stage":
+        stored = stored.to(memory_format=torch.channels_last)
     return {"dense": dense, "masked by w * m": masked, "ours, dense-stored": stored, "ours": packed}
 
 

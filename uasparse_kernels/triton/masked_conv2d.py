@@ -355,6 +355,7 @@ def masked_conv2d(
     if size.is_linear:
         linear.forward(x, weight, bias, crow, col, block[0], "masked_conv2d", y)
     else:
+        bias = None if bias is None else bias.contiguous()
         _product(x, weight.contiguous(), bias, crow, col, y, block[0], size)
     return _deliver(image, y)
 

@@ -275,9 +275,10 @@ def forward(
     op: str = "masked_linear", out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``x @ W^T + bias`` of a packed weight, unstructured (``block`` 1) or of blocks."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if block > 1:
-        return product(x, weight.contiguous(), bias, crow, col, None, block, op, out)
-    return _unstructured(x, weight.contiguous(), bias, crow, col, out)
+        return product(x, weight, bias, crow, col, None, block, op, out)
+    return _unstructured(x, weight, bias, crow, col, out)
 
 
 def input_gradient(
