@@ -6,8 +6,6 @@
 // tiles. Copies are plain (no transpose), and results go straight to their place in the output: where activations are
 // large and weights few, this is what counts.
 
-#include <cstdlib>
-
 #include "cpu/conv_pass.h"
 
 namespace uasparse {
@@ -110,8 +108,6 @@ template <typename T>
 bool goes_by_space(const Geometry& g, const ConvWeight&, std::initializer_list<at::Tensor> activations) {
   if (g.stride[0] != 1 || g.stride[1] != 1) return false;
   if (!std::all_of(activations.begin(), activations.end(), has_plain_planes)) return false;
-  static const char* way = std::getenv("CONV_WAY");
-  if (way && *way == 'b') return false;
   const int64_t lanes = conv_kernels<T>().lanes;
   return g.width == g.out_width && g.width % lanes == 0;
 }

@@ -155,6 +155,12 @@ ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channe
   });
   accumulate(first_);
   std::vector<int32_t> next(first_.begin(), first_.end() - 1);
+  // The kernel takes kConvGroup at a time: a block ends with a full group, and what is left goes to the next block.
+  for (int64_t o = 0; o < w.out; ++o)
+    for (int64_t b = 1; b < blocks; ++b) {
+      const int32_t begin = first_[o * blocks];
+      first_[o * blocks + b] = begin + (first_[o * blocks + b] - begin) / kConvGroup * kConvGroup;
+    }
   int32_t* const offsets = offset_memory_.as<int32_t>();
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {

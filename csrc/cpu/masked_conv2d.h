@@ -83,6 +83,7 @@ struct ConvShift {
 };
 
 constexpr int kMaxLanes = 16;
+constexpr int kConvGroup = 8;  // dot products that sddmm takes together
 
 template <typename T>
 struct ConvKernels {

@@ -15,7 +15,7 @@ namespace uasparse::UASPARSE_ISA {
 template <typename T>
 constexpr int kMaxVectors = UASPARSE_VECTOR_BYTES == 64 ? 16 : UASPARSE_VECTOR_BYTES == 32 ? 12 : 8;
 constexpr int kMaxRows = 4;
-constexpr int kGroup = 8;
+constexpr int kGroup = kConvGroup;
 
 // --- product
 
@@ -143,12 +143,25 @@ UASPARSE_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
 
 // --- sddmm
 
+// to[0 ... 3] += the numbers at from.
+template <typename T>
+UASPARSE_INLINE void add_four(const T* from, T* to) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  Four a, b;
+  __builtin_memcpy(&a, from, sizeof a);
+  __builtin_memcpy(&b, to, sizeof b);
+  a += b;
+  __builtin_memcpy(to, &a, sizeof a);
+}
+
 // to[i] += sum of the lanes of v[i], i < count.
 template <typename T>
 UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
+  static_assert(kGroup == 8);
   constexpr int L = kLanes<T>;
-  T sums[kGroup];
-  if constexpr (sizeof(T) == 4 && L >= 4) {
+  T lanes[2 * kGroup];
+  constexpr int kUpper = sizeof(T) == 4 && L > 8 ? L / 2 : 4;  // where the sums of v[4 ... 7] begin
+  if constexpr (sizeof(T) == 4) {
     for (int g = 0; g < kGroup; g += 4) {
       for (int i = 0; i < 2; ++i) {
         interleave<T, 4, 1>(v[g + i], v[g + i + 2]);
@@ -158,25 +171,28 @@ UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
       v[g] += v[g + 1];  // in each 128 bits a partial sum of v[g] ... v[g + 3]
     }
     if constexpr (L == 4) {
-      store(sums, v[0]);
-      store(sums + 4, v[4]);
+      store(lanes, v[0]);
+      store(lanes + 4, v[4]);
     } else {
       interleave<T, L, L / 2>(v[0], v[4]);
       v[0] += v[4];
-      T lanes[L];
       if constexpr (L == 16) {
-        // Two pairs of partial sums are left: [v0-3, v0-3, v4-7, v4-7].
+        // Two partial sums are left of each: [v0-3, v0-3, v4-7, v4-7].
         v[1] = v[0];
         interleave<T, L / 2, 4>(v[0], v[1]);
         v[0] += v[1];
       }
       store(lanes, v[0]);
-      for (int i = 0; i < kGroup; ++i) sums[i] = lanes[i % 4 + i / 4 * (L / 2)];
     }
   } else {
-    for (int i = 0; i < kGroup; ++i) sums[i] = sum<T>(v[i]);
+    for (int i = 0; i < kGroup; ++i) lanes[i] = sum<T>(v[i]);
   }
-  for (int i = 0; i < count; ++i) to[i] += sums[i];
+  if (count == kGroup) {
+    add_four(lanes, to);
+    add_four(lanes + kUpper, to + 4);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] += lanes[i < 4 ? i : i - 4 + kUpper];
+  }
 }
 
 template <typename T, int kCount>
@@ -213,6 +229,15 @@ void sddmm(const ConvSddmm<T>& p) {
   static_assert(kGroup == 8);
   for (int64_t c = p.begin; c < p.end; ++c) {
     const T* grad_output = p.grad_output + c * p.grad_channel;
+    if (c + 1 < p.end) {
+      // What the next channel needs comes from L2 or beyond, as other channels passed since.
+      const int64_t next = p.first[(c + 1) * p.first_stride];
+      __builtin_prefetch(p.offset + next);
+      __builtin_prefetch(p.grad + next, 1);
+      for (int64_t r = 0; r < p.rows; ++r)
+        for (int64_t x = 0; x < p.vectors * kLanes<T>; x += 64 / sizeof(T))
+          __builtin_prefetch(grad_output + p.grad_channel + r * p.grad_row + x);
+    }
     int64_t i = p.first[c * p.first_stride];
     const int64_t end = p.first[c * p.first_stride + 1];
     for (; i + kGroup <= end; i += kGroup) sddmm_group<T, kGroup>(p, grad_output, p.offset + i, p.grad + i);
