@@ -1,5 +1,6 @@
 # make demo    sets up everything in .venv and trains a 90 %-sparse network with the whole method beside plain RigL
 # make test    sets up everything in .venv, checks style and types, builds with warnings as errors, runs all tests
+# make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in ten minutes, with what is installed
 # make dist    builds wheel and sdist, installs the sdist into an empty environment and tries it from another folder
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment (one that is there is used as it is).
@@ -27,6 +28,10 @@ lint: $(VENV)/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+.PHONY: gpu-check
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--folder $(OUT))
+
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed; call make with PYTHON=python3.12, say." >&2; exit 1; }
@@ -37,7 +42,7 @@ $(VENV)/bin/python:
 
 $(VENV)/torch.done: $(VENV)/bin/python
 	@echo "Installing torch (some minutes the first time) ..."
-	$(PIP) "torch>=2.11" torchvision numpy "setuptools>=77" wheel ninja
+	$(PIP) "torch>=2.11" torchvision numpy "setuptools>=64" wheel ninja
 	@touch $@
 
 # The demo on a machine without a GPU leaves the CUDA parts out, for time.
@@ -58,14 +63,14 @@ fashion-mnist:
 	  echo "Installing the images (package dataset-fashion-mnist) ..."; \
 	  apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist > /dev/null; } || true
 
-# "Empty" but for torch and the build tools, which are borrowed from $(VENV) to spare a second download of gigabytes.
+# CPU parts only, for time; "empty" but for torch and ninja, borrowed from $(VENV) to spare a second download of gigabytes.
 dist: $(VENV)/test.done
 	rm -rf dist build/dist-check
-	$(BIN)/python -m build -q --no-isolation
+	UASPARSE_BUILD_CUDA=0 $(BIN)/python -m build -q --no-isolation
 	$(PYTHON) -m venv build/dist-check
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 	  > "$$(build/dist-check/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
-	build/dist-check/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
+	UASPARSE_BUILD_CUDA=0 build/dist-check/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
 	cp python_tests/smoke.py build/dist-check/smoke.py
 	cd build/dist-check && bin/python -I smoke.py
 

@@ -8,12 +8,31 @@ TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CFLAGS   as torch.utils.cpp_extension honou
 import glob
 import os
 import pathlib
+import re
 import shutil
 import site
+import subprocess
 import sys
 import sysconfig
 
 from setuptools import setup
+
+
+def find_cuda_home() -> str | None:
+    """The toolkit's folder as nvcc itself tells it: the nvcc on the PATH may be a wrapper that lies elsewhere."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    told = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return os.path.realpath(top[1]) if top else None
+
+
+# torch reads CUDA_HOME when it is imported.
+if "CUDA_HOME" not in os.environ and (cuda_home := find_cuda_home()):
+    os.environ["CUDA_HOME"] = cuda_home
 
 try:
     import torch
@@ -24,7 +43,7 @@ except ImportError:
         "with --no-build-isolation."
     )
 
-ROOT = pathlib.Path(__file__).parent
+ROOT = pathlib.Path(__file__).resolve().parent  # older setuptools give a relative name
 
 
 def build_cuda() -> bool:
@@ -49,7 +68,10 @@ def sources(pattern: str) -> list[str]:
 
 
 def pip_cuda_includes() -> list[str]:
-    """Headers (cusparse.h and friends) that torch's CUDA headers need and that pip brings with torch."""
+    """Headers (cusparse.h and friends) that torch's CUDA headers need and that pip brings with torch.
+
+    They come after the toolkit's own: pip's cuda_runtime.h is there without the crt/ folder that it includes.
+    """
     roots = [*site.getsitepackages(), str(pathlib.Path(torch.__file__).parents[1])]
     found = {p for root in roots for p in glob.glob(os.path.join(root, "nvidia", "*", "include"))}
     return sorted(found)
@@ -68,7 +90,7 @@ common = {
 if build_cuda():
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     common["define_macros"].append(("UASPARSE_CUDA_ARCHS", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
-    common["include_dirs"] += pip_cuda_includes()
+    cxx_flags += [f"-idirafter{path}" for path in pip_cuda_includes()]
     extension = cpp_extension.CUDAExtension(
         "uasparse_kernels._C",
         files + sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu"),

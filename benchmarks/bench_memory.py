@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import uasparse_kernels as ua
+from benchmarks.harness import save
 
 SIZE, BATCH, SPARSITY = 4096, 128, 0.9
 
@@ -71,4 +72,6 @@ def test_values_shrink_with_the_active_weights(benchmark):
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(), indent=1))
+    rows = run()
+    print(json.dumps(rows, indent=1))
+    print(save("memory", rows))

@@ -22,6 +22,8 @@ TORCH_LIBRARY(uasparse, m) {
   // Values between storages: pack reads the active entries of a dense tensor, unpack writes them into zeros.
   m.def("pack(Tensor dense, Tensor crow, Tensor col, int[] block) -> Tensor");
   m.def("unpack(Tensor values, Tensor crow, Tensor col, int[] shape, int[] block) -> Tensor");
+  // Zeroes the inactive entries of a dense gradient.
+  m.def("keep_active_(Tensor(a!) dense, Tensor crow, Tensor col, int[] block) -> ()");
 
   // Gradients that output_mask (input, weight, bias) does not ask for come back as empty tensors.
   m.def("masked_linear(Tensor input, Tensor weight, Tensor? bias, " PATTERN ") -> Tensor");
@@ -34,6 +36,8 @@ TORCH_LIBRARY(uasparse, m) {
   // Indices (int64, ascending) of the k largest or smallest of scores [n], or of their absolute values; of equal scores
   // the lower index wins, and NaN comes after every number.
   m.def("topk_indices(Tensor scores, int k, bool largest, bool magnitude=False) -> Tensor");
+  // The same for many layers at once: k[i] of scores[i].
+  m.def("topk_indices_many(Tensor[] scores, int[] k, bool largest, bool magnitude=False) -> Tensor[]");
   // scores [n] of the blocks from flat index `first` on: those of active blocks that are not in `dropped` become NaN.
   m.def("exclude_kept_(Tensor(a!) scores, int first, Tensor crow, Tensor col, Tensor dropped, int columns) -> ()");
   // Replaces the blocks `dropped` by the blocks `grown` (int64, ascending, flat indices into the grid of blocks; the

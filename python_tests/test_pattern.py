@@ -87,7 +87,7 @@ def test_random_follows_its_generator():
     assert not draw(1).equal(draw(2))
 
 
-@pytest.mark.parametrize(("total", "count"), [(10, 10), (1000, 3), (1000, 900), (10**12, 1000), (5, 0)])
+@pytest.mark.parametrize(("total", "count"), [(10, 10), (1000, 3), (1000, 900), (10**12, 1000), (5, 0), (0, 0)])
 def test_sample_indices_are_distinct_and_ascending(total, count):
     sample = sample_indices(total, count)
     assert sample.shape == (count,)

@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uasparse_kernels import SparsityPattern
-from uasparse_kernels.ops import prune_grow, prune_grow_reference, topk_indices, topk_indices_reference
+from uasparse_kernels.ops import (
+    prune_grow,
+    prune_grow_reference,
+    topk_indices,
+    topk_indices_many,
+    topk_indices_reference,
+)
 from uasparse_kernels.ops._common import pattern_tensors
 from uasparse_kernels.ops.prune_grow import (
     GrowthCandidates,
@@ -111,6 +117,18 @@ def test_topk_where_a_sample_misleads(scores):
     for k in (29, n // 10, n // 2 + 1):
         for largest in (True, False):
             assert torch.equal(topk_indices(x, k, largest=largest), topk_indices_reference(x, k, largest=largest))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_topk_of_many_layers(device):
+    g = torch.Generator().manual_seed(4)
+    scores = [tied(n, g, dtype).to(device) for n, dtype in [(300, torch.float32), (9001, torch.bfloat16)] * 40]
+    ks = [int(torch.randint(s.numel() + 1, (), generator=g)) for s in scores]
+    for got, s, k in zip(topk_indices_many(scores, ks, largest=False), scores, ks, strict=True):
+        assert torch.equal(got, topk_indices_reference(s, k, largest=False))
+    assert topk_indices_many([], []) == []
+    with pytest.raises(ValueError, match="one k for each"):
+        topk_indices_many(scores, ks[1:])
 
 
 def test_topk_of_strided_scores_and_threads():
@@ -429,6 +447,8 @@ def test_opcheck(storage):
     arguments = (weight, [momentum], *tensors, dropped, grown, pattern.shape, pattern.block)
     torch.library.opcheck(torch.ops.uasparse.prune_grow_.default, arguments)
     torch.library.opcheck(torch.ops.uasparse.topk_indices.default, (torch.randn(20), 4, True, False))
+    arguments = ([torch.randn(20), torch.randn(3)], [4, 0], True, True)
+    torch.library.opcheck(torch.ops.uasparse.topk_indices_many.default, arguments)
     arguments = (torch.randn(14), 7, pattern.crow, pattern.col, dropped, 7)
     torch.library.opcheck(torch.ops.uasparse.exclude_kept_.default, arguments)
 

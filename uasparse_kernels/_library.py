@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 
 try:
-    from uasparse_kernels import _C as compiled
+    from uasparse_kernels import _C as compiled  # type: ignore[attr-defined]
 except ImportError as error:
     compiled: ModuleType | None = None  # type: ignore[no-redef]
     warnings.warn(
@@ -17,6 +17,12 @@ except ImportError as error:
         RuntimeWarning,
         stacklevel=2,
     )
+
+if compiled is not None:
+    # After the schemas: the implementations that are written in Python.
+    from uasparse_kernels import triton as _triton
+
+    _triton.register()
 
 
 def has_kernel(op: str, tensor: torch.Tensor) -> bool:

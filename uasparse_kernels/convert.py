@@ -13,6 +13,7 @@ from uasparse_kernels.topology.distribution import layer_densities
 
 logger = logging.getLogger("uasparse_kernels")
 
+DenseLayer = nn.Linear | nn.Conv2d
 _LAYERS: dict[type, Any] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 
 
@@ -100,14 +101,15 @@ def densify(model: nn.Module) -> nn.Module:
     return _replace(model, layers)
 
 
-def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]]:
     """Layers that can be converted, and the reasons why others that look like it cannot."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
             users.setdefault(id(weight), []).append(name)
-    candidates, skipped = {}, {}
+    candidates: dict[str, DenseLayer] = {}
+    skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
@@ -124,7 +126,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]
     return candidates, skipped
 
 
-def _misfit(module: nn.Module, block: Sequence[int]) -> str:
+def _misfit(module: DenseLayer, block: Sequence[int]) -> str:
     """Why a layer's sizes do not take the block; empty where they do."""
     out, inp = module.weight.shape[:2]
     rows = out // getattr(module, "groups", 1)

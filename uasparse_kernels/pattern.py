@@ -242,6 +242,8 @@ def sample_indices(total: int, count: int, generator: torch.Generator | None = N
     """
     if not 0 <= count <= total:
         raise ValueError(f"Expected 0 <= count <= {total}, got {count}.")
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64)
     if count > total // 8:
         return torch.randperm(total, generator=generator)[:count].sort().values
     # Distinct draws are kept in the order they came, so that every subset of this size is equally likely.

@@ -45,8 +45,10 @@ const LinearKernels<double>& linear_kernels<double>() {
 
 namespace {
 
-// Outputs of a task: their panel stays in a core's L2 cache.
+// Outputs of a task, over all its panels: they stay in a core's L2 cache, as do the weights of one column block, which
+// all panels of a task share.
 constexpr int64_t kTaskOutputs = 1024;
+constexpr int64_t kTaskPanels = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -59,13 +61,13 @@ struct Grid {
   int64_t values() const { return blocks * bh * bw; }
 };
 
-// How the batch is cut into panels of numbers of T.
+// How the batch, or the part of it from `start` on, is cut into panels of numbers of T.
 template <typename T>
 struct Panels {
   static constexpr int64_t tile = kTileBytes / sizeof(T);
-  int64_t batch, count, last;
+  int64_t start, batch, count, last;
 
-  explicit Panels(int64_t batch) : batch(batch), count(ceil_div(batch, tile)) {
+  explicit Panels(int64_t batch, int64_t start = 0) : start(start), batch(batch), count(ceil_div(batch, tile)) {
     constexpr int64_t unit = kLaneBytes / sizeof(T);
     last = ceil_div(batch - (count - 1) * tile, unit) * unit;
   }
@@ -73,15 +75,29 @@ struct Panels {
   int64_t batch_of(int64_t panel) const { return std::min(tile, batch - panel * tile); }
   int64_t lanes() const { return (count - 1) * tile + last; }
   size_t bytes(int64_t channels) const { return sizeof(T) * lanes() * channels; }
+
+  // Groups of at most `most` panels of one width.
+  std::vector<Panels> groups(int64_t most) const {
+    std::vector<Panels> parts;
+    for (int64_t first = 0; first < count;) {
+      const int64_t equal = last == tile || first + 1 == count ? count - first : count - first - 1;
+      const int64_t size = std::min(equal, most);
+      parts.push_back(Panels(std::min(batch - first * tile, size * tile), first * tile));
+      first += size;
+    }
+    return parts;
+  }
 };
 
-// Grid columns whose inputs share L1: enough of them for ~10 blocks a row, else none of it pays (docs/cpu-kernels.md).
+// Grid columns taken together: enough of them for ~25 blocks a row, for less does not pay for loading and storing the
+// row's outputs, and no fewer than what L1 and a part of L2 hold (docs/cpu-kernels.md). Narrow panels (batch <= 16) are
+// bound by the weights instead, which are read in order if no columns are set apart.
 int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column, int64_t width_bytes) {
-  const double density = static_cast<double>(grid.blocks) / std::max<double>(1, grid.rows * grid.columns);
-  const int64_t l1 = std::max<int64_t>(1, 28 * 1024 / (inputs_per_column * width_bytes));
-  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(10 / density, 1e9)) : columns;
-  if (wanted > 4 * l1) return columns;
-  return std::clamp<int64_t>(std::max(l1, wanted), 1, columns);
+  const double density = static_cast<double>(grid.blocks) / static_cast<double>(grid.rows * grid.columns);
+  const int64_t near = std::max<int64_t>(1, (width_bytes <= kLaneBytes ? 512 : 48) * 1024 /
+                                                 (inputs_per_column * width_bytes));
+  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(25 / density, 1e9)) : columns;
+  return std::clamp<int64_t>(std::max(near, wanted), 1, columns);
 }
 
 // Rows of `tensor` [batch, channels], contiguous, into panels.
@@ -111,30 +127,39 @@ void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, cons
   const LinearKernels<T>& kernels = linear_kernels<T>();
   const int64_t outputs = result.size(1), inputs = product.columns * product.block_in, block = product.block_out;
   const int64_t threads = at::get_num_threads();
-  int64_t chunk = std::max<int64_t>(1, kTaskOutputs / block);
-  if (threads > 1) chunk = std::clamp<int64_t>(ceil_div(rows * panels.count, 2 * threads), 1, chunk);
+  const std::vector<Panels<T>> groups = panels.groups(kTaskPanels);
+  const int64_t most = std::min(kTaskPanels, panels.count);
+  int64_t chunk = std::max<int64_t>(1, kTaskOutputs / (block * most));
+  if (threads > 1) chunk = std::clamp<int64_t>(ceil_div(rows * std::ssize(groups), 2 * threads), 1, chunk);
   const int64_t chunks = ceil_div(rows, chunk);
-  at::parallel_for(0, panels.count * chunks, 1, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(sizeof(T) * chunk * block * std::max(panels.last, panels.count > 1 ? panels.tile : 0));
-    const Workspace cursor(sizeof(int32_t) * chunk);
+  at::parallel_for(0, std::ssize(groups) * chunks, 1, [&](int64_t begin, int64_t end) {
+    const Workspace outs(sizeof(T) * chunk * block * most * panels.tile);
+    const Workspace scratch(sizeof(int32_t) * 2 * chunk);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / chunks, row = task % chunks * chunk, count = std::min(chunk, rows - row);
+      const Panels<T>& group = groups[task / chunks];
+      const int64_t row = task % chunks * chunk, count = std::min(chunk, rows - row);
       Product<T> p = product;
       p.begin = row;
       p.end = row + count;
-      p.width = panels.width(panel);
-      p.in = product.in + panel * panels.tile * inputs;
-      p.out = scratch.as<T>();
+      p.panels = group.count;
+      p.width = group.last;
+      p.in_panel = group.tile * inputs;
+      p.out_panel = count * block * p.width;
+      p.in = product.in + group.start * inputs;
+      p.out = outs.as<T>();
       p.bias = product.bias ? product.bias + row * block : nullptr;
-      p.cursor = cursor.as<int32_t>();
+      p.scratch = scratch.as<int32_t>();
       kernels.product(p);
-      const int64_t offset = panel * panels.tile * outputs + row * block, batch = panels.batch_of(panel);
-      if (result.scalar_type() == at::kBFloat16) {
-        auto* to = static_cast<uint16_t*>(result.mutable_data_ptr()) + offset;
-        kernels.unpack_bf16(p.out, p.width, count * block, to, outputs, batch);
-      } else {
-        kernels.unpack(p.out, p.width, count * block, static_cast<T*>(result.mutable_data_ptr()) + offset, outputs,
-                       batch);
+      for (int64_t panel = 0; panel < group.count; ++panel) {
+        const T* from = p.out + panel * p.out_panel;
+        const int64_t offset = (group.start + panel * group.tile) * outputs + row * block;
+        if (result.scalar_type() == at::kBFloat16) {
+          auto* to = static_cast<uint16_t*>(result.mutable_data_ptr()) + offset;
+          kernels.unpack_bf16(from, p.width, count * block, to, outputs, group.batch_of(panel));
+        } else {
+          auto* to = static_cast<T*>(result.mutable_data_ptr()) + offset;
+          kernels.unpack(from, p.width, count * block, to, outputs, group.batch_of(panel));
+        }
       }
     }
   });
@@ -142,6 +167,14 @@ void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, cons
 
 template <typename T>
 void forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
+  if (input.size(0) == 1 && grid.bh * grid.bw == 1 && input.scalar_type() != at::kBFloat16) {
+    const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
+    at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
+      linear_kernels<T>().single(grid.crow, grid.col, values, begin, end, input.const_data_ptr<T>(), bias,
+                                 output.mutable_data_ptr<T>());
+    });
+    return;
+  }
   const Panels<T> panels(input.size(0));
   const Workspace packed(panels.bytes(grid.in()));
   pack_panels<T>(input, panels, packed.as<T>());
@@ -154,20 +187,35 @@ void forward(const at::Tensor& input, const T* values, const T* bias, const Grid
   run_product(p, grid.rows, panels, output);
 }
 
+// Values in the order by columns. Single values are read in order and written at the end of their column, which needs
+// no `perm` and touches one cache line a column; a thread that starts at a later row finds the places by bisection.
+template <typename T>
+void transpose_values(const T* values, const Grid& grid, T* to) {
+  const int64_t size = grid.bh * grid.bw;
+  if (size > 1) {
+    at::parallel_for(0, grid.blocks, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) std::copy_n(values + grid.perm[i] * size, size, to + i * size);
+    });
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
+  at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
+    const Workspace places(sizeof(int32_t) * grid.columns);
+    int32_t* place = places.as<int32_t>();
+    for (int64_t c = 0; c < grid.columns; ++c) {
+      const int32_t *first = grid.row + grid.ccol[c], *last = grid.row + grid.ccol[c + 1];
+      place[c] = static_cast<int32_t>((begin == 0 ? first : std::lower_bound(first, last, begin)) - grid.row);
+    }
+    for (int64_t i = grid.crow[begin]; i < grid.crow[end]; ++i) to[place[grid.col[i]]++] = values[i];
+  });
+}
+
 template <typename T>
 void input_gradient(const T* grad_panels, const Panels<T>& panels, const T* values, const Grid& grid,
                     const at::Tensor& grad_input) {
-  // Values by columns: read once for all panels.
-  const int64_t size = grid.bh * grid.bw;
   const Workspace transposed(sizeof(T) * grid.values());
   T* to = transposed.as<T>();
-  at::parallel_for(0, grid.blocks, 4096, [&](int64_t begin, int64_t end) {
-    if (size == 1) {
-      for (int64_t i = begin; i < end; ++i) to[i] = values[grid.perm[i]];
-    } else {
-      for (int64_t i = begin; i < end; ++i) std::copy_n(values + grid.perm[i] * size, size, to + i * size);
-    }
-  });
+  transpose_values(values, grid, to);
   Product<T> p{};
   p.ptr = grid.ccol, p.idx = grid.row, p.val = to;
   p.columns = grid.rows, p.blocks = grid.blocks, p.block_out = grid.bw, p.block_in = grid.bh;
@@ -181,23 +229,26 @@ template <typename T>
 void weight_gradient(const T* grad_panels, const T* input_panels, const Panels<T>& panels, const Grid& grid,
                      T* grad_values) {
   const LinearKernels<T>& kernels = linear_kernels<T>();
-  const int64_t chunk = std::clamp<int64_t>(ceil_div(grid.rows, 4 * at::get_num_threads()), 1,
-                                            std::max<int64_t>(1, kTaskOutputs / grid.bh));
+  const std::vector<Panels<T>> groups = panels.groups(kTaskPanels);
+  const int64_t most = std::max<int64_t>(1, kTaskOutputs / (grid.bh * std::min(kTaskPanels, panels.count)));
+  const int64_t chunk = std::clamp<int64_t>(ceil_div(grid.rows, 4 * at::get_num_threads()), 1, most);
   at::parallel_for(0, ceil_div(grid.rows, chunk), 1, [&](int64_t begin, int64_t end) {
-    const Workspace cursor(sizeof(int32_t) * chunk);
+    const Workspace scratch(sizeof(int32_t) * 2 * chunk);
     for (int64_t task = begin; task < end; ++task) {
       Sddmm<T> s{};
       s.ptr = grid.crow, s.idx = grid.col;
       s.begin = task * chunk, s.end = std::min(grid.rows, s.begin + chunk);
       s.columns = grid.columns, s.blocks = grid.blocks, s.bh = grid.bh, s.bw = grid.bw;
       s.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
-      s.cursor = cursor.as<int32_t>();
+      s.scratch = scratch.as<int32_t>();
       s.grad = grad_values;
-      for (int64_t panel = 0; panel < panels.count; ++panel) {
-        s.grad_output = grad_panels + panel * panels.tile * grid.out();
-        s.input = input_panels + panel * panels.tile * grid.in();
-        s.width = panels.width(panel);
-        s.accumulate = panel > 0;
+      s.grad_panel = panels.tile * grid.out(), s.input_panel = panels.tile * grid.in();
+      for (const Panels<T>& group : groups) {
+        s.grad_output = grad_panels + group.start * grid.out();
+        s.input = input_panels + group.start * grid.in();
+        s.panels = group.count;
+        s.width = group.last;
+        s.accumulate = group.start > 0;
         kernels.sddmm(s);
       }
     }

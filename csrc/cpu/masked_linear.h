@@ -12,39 +12,40 @@ namespace uasparse {
 constexpr int64_t kTileBytes = 256;  // a panel's width: 64 floats or 32 doubles
 constexpr int64_t kLaneBytes = 64;   // widths are multiples of this, the widest vector
 
-// out[o, :] = bias[o] + sum of val * in[i, :] over the blocks of grid rows [begin, end).
+// Nonzero blocks by grid rows, and how a kernel walks over them.
+struct Blocks {
+  const int32_t *ptr, *idx;  // blocks of each grid row, ascending
+  int64_t begin, end;        // grid rows of this call
+  int64_t columns, blocks;   // of the whole grid
+  int64_t column_block;      // grid columns taken together, so that their inputs stay in a near cache
+  int32_t* scratch;          // [2 * (end - begin)]
+};
+
+// out[o, :] = bias[o] + sum of val * in[i, :] over the blocks of grid rows [begin, end), for each of a few panels.
 // The weight's transpose is the same product with the order by columns and the strides exchanged.
 template <typename T>
-struct Product {
-  const int32_t *ptr, *idx;           // blocks of each grid row, ascending
-  const T* val;                       // [blocks] of block_out x block_in numbers
-  int64_t begin, end;                 // grid rows
-  int64_t columns, blocks;            // of the grid
-  int64_t block_out, block_in;        // outputs and inputs of a block
-  int64_t stride_out, stride_in;      // steps inside a block's values
-  const T* bias;                      // for the output rows of begin onwards, or null
-  const T* in;                        // panel [columns * block_in][width]
-  T* out;                             // panel [(end - begin) * block_out][width]
-  int64_t width;
-  int64_t column_block;               // grid columns taken together, so that their inputs stay in L1
-  int32_t* cursor;                    // scratch [end - begin]
+struct Product : Blocks {
+  const T* val;                   // [blocks] of block_out x block_in numbers
+  int64_t block_out, block_in;    // outputs and inputs of a block
+  int64_t stride_out, stride_in;  // steps inside a block's values
+  const T* bias;                  // for the output rows of begin onwards, or null
+  const T* in;                    // panels [columns * block_in][width]
+  T* out;                         // panels [(end - begin) * block_out][width]
+  int64_t panels, width;
+  int64_t in_panel, out_panel;    // steps from panel to panel
 
   void prefetch_values(int64_t block) const { __builtin_prefetch(val + block * block_out * block_in); }
 };
 
-// grad[block, y, x] (+)= grad_output[row * bh + y, :] . input[column * bw + x, :] over the width.
+// grad[block, y, x] (+)= grad_output[row * bh + y, :] . input[column * bw + x, :] over the panels' widths.
 template <typename T>
-struct Sddmm {
-  const int32_t *ptr, *idx;
-  int64_t begin, end;
-  int64_t columns, blocks;
+struct Sddmm : Blocks {
   int64_t bh, bw;
-  const T *grad_output, *input;       // panels of all outputs and inputs
-  T* grad;                            // all values, in the order by rows
-  int64_t width;
-  int64_t column_block;
-  bool accumulate;                    // add to grad, or set it
-  int32_t* cursor;
+  const T *grad_output, *input;  // panels of all outputs and inputs
+  T* grad;                       // all values, in the order by rows
+  int64_t panels, width;
+  int64_t grad_panel, input_panel;
+  bool accumulate;               // add to grad, or set it
 
   void prefetch_values(int64_t block) const { __builtin_prefetch(grad + block * bh * bw, 1); }
 };
@@ -58,6 +59,9 @@ struct LinearKernels {
   void (*unpack_bf16)(const T* from, int64_t width, int64_t channels, uint16_t* to, int64_t stride, int64_t batch);
   void (*product)(const Product<T>&);
   void (*sddmm)(const Sddmm<T>&);
+  // One input vector, 1x1 blocks: out[r] = bias[r] + sum of val * in[idx] for rows [begin, end).
+  void (*single)(const int32_t* ptr, const int32_t* idx, const T* val, int64_t begin, int64_t end, const T* in,
+                 const T* bias, T* out);
   // sums[c] (+)= sum of panel[c, :]
   void (*row_sums)(const T* panel, int64_t width, int64_t channels, T* sums, bool accumulate);
 };

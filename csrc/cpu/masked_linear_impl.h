@@ -109,18 +109,23 @@ void unpack(const T* from, int64_t width, int64_t channels, S* to, int64_t strid
 // ---- product ----------------------------------------------------------------------------------------------------
 
 // The first of [first, last) whose index is not below limit; indices ascend. `total` bounds what may be read.
+// 32 indices are compared at once, so that the usual segment takes no branch that depends on its length.
 UASPARSE_INLINE int64_t segment_end(const int32_t* idx, int64_t first, int64_t last, int64_t limit, int64_t total) {
   int64_t i = first;
 #if UASPARSE_VECTOR_BYTES > 16
   typedef int Ints __attribute__((vector_size(32)));
   typedef float Floats __attribute__((vector_size(32)));
-  for (; i < last && i + 8 <= total; i += 8) {
-    Ints v;
-    __builtin_memcpy(&v, idx + i, sizeof v);
-    const Ints below = v < static_cast<int>(limit);
-    const unsigned mask = __builtin_ia32_movmskps256(reinterpret_cast<Floats>(below));
-    if (mask != 0xff) {
-      i += __builtin_ctz(~mask);
+  for (; i < last && i + 32 <= total; i += 32) {
+    uint32_t below = 0;
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      Ints v;
+      __builtin_memcpy(&v, idx + i + 8 * part, sizeof v);
+      const Ints less = v < static_cast<int>(limit);
+      below |= static_cast<uint32_t>(__builtin_ia32_movmskps256(reinterpret_cast<Floats>(less))) << (8 * part);
+    }
+    if (below != 0xffffffffu) {
+      i += __builtin_ctz(~below);
       return i < last ? i : last;
     }
   }
@@ -131,22 +136,63 @@ UASPARSE_INLINE int64_t segment_end(const int32_t* idx, int64_t first, int64_t l
   return i < last ? i : last;
 }
 
+// The first `count` <= L lanes, from memory (zeros after them) and to memory.
+template <typename T>
+UASPARSE_INLINE Vec<T> load_first(const T* from, int64_t count) {
+#if UASPARSE_VECTOR_BYTES == 64
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4)
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from));
+  else
+    return reinterpret_cast<Vec<T>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
+#else
+  T lanes[kLanes<T>] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load(lanes);
+#endif
+}
+
+template <typename T>
+UASPARSE_INLINE void store_first(T* to, Vec<T> v, int64_t count) {
+#if UASPARSE_VECTOR_BYTES == 64
+  const unsigned mask = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), reinterpret_cast<__m512>(v));
+  else
+    _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), reinterpret_cast<__m512d>(v));
+#else
+  T lanes[kLanes<T>];
+  store<T>(lanes, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+#endif
+}
+
 UASPARSE_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-// Unstructured: one output, one strip of NV vectors. U nonzeros go together, each with accumulators of its own where NV
-// alone would not cover the latency of a multiply-add.
+// Unstructured: one output, one strip of NV vectors. Narrow strips take U nonzeros together, each with accumulators of
+// its own, for NV alone would not cover the latency of a multiply-add.
 template <typename T, int NV>
-UASPARSE_INLINE void single_tile(const Product<T>& p, int64_t first, int64_t last, T* out, const T* bias,
-                                 int64_t lane) {
+UASPARSE_INLINE void single_tile(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out,
+                                 const T* bias) {
   constexpr int L = kLanes<T>, U = NV >= 8 ? 1 : 8 / NV;
   Vec<T> acc[U][NV] = {};
 #pragma GCC unroll 16
   for (int v = 0; v < NV; ++v) acc[0][v] = bias ? broadcast<T>(*bias) : load(out + v * L);
   const int64_t width = p.width;
-  const T* in = p.in + lane;
   int64_t i = first;
+  // 8 accumulators just cover the latency: two nonzeros together halve the chain, for an add beside the multiply-adds.
+  for (; U == 1 && i + 2 <= last; i += 2) {
+    const T* x0 = in + static_cast<uint32_t>(p.idx[i]) * width;
+    const T* x1 = in + static_cast<uint32_t>(p.idx[i + 1]) * width;
+    const T w0 = p.val[i], w1 = p.val[i + 1];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) {
+      const Vec<T> second = w1 * load(x1 + v * L);
+      acc[0][v] += w0 * load(x0 + v * L) + second;
+    }
+  }
   for (; i + U <= last; i += U) {
 #pragma GCC unroll 16
     for (int u = 0; u < U; ++u) {
@@ -172,8 +218,8 @@ UASPARSE_INLINE void single_tile(const Product<T>& p, int64_t first, int64_t las
 
 // Blocks: OB outputs share the inputs that they load; one strip of NV vectors.
 template <typename T, int OB, int NV>
-UASPARSE_INLINE void block_tile(const Product<T>& p, int64_t first, int64_t last, const T* val, T* out, const T* bias,
-                                int64_t lane) {
+UASPARSE_INLINE void block_tile(const Product<T>& p, const T* in, int64_t first, int64_t last, const T* val,
+                                T* out, const T* bias) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[OB][NV];
   const int64_t step = p.block_out * p.block_in, width = p.width;
@@ -182,7 +228,7 @@ UASPARSE_INLINE void block_tile(const Product<T>& p, int64_t first, int64_t last
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) acc[o][v] = bias ? broadcast<T>(bias[o]) : load(out + o * width + v * L);
   for (int64_t i = first; i < last; ++i) {
-    const T* x = p.in + p.idx[i] * p.block_in * width + lane;
+    const T* x = in + p.idx[i] * p.block_in * width;
     const T* w = val + i * step;
     for (int64_t k = 0; k < p.block_in; ++k, x += width, w += p.stride_in) {
       Vec<T> xs[NV];
@@ -205,111 +251,166 @@ constexpr int kStrip = kPanelVectors < 8 ? kPanelVectors : 8;      // accumulato
 constexpr int kBlockStrip = UASPARSE_VECTOR_BYTES == 64 ? 4 : 2;   // and of each of 4 outputs
 
 template <typename T>
-UASPARSE_INLINE void single_row(const Product<T>& p, int64_t first, int64_t last, T* out, const T* bias) {
+UASPARSE_INLINE void single_row(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out, const T* bias) {
   constexpr int L = kLanes<T>;
   int64_t lane = 0;
-  for (; lane + kStrip * L <= p.width; lane += kStrip * L) single_tile<T, kStrip>(p, first, last, out + lane, bias, lane);
+  for (; lane + kStrip * L <= p.width; lane += kStrip * L) single_tile<T, kStrip>(p, in + lane, first, last, out + lane, bias);
   if constexpr (kStrip > 4)
-    for (; lane + 4 * L <= p.width; lane += 4 * L) single_tile<T, 4>(p, first, last, out + lane, bias, lane);
-  for (; lane + 2 * L <= p.width; lane += 2 * L) single_tile<T, 2>(p, first, last, out + lane, bias, lane);
-  for (; lane < p.width; lane += L) single_tile<T, 1>(p, first, last, out + lane, bias, lane);
+    for (; lane + 4 * L <= p.width; lane += 4 * L) single_tile<T, 4>(p, in + lane, first, last, out + lane, bias);
+  for (; lane + 2 * L <= p.width; lane += 2 * L) single_tile<T, 2>(p, in + lane, first, last, out + lane, bias);
+  for (; lane < p.width; lane += L) single_tile<T, 1>(p, in + lane, first, last, out + lane, bias);
 }
 
 template <typename T, int OB>
-UASPARSE_INLINE void block_rows(const Product<T>& p, int64_t first, int64_t last, const T* val, T* out,
-                                const T* bias) {
+UASPARSE_INLINE void block_rows(const Product<T>& p, const T* in, int64_t first, int64_t last, const T* val,
+                                T* out, const T* bias) {
   constexpr int L = kLanes<T>;
   int64_t lane = 0;
   for (; lane + kBlockStrip * L <= p.width; lane += kBlockStrip * L)
-    block_tile<T, OB, kBlockStrip>(p, first, last, val, out + lane, bias, lane);
-  for (; lane < p.width; lane += L) block_tile<T, OB, 1>(p, first, last, val, out + lane, bias, lane);
+    block_tile<T, OB, kBlockStrip>(p, in + lane, first, last, val, out + lane, bias);
+  for (; lane < p.width; lane += L) block_tile<T, OB, 1>(p, in + lane, first, last, val, out + lane, bias);
 }
 
-// Calls visit(grid row, first, last, first column block?) for the nonzeros of each row in each column block.
+// Calls visit(panel, row of the range, first, last, first column block?) for the nonzeros of each row in each column block. The
+// segments are found once for all panels; that pass also fetches the values into a near cache.
 template <typename P, typename Visit>
-UASPARSE_INLINE void for_each_segment(const P& p, Visit visit) {
-  for (int64_t r = p.begin; r < p.end; ++r) p.cursor[r - p.begin] = p.ptr[r];
+UASPARSE_INLINE void for_each_segment(const P& p, int64_t panel_step, Visit visit) {
+  const int64_t rows = p.end - p.begin;
+  int32_t *firsts = p.scratch, *lasts = p.scratch + rows;
+  const int32_t* ptr = p.ptr + p.begin;
+  if (rows == 0) return;
+  const int64_t ahead = (ptr[rows] - ptr[0]) / rows * p.column_block / p.columns;
+  for (int64_t r = 0; r < rows; ++r) lasts[r] = ptr[r];
   for (int64_t c = 0; c < p.columns; c += p.column_block) {
     const int64_t limit = c + p.column_block;
-    for (int64_t r = p.begin; r < p.end; ++r) {
-      int32_t* cursor = p.cursor + (r - p.begin);
-      const int64_t first = *cursor;
-      int64_t last = p.ptr[r + 1];
-      if (limit < p.columns) *cursor = static_cast<int32_t>(last = segment_end(p.idx, first, last, limit, p.blocks));
-      if (r + 2 < p.end) {
-        __builtin_prefetch(p.idx + cursor[2] + 8);
-        p.prefetch_values(cursor[2] + 8);
+    if (limit >= p.columns) {
+      for (int64_t r = 0; r < rows; ++r) firsts[r] = lasts[r], lasts[r] = ptr[r + 1];
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        if (r + 4 < rows)
+          for (int64_t i = 0; i <= ahead; i += 16) {
+            __builtin_prefetch(p.idx + lasts[r + 4] + i);
+            p.prefetch_values(lasts[r + 4] + i);
+          }
+        firsts[r] = lasts[r];
+        lasts[r] = static_cast<int32_t>(segment_end(p.idx, firsts[r], ptr[r + 1], limit, p.blocks));
       }
-      visit(r, first, last, c == 0);
     }
+    for (int64_t panel = 0; panel < p.panels; panel += panel_step)
+      for (int64_t r = 0; r < rows; ++r) visit(panel, r, firsts[r], lasts[r], c == 0);
   }
 }
 
 template <typename T>
 void product(const Product<T>& p) {
   static constexpr T zeros[4] = {};
-  const int64_t step = p.block_out * p.width;
   if (p.block_out == 1 && p.block_in == 1) {
-    for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool start) __attribute__((always_inline)) {
-      T* out = p.out + (r - p.begin) * p.width;
-      if (r + 1 < p.end) prefetch(out + p.width, sizeof(T) * p.width);
-      const T* bias = p.bias ? p.bias + (r - p.begin) : zeros;
-      if (start || first < last) single_row(p, first, last, out, start ? bias : nullptr);
+    for_each_segment(p, 1, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool start) UASPARSE_LAMBDA {
+      if (!start && first == last) return;
+      const T* bias = !start ? nullptr : p.bias ? p.bias + r : zeros;
+      T* out = p.out + panel * p.out_panel + r * p.width;
+      prefetch(out + p.width, sizeof(T) * p.width);
+      single_row(p, p.in + panel * p.in_panel, first, last, out, bias);
     });
     return;
   }
-  for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool start) __attribute__((always_inline)) {
+  for_each_segment(p, 1, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool start) UASPARSE_LAMBDA {
     if (!start && first == last) return;
-    T* out = p.out + (r - p.begin) * step;
-    int64_t o = 0;
-    for (; o < p.block_out; o += o + 4 <= p.block_out ? 4 : 1) {
-      const T* bias = !start ? nullptr : p.bias ? p.bias + (r - p.begin) * p.block_out + o : zeros;
+    const T* in = p.in + panel * p.in_panel;
+    T* out = p.out + panel * p.out_panel + r * p.block_out * p.width;
+    for (int64_t o = 0; o < p.block_out; o += o + 4 <= p.block_out ? 4 : 1) {
+      const T* bias = !start ? nullptr : p.bias ? p.bias + r * p.block_out + o : zeros;
       const T* val = p.val + o * p.stride_out;
       if (o + 4 <= p.block_out)
-        block_rows<T, 4>(p, first, last, val, out + o * p.width, bias);
+        block_rows<T, 4>(p, in, first, last, val, out + o * p.width, bias);
       else
-        block_rows<T, 1>(p, first, last, val, out + o * p.width, bias);
+        block_rows<T, 1>(p, in, first, last, val, out + o * p.width, bias);
     }
   });
+}
+
+// One input vector: bound by the stream of values and indices, so the numbers of `in` are put into vectors one by one
+// (gather instructions are slower than that on many processors).
+template <typename T>
+void single(const int32_t* ptr, const int32_t* idx, const T* val, int64_t begin, int64_t end, const T* in,
+            const T* bias, T* out) {
+  constexpr int L = 16 / sizeof(T), U = 4;
+  typedef T Short __attribute__((vector_size(16)));
+  for (int64_t r = begin; r < end; ++r) {
+    Short acc[U] = {};
+    const int64_t last = ptr[r + 1];
+    int64_t i = ptr[r];
+    for (; i + L * U <= last; i += L * U) {
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        Short x, w;
+#pragma GCC unroll 4
+        for (int l = 0; l < L; ++l) x[l] = in[static_cast<uint32_t>(idx[i + u * L + l])];
+        __builtin_memcpy(&w, val + i + u * L, sizeof w);
+        acc[u] += w * x;
+      }
+    }
+    const Short four = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+    T total = bias ? bias[r] : 0, rest = 0;
+    for (; i < last; ++i) rest += val[i] * in[static_cast<uint32_t>(idx[i])];
+    for (int l = 0; l < L; ++l) rest += four[l];
+    out[r] = total + rest;
+  }
 }
 
 // ---- gradient of the weight -------------------------------------------------------------------------------------
 
 // N dot products y . x[idx[j * S]] over NV vectors, as N groups of L / N partial sums in the order of j: a tree that
-// folds two vectors into one on every level.
+// folds two vectors into one on every level. x is `split` vectors of one panel, then the next panel's, `next` apart.
 template <typename T, int NV, int N, int S>
 struct Dots {
-  static UASPARSE_INLINE Vec<T> run(const Vec<T>* y, const T* const* x) {
+  static UASPARSE_INLINE Vec<T> run(const Vec<T>* y, const T* const* x, int64_t next) {
     if constexpr (N == 1) {
       Vec<T> acc = y[0] * load(x[0]);
 #pragma GCC unroll 16
-      for (int v = 1; v < NV; ++v) acc += y[v] * load(x[0] + v * kLanes<T>);
+      for (int v = 1; v < NV; ++v)
+        acc += y[v] * load(x[0] + (v < kPanelVectors ? 0 : next) + v % kPanelVectors * kLanes<T>);
       return acc;
     } else {
       using Fold = Stage<T, kLanes<T> / N>;
-      const Vec<T> a = Dots<T, NV, N / 2, 2 * S>::run(y, x);
-      const Vec<T> b = Dots<T, NV, N / 2, 2 * S>::run(y, x + S);
+      const Vec<T> a = Dots<T, NV, N / 2, 2 * S>::run(y, x, next);
+      const Vec<T> b = Dots<T, NV, N / 2, 2 * S>::run(y, x + S, next);
       return Fold::template shuffle<Fold::outer>(a, b) + Fold::template shuffle<Fold::inner>(a, b);
     }
   }
 };
 
-// grad[i] (+)= y . x[idx[i]] for `count` <= N nonzeros from i on.
+// Every group of 2 * H lanes summed, in all its lanes.
+template <typename T, int H>
+UASPARSE_INLINE Vec<T> sum_groups(Vec<T> v) {
+  if constexpr (H == 0) {
+    return v;
+  } else {
+    using Fold = Stage<T, H>;
+    return sum_groups<T, H / 2>(v + Fold::template shuffle<Fold::inner>(v, v));
+  }
+}
+
+// Lanes 0, G, 2G, ... first.
+template <typename T, int G>
+UASPARSE_INLINE Vec<T> every(Vec<T> v) {
+  Vec<T> r = v;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T> / G; ++i) r[i] = v[i * G];
+  return r;
+}
+
+// grad[j] (+)= y . x[idx[j]] for j < count, 0 < count <= N.
 template <typename T, int NV, int N>
-UASPARSE_INLINE void few_dots(const Vec<T>* y, const T* in, const int32_t* idx, int64_t width, int64_t count, T* grad,
-                              bool accumulate) {
+UASPARSE_INLINE void few_dots(const Vec<T>* y, const T* in, const int32_t* idx, int64_t width, int64_t next,
+                              int64_t count, T* grad, bool accumulate) {
   constexpr int G = kLanes<T> / N;
   const T* x[N];
 #pragma GCC unroll 16
   for (int j = 0; j < N; ++j) x[j] = in + static_cast<uint32_t>(idx[j < count ? j : count - 1]) * width;
-  T sums[kLanes<T>];
-  store<T>(sums, Dots<T, NV, N, 1>::run(y, x));
-  for (int64_t j = 0; j < count; ++j) {
-    T total = accumulate ? grad[j] : 0;
-#pragma GCC unroll 16
-    for (int g = 0; g < G; ++g) total += sums[j * G + g];
-    grad[j] = total;
-  }
+  Vec<T> sums = every<T, G>(sum_groups<T, G / 2>(Dots<T, NV, N, 1>::run(y, x, next)));
+  if (accumulate) sums += load_first<T>(grad, count);
+  store_first<T>(grad, sums, count);
 }
 
 // All nonzeros of a segment, one strip of NV vectors.
@@ -319,36 +420,40 @@ UASPARSE_INLINE void dot_strip(const Sddmm<T>& p, const T* grad_output, const T*
   constexpr int L = kLanes<T>;
   Vec<T> y[NV];
 #pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) y[v] = load(grad_output + v * L);
+  for (int v = 0; v < NV; ++v)
+    y[v] = load(grad_output + (v < kPanelVectors ? 0 : p.grad_panel) + v % kPanelVectors * L);
   int64_t i = first;
   for (; i + L <= last; i += L) {
     const T* x[L];
 #pragma GCC unroll 16
     for (int j = 0; j < L; ++j) x[j] = in + static_cast<uint32_t>(p.idx[i + j]) * p.width;
-    Vec<T> sums = Dots<T, NV, L, 1>::run(y, x);
+    Vec<T> sums = Dots<T, NV, L, 1>::run(y, x, p.input_panel);
     if (accumulate) sums += load(p.grad + i);
     store<T>(p.grad + i, sums);
   }
-  if (L > 8 && last - i > 4 && last - i <= 8) {
-    few_dots<T, NV, (L > 8 ? 8 : L)>(y, in, p.idx + i, p.width, last - i, p.grad + i, accumulate);
-  } else if (L > 4 && last - i <= 4 && last > i) {
-    few_dots<T, NV, (L > 4 ? 4 : L)>(y, in, p.idx + i, p.width, last - i, p.grad + i, accumulate);
-  } else if (last > i) {
-    few_dots<T, NV, L>(y, in, p.idx + i, p.width, last - i, p.grad + i, accumulate);
-  }
+  const int64_t count = last - i;
+  if (count == 0) return;
+  const int32_t* idx = p.idx + i;
+  T* grad = p.grad + i;
+  if (L > 4 && count <= 4)
+    few_dots<T, NV, (L > 4 ? 4 : L)>(y, in, idx, p.width, p.input_panel, count, grad, accumulate);
+  else if (L > 8 && count <= 8)
+    few_dots<T, NV, (L > 8 ? 8 : L)>(y, in, idx, p.width, p.input_panel, count, grad, accumulate);
+  else
+    few_dots<T, NV, L>(y, in, idx, p.width, p.input_panel, count, grad, accumulate);
 }
 
 template <typename T>
-UASPARSE_INLINE void dot_row(const Sddmm<T>& p, const T* grad_output, int64_t first, int64_t last) {
+UASPARSE_INLINE void dot_row(const Sddmm<T>& p, const T* grad_output, const T* in, int64_t first, int64_t last,
+                             bool accumulate) {
   constexpr int L = kLanes<T>;
   int64_t lane = 0;
-  bool accumulate = p.accumulate;
   for (; lane + kStrip * L <= p.width; lane += kStrip * L, accumulate = true)
-    dot_strip<T, kStrip>(p, grad_output + lane, p.input + lane, first, last, accumulate);
+    dot_strip<T, kStrip>(p, grad_output + lane, in + lane, first, last, accumulate);
   for (; lane + 2 * L <= p.width; lane += 2 * L, accumulate = true)
-    dot_strip<T, 2>(p, grad_output + lane, p.input + lane, first, last, accumulate);
+    dot_strip<T, 2>(p, grad_output + lane, in + lane, first, last, accumulate);
   for (; lane < p.width; lane += L, accumulate = true)
-    dot_strip<T, 1>(p, grad_output + lane, p.input + lane, first, last, accumulate);
+    dot_strip<T, 1>(p, grad_output + lane, in + lane, first, last, accumulate);
 }
 
 // Blocks: Y x X dot products of one block together.
@@ -377,31 +482,49 @@ UASPARSE_INLINE void dot_tile(const T* dy, const T* in, int64_t width, T* grad, 
 }
 
 template <typename T>
+UASPARSE_INLINE void dot_block(const Sddmm<T>& p, const T* dy, const T* in, T* grad, bool accumulate) {
+  const int64_t width = p.width, bw = p.bw;
+  for (int64_t y = 0; y < p.bh; y += y + 4 <= p.bh ? 4 : 1) {
+    const T* d = dy + y * width;
+    for (int64_t x = 0; x < bw; x += x + 2 <= bw ? 2 : 1) {
+      T* to = grad + y * bw + x;
+      const T* from = in + x * width;
+      if (y + 4 <= p.bh && x + 2 <= bw)
+        dot_tile<T, 4, 2>(d, from, width, to, bw, accumulate);
+      else if (y + 4 <= p.bh)
+        dot_tile<T, 4, 1>(d, from, width, to, bw, accumulate);
+      else if (x + 2 <= bw)
+        dot_tile<T, 1, 2>(d, from, width, to, bw, accumulate);
+      else
+        dot_tile<T, 1, 1>(d, from, width, to, bw, accumulate);
+    }
+  }
+}
+
+template <typename T>
 void sddmm(const Sddmm<T>& p) {
   if (p.bh == 1 && p.bw == 1) {
-    for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool) __attribute__((always_inline)) {
-      dot_row(p, p.grad_output + r * p.width, first, last);
+    // With 32 registers two panels go together: half the trees.
+    const bool pairs = kPanelVectors <= 4 && p.width == kPanelVectors * kLanes<T>;
+    const int64_t step = pairs ? 2 : 1;
+    for_each_segment(p, step, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool) UASPARSE_LAMBDA {
+      if (first == last) return;
+      const T* dy = p.grad_output + panel * p.grad_panel + (p.begin + r) * p.width;
+      const T* in = p.input + panel * p.input_panel;
+      const bool accumulate = p.accumulate || panel > 0;
+      prefetch(dy + p.width, sizeof(T) * p.width);
+      if (pairs && panel + 1 < p.panels)
+        dot_strip<T, (kPanelVectors <= 4 ? 2 * kPanelVectors : 1)>(p, dy, in, first, last, accumulate);
+      else
+        dot_row(p, dy, in, first, last, accumulate);
     });
     return;
   }
-  for_each_segment(p, [&](int64_t r, int64_t first, int64_t last, bool) __attribute__((always_inline)) {
+  for_each_segment(p, 1, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool) UASPARSE_LAMBDA {
+    const T* dy = p.grad_output + panel * p.grad_panel + (p.begin + r) * p.bh * p.width;
     for (int64_t i = first; i < last; ++i) {
-      const T* in = p.input + static_cast<uint32_t>(p.idx[i]) * p.bw * p.width;
-      for (int64_t y = 0; y < p.bh; y += y + 4 <= p.bh ? 4 : 1) {
-        const T* dy = p.grad_output + (r * p.bh + y) * p.width;
-        T* grad = p.grad + (i * p.bh + y) * p.bw;
-        for (int64_t x = 0; x < p.bw; x += x + 2 <= p.bw ? 2 : 1) {
-          const T* from = in + x * p.width;
-          if (y + 4 <= p.bh && x + 2 <= p.bw)
-            dot_tile<T, 4, 2>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-          else if (y + 4 <= p.bh)
-            dot_tile<T, 4, 1>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-          else if (x + 2 <= p.bw)
-            dot_tile<T, 1, 2>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-          else
-            dot_tile<T, 1, 1>(dy, from, p.width, grad + x, p.bw, p.accumulate);
-        }
-      }
+      const T* in = p.input + panel * p.input_panel + static_cast<uint32_t>(p.idx[i]) * p.bw * p.width;
+      dot_block(p, dy, in, p.grad + i * p.bh * p.bw, p.accumulate || panel > 0);
     }
   });
 }
@@ -422,9 +545,9 @@ extern const LinearKernels<double> linear_double;
 
 const LinearKernels<float> linear_float = {
     &pack<float, float>,      &unpack<float, float>, &pack<uint16_t, float>, &unpack<float, uint16_t>,
-    &product<float>, &sddmm<float>,         &row_sums<float>};
+    &product<float>,          &sddmm<float>,         &single<float>,         &row_sums<float>};
 const LinearKernels<double> linear_double = {
     &pack<double, double>, &unpack<double, double>, nullptr, nullptr,
-    &product<double>, &sddmm<double>,          &row_sums<double>};
+    &product<double>, &sddmm<double>, &single<double>, &row_sums<double>};
 
 }  // namespace uasparse::UASPARSE_ISA

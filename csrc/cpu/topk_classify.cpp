@@ -1,9 +1,10 @@
-// classify_scores for each instruction set: it runs at the speed of memory.
+// The passes of topk_indices over scores and bits for each instruction set. The first runs at the speed of memory.
 
+#include <bit>
 #include <cmath>
 
-#include "isa.h"
-#include "topk_indices.h"
+#include "cpu/isa.h"
+#include "cpu/topk_indices.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -26,7 +27,40 @@ void classify_portable(const float* scores, int64_t n, float low, float high, fl
   }
 }
 
+// Eight indices at once, needed or not (those too many are overwritten by the next word's), while there is room: branches
+// on the number of bits would be mispredicted.
+inline __attribute__((always_inline)) void write_any(const uint64_t* words, int64_t n, int64_t first, int64_t* to,
+                                                     const int64_t* last) {
+  int64_t w = 0;
+  for (; w < n && last - to >= 64; ++w) {
+    uint64_t bits = words[w];
+    int64_t* const next = to + __builtin_popcountll(bits);
+    do {
+      for (int i = 0; i < 8; ++i, bits &= bits - 1) to[i] = first + w * 64 + std::countr_zero(bits);
+      to += 8;
+    } while (bits != 0);
+    to = next;
+  }
+  for (; w < n; ++w)
+    for (uint64_t bits = words[w]; bits != 0; bits &= bits - 1) *to++ = first + w * 64 + std::countr_zero(bits);
+}
+
+inline __attribute__((always_inline)) int64_t count_any(const uint64_t* words, int64_t n) {
+  int64_t count = 0;
+  for (int64_t w = 0; w < n; ++w) count += __builtin_popcountll(words[w]);
+  return count;
+}
+
 #if defined(__x86_64__)
+__attribute__((target("avx2,bmi,popcnt"))) void write_bmi(const uint64_t* words, int64_t n, int64_t first, int64_t* to,
+                                                          const int64_t* last) {
+  write_any(words, n, first, to, last);
+}
+
+__attribute__((target("avx2,bmi,popcnt"))) int64_t count_bmi(const uint64_t* words, int64_t n) {
+  return count_any(words, n);
+}
+
 // keep clears the sign bit for magnitudes, flip then negates for the smallest.
 __attribute__((target("avx2"))) void classify_avx2(const float* scores, int64_t n, float low, float high, int32_t keep,
                                                    int32_t flip, uint64_t* above, uint64_t* maybe) {
@@ -73,6 +107,20 @@ void classify_scores(const float* scores, int64_t n, float low, float high, bool
   if (cpu_isa() == Isa::avx2) return classify_avx2(scores, n, low, high, keep, flip, above, maybe);
 #endif
   classify_portable(scores, n, low, high, largest ? 1.0f : -1.0f, magnitude, above, maybe);
+}
+
+void write_indices(const uint64_t* words, int64_t n, int64_t first, int64_t* to, const int64_t* last) {
+#if defined(__x86_64__)
+  if (cpu_isa() != Isa::portable) return write_bmi(words, n, first, to, last);
+#endif
+  write_any(words, n, first, to, last);
+}
+
+int64_t count_bits(const uint64_t* words, int64_t n) {
+#if defined(__x86_64__)
+  if (cpu_isa() != Isa::portable) return count_bmi(words, n);
+#endif
+  return count_any(words, n);
 }
 
 }  // namespace uasparse

@@ -1,13 +1,14 @@
 // topk_indices on the CPU: exact selection in about one pass over the scores, and no sort.
 //
 // 1. A sample brackets the threshold: better than `high` is selected, worse than `low` is not.
-// 2. One pass over the scores at the speed of memory writes two bits a score: above the bracket, or in it ("maybe").
-// 3. The few scores in the bracket become integer keys, and a radix histogram finds the exact threshold among them.
+// 2. One pass over the scores at the speed of memory writes a bit a score, above the bracket or not, and collects the few
+//    scores in the bracket as integer keys.
+// 3. A radix histogram finds the exact threshold among the keys.
 // 4. The bits, with the threshold applied, become ascending indices.
 // A bracket that misses (the counts of pass 2 tell) is replaced by one that holds everything; so the result is exact
 // whatever the sample was. Threads share chunks of a fixed size: it does not depend on their number either.
 
-#include "topk_indices.h"
+#include "cpu/topk_indices.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -16,18 +17,22 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <memory>
 #include <mutex>
+#include <type_traits>
 #include <vector>
+
+#include "cpu/workspace.h"
 
 namespace uasparse {
 namespace {
 
-constexpr int64_t kChunkWords = 1024;  // of 64 scores each
+constexpr int64_t kChunkWords = 1024;  // of 64 scores each: a place in a chunk fits 16 bits
+constexpr int64_t kBlockWords = 32;
 
 struct Order {
   bool largest, magnitude;
@@ -55,7 +60,7 @@ struct Bracket {
   float low, high;
 };
 
-// Holds the rank-th best of n scores almost surely: five standard deviations of the sample's quantile to each side.
+// Holds the rank-th best of n scores almost surely: four standard deviations of the sample's quantile to each side.
 Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order) {
   const int64_t size = std::clamp<int64_t>(n / 64, 1024, 32768);
   std::vector<float> sample(size);
@@ -67,7 +72,7 @@ Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order
     sample[i] = std::isnan(x) ? -std::numeric_limits<float>::infinity() : x;
   }
   const double quantile = static_cast<double>(rank) / n, middle = quantile * size;
-  const double margin = 5 * std::sqrt(size * quantile * (1 - quantile)) + 1;
+  const double margin = 4 * std::sqrt(size * quantile * (1 - quantile)) + 1;
   const int64_t upper = static_cast<int64_t>(middle - margin), lower = static_cast<int64_t>(middle + margin) + 1;
   Bracket bracket{-std::numeric_limits<float>::infinity(), std::numeric_limits<float>::infinity()};
   if (upper > 0) {
@@ -88,31 +93,6 @@ struct Threshold {
   int64_t ties;  // and the first so many equal to it
 };
 
-// The rank-th largest key (rank from 1), digit by digit from the top.
-template <typename Key>
-Threshold<Key> find_threshold(const Key* keys, int64_t count, int64_t rank) {
-  Key prefix = 0, known = 0;
-  for (int remaining = 8 * sizeof(Key); remaining > 0;) {
-    const int width = std::min(11, remaining), shift = remaining - width;
-    std::vector<int64_t> histogram(size_t{1} << width, 0);
-    std::mutex mutex;
-    at::parallel_for(0, count, 1 << 18, [&](int64_t begin, int64_t end) {
-      std::vector<int64_t> mine(histogram.size(), 0);
-      const Key digits = static_cast<Key>(mine.size() - 1);
-      for (int64_t i = begin; i < end; ++i)
-        if ((keys[i] & known) == prefix) ++mine[keys[i] >> shift & digits];
-      const std::lock_guard<std::mutex> lock(mutex);
-      for (size_t d = 0; d < mine.size(); ++d) histogram[d] += mine[d];
-    });
-    Key digit = static_cast<Key>(histogram.size() - 1);
-    while (histogram[digit] < rank) rank -= histogram[digit--];
-    prefix |= digit << shift;
-    known |= static_cast<Key>(histogram.size() - 1) << shift;
-    remaining = shift;
-  }
-  return {prefix, rank};
-}
-
 template <typename T>
 class Selection {
   using Key = decltype(key_of(T()));
@@ -122,106 +102,160 @@ class Selection {
 
  public:
   Selection(const T* scores, int64_t n, Order order)
-      : scores_(scores), n_(n), words_((n + 63) / 64), order_(order), above_(new uint64_t[words_]),
-        maybe_(new uint64_t[words_]), chunks_((words_ + kChunkWords - 1) / kChunkWords) {}
+      : scores_(scores), n_(n), words_((n + 63) / 64), order_(order), bits_(8 * (words_ + kBlockWords)),
+        above_(bits_.as<uint64_t>()), chunks_((words_ + kChunkWords - 1) / kChunkWords) {}
 
   // Writes the indices of the k best, ascending; 0 < k <= n.
   void run(int64_t k, int64_t* indices) {
-    if (!bracketed(k)) hold_all();
-    std::vector<int64_t> key_offset(chunks_.size() + 1, 0);
-    int64_t above = 0;
-    for (size_t c = 0; c < chunks_.size(); ++c) {
-      above += chunks_[c].above;
-      key_offset[c + 1] = key_offset[c] + chunks_[c].maybe;
+    Entries few(chunks_.size(), kChunkWords * 8);
+    if (bracketed(k, few)) {
+      emit(few, k, indices);
+    } else {
+      Entries all(chunks_.size(), kChunkWords * 64);
+      hold_all(all);
+      emit(all, k, indices);
     }
-    const std::unique_ptr<Key[]> keys(new Key[key_offset.back()]);
-    collect_keys(keys.get(), key_offset);
-    // With nothing left to choose the threshold is out of reach.
-    Threshold<Key> threshold{std::numeric_limits<Key>::max(), 0};
-    if (k > above) threshold = find_threshold(keys.get(), key_offset.back(), k - above);
-    emit(keys.get(), key_offset, threshold, indices);
   }
 
  private:
-  bool bracketed(int64_t k) {
+  // What is in the bracket: keys, and places in their chunk of scores. A chunk has room for `capacity` of them.
+  struct Entries {
+    Entries(size_t chunks, int64_t capacity)
+        : capacity(capacity), memory(chunks * capacity * (sizeof(Key) + sizeof(uint16_t))), keys(memory.as<Key>()),
+          places(reinterpret_cast<uint16_t*>(keys + chunks * capacity)) {}
+    int64_t capacity;
+    Workspace memory;
+    Key* keys;
+    uint16_t* places;
+  };
+
+  // False if the bracket misses the threshold, or holds too many.
+  bool bracketed(int64_t k, Entries& entries) {
     if constexpr (std::is_same_v<T, float>) {
       if (n_ < 1 << 14 || k == n_) return false;
       const Bracket bracket = sample_bracket(scores_, n_, k, order_);
+      std::atomic<bool> fits = true;
       for_each_chunk([&](int64_t c, int64_t begin, int64_t end) {
-        classify(begin, end, bracket);
-        Chunk chunk;
-        for (int64_t w = begin; w < end; ++w) {
-          chunk.above += std::popcount(above_[w]);
-          chunk.maybe += std::popcount(maybe_[w]);
-        }
-        chunks_[c] = chunk;
+        chunks_[c] = Chunk();
+        // A block at a time: its scores are still in the L1 cache when those in the bracket are collected.
+        for (int64_t w = begin; w < end && fits; w += kBlockWords)
+          if (!classify(c, w, std::min(w + kBlockWords, end), begin, bracket, entries)) fits = false;
       });
       int64_t above = 0, maybe = 0;
       for (const Chunk& chunk : chunks_) {
         above += chunk.above;
         maybe += chunk.maybe;
       }
-      return above <= k && k <= above + maybe;
+      return fits && above <= k && k <= above + maybe;
     }
     return false;
   }
 
-  void classify(int64_t begin, int64_t end, Bracket bracket) {
+  bool classify(int64_t c, int64_t begin, int64_t end, int64_t chunk_begin, Bracket bracket, Entries& entries) {
+    uint64_t maybe[kBlockWords];
     const int64_t whole = std::min(end, n_ / 64);
     classify_scores(reinterpret_cast<const float*>(scores_) + begin * 64, (whole - begin) * 64, bracket.low,
-                    bracket.high, order_.largest, order_.magnitude, &above_[begin], &maybe_[begin]);
+                    bracket.high, order_.largest, order_.magnitude, above_ + begin, maybe);
     if (whole < end) {
       float last[64];
       std::fill_n(last, 64, std::numeric_limits<float>::quiet_NaN());
       std::copy(scores_ + whole * 64, scores_ + n_, last);
-      classify_scores(last, 64, bracket.low, bracket.high, order_.largest, order_.magnitude, &above_[whole],
-                      &maybe_[whole]);
+      classify_scores(last, 64, bracket.low, bracket.high, order_.largest, order_.magnitude, above_ + whole,
+                      maybe + (whole - begin));
     }
+    Chunk& chunk = chunks_[c];
+    Key* keys = entries.keys + c * entries.capacity;
+    uint16_t* places = entries.places + c * entries.capacity;
+    const T* const scores = scores_;
+    const Order order = order_;
+    chunk.above += count_bits(above_ + begin, end - begin);
+    for (int64_t w = begin; w < end; ++w) {
+      if (chunk.maybe + 64 > entries.capacity) return false;
+      int64_t count = chunk.maybe;
+      const auto collect = [&](uint64_t bits) {
+        const int64_t i = w * 64 + (std::countr_zero(bits) & 63);
+        keys[count] = key_of(preference(scores[i], order));
+        places[count++] = static_cast<uint16_t>(i - chunk_begin * 64);
+      };
+      // Two are written whether they are there or not, which spares a mispredicted branch a word.
+      uint64_t bits = maybe[w - begin];
+      for (int i = 0; i < 2; ++i, bits &= bits - 1) {
+        chunk.maybe += bits != 0;
+        collect(bits);
+      }
+      for (; bits != 0; bits &= bits - 1, ++chunk.maybe) collect(bits);
+    }
+    return true;
   }
 
-  void hold_all() {
+  void hold_all(Entries& entries) {
     for_each_chunk([&](int64_t c, int64_t begin, int64_t end) {
-      std::fill(&above_[begin], &above_[begin] + (end - begin), 0);
-      std::fill(&maybe_[begin], &maybe_[begin] + (end - begin), ~uint64_t{0});
-      if (end * 64 > n_) maybe_[end - 1] = ~uint64_t{0} >> (end * 64 - n_);
-      chunks_[c] = {.maybe = std::min(end * 64, n_) - begin * 64};
+      const int64_t first = begin * 64, count = std::min(end * 64, n_) - first;
+      std::fill(above_ + begin, above_ + end, 0);
+      chunks_[c] = {.maybe = count};
+      for (int64_t i = 0; i < count; ++i) {
+        entries.keys[c * entries.capacity + i] = key_of(preference(scores_[first + i], order_));
+        entries.places[c * entries.capacity + i] = static_cast<uint16_t>(i);
+      }
     });
   }
 
-  void collect_keys(Key* keys, const std::vector<int64_t>& offset) {
-    for_each_chunk([&](int64_t c, int64_t begin, int64_t end) {
-      Key* to = keys + offset[c];
-      for (int64_t w = begin; w < end; ++w)
-        for (uint64_t bits = maybe_[w]; bits != 0; bits &= bits - 1)
-          *to++ = key_of(preference(scores_[w * 64 + std::countr_zero(bits)], order_));
-    });
-  }
-
-  void emit(const Key* keys, const std::vector<int64_t>& key_offset, Threshold<Key> threshold, int64_t* indices) {
+  void emit(const Entries& entries, int64_t k, int64_t* indices) {
+    for (const Chunk& chunk : chunks_) k -= chunk.above;
+    // With nothing left to choose the threshold is out of reach.
+    Threshold<Key> threshold{std::numeric_limits<Key>::max(), 0};
+    if (k > 0) threshold = find_threshold(entries, k);
     for_each_chunk([&](int64_t c, int64_t, int64_t) {
-      for (int64_t i = key_offset[c]; i < key_offset[c + 1]; ++i) {
+      const Key* keys = entries.keys + c * entries.capacity;
+      for (int64_t i = 0; i < chunks_[c].maybe; ++i) {
         chunks_[c].greater += keys[i] > threshold.key;
         chunks_[c].equal += keys[i] == threshold.key;
       }
     });
     std::vector<int64_t> offset(chunks_.size() + 1, 0), ties(chunks_.size());
-    int64_t ties_left = threshold.ties;
     for (size_t c = 0; c < chunks_.size(); ++c) {
-      ties[c] = std::min(ties_left, chunks_[c].equal);
-      ties_left -= ties[c];
+      ties[c] = std::min(threshold.ties, chunks_[c].equal);
+      threshold.ties -= ties[c];
       offset[c + 1] = offset[c] + chunks_[c].above + chunks_[c].greater + ties[c];
     }
     for_each_chunk([&](int64_t c, int64_t begin, int64_t end) {
-      const Key* key = keys + key_offset[c];
-      int64_t* to = indices + offset[c];
+      const Key* keys = entries.keys + c * entries.capacity;
+      const uint16_t* places = entries.places + c * entries.capacity;
       int64_t ties_here = ties[c];
-      for (int64_t w = begin; w < end; ++w) {
-        uint64_t selected = above_[w];
-        for (uint64_t bits = maybe_[w]; bits != 0; bits &= bits - 1, ++key)
-          if (*key > threshold.key || (*key == threshold.key && ties_here-- > 0)) selected |= bits & -bits;
-        for (; selected != 0; selected &= selected - 1) *to++ = w * 64 + std::countr_zero(selected);
+      for (int64_t i = 0; i < chunks_[c].maybe; ++i) {
+        const bool equal = keys[i] == threshold.key, taken = keys[i] > threshold.key || (equal && ties_here > 0);
+        ties_here -= equal;
+        above_[begin + places[i] / 64] |= static_cast<uint64_t>(taken) << (places[i] % 64);
       }
+      write_indices(above_ + begin, end - begin, begin * 64, indices + offset[c], indices + offset[c + 1]);
     });
+  }
+
+  // The key of the rank-th best entry (rank from 1), digit by digit from the top.
+  Threshold<Key> find_threshold(const Entries& entries, int64_t rank) {
+    Key prefix = 0, known = 0;
+    for (int remaining = 8 * sizeof(Key); remaining > 0;) {
+      const int width = std::min(11, remaining), shift = remaining - width;
+      std::vector<int64_t> histogram(size_t{1} << width, 0);
+      const Key digits = static_cast<Key>(histogram.size() - 1);
+      std::mutex mutex;
+      at::parallel_for(0, static_cast<int64_t>(chunks_.size()), 4, [&](int64_t first, int64_t last) {
+        std::vector<int64_t> mine(histogram.size(), 0);
+        for (int64_t c = first; c < last; ++c) {
+          const Key* keys = entries.keys + c * entries.capacity;
+          for (int64_t i = 0; i < chunks_[c].maybe; ++i)
+            if ((keys[i] & known) == prefix) ++mine[keys[i] >> shift & digits];
+        }
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (size_t d = 0; d < mine.size(); ++d) histogram[d] += mine[d];
+      });
+      Key digit = digits;
+      while (histogram[digit] < rank) rank -= histogram[digit--];
+      prefix |= digit << shift;
+      known |= digits << shift;
+      remaining = shift;
+    }
+    return {prefix, rank};
   }
 
   // Calls visit(chunk, its first word, past its last word) in parallel.
@@ -235,7 +269,8 @@ class Selection {
   const T* scores_;
   int64_t n_, words_;
   Order order_;
-  std::unique_ptr<uint64_t[]> above_, maybe_;
+  Workspace bits_;
+  uint64_t* above_;  // a bit a score: selected
   std::vector<Chunk> chunks_;
 };
 
@@ -256,8 +291,19 @@ at::Tensor topk_indices(const at::Tensor& scores, int64_t k, bool largest, bool 
   return indices;
 }
 
+// Layer after layer: each uses all threads.
+std::vector<at::Tensor> topk_indices_many(at::TensorList scores, at::IntArrayRef k, bool largest, bool magnitude) {
+  TORCH_CHECK_VALUE(scores.size() == k.size(), "Expected a k for each of ", scores.size(), " scores, got ", k.size(), ".");
+  std::vector<at::Tensor> indices;
+  for (size_t s = 0; s < scores.size(); ++s) indices.push_back(topk_indices(scores[s], k[s], largest, magnitude));
+  return indices;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(uasparse, CPU, m) { m.impl("topk_indices", &topk_indices); }
+TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("topk_indices", &topk_indices);
+  m.impl("topk_indices_many", &topk_indices_many);
+}
 
 }  // namespace uasparse

@@ -1,9 +1,9 @@
-// The unknown-aware loss on the CPU: checks, types, threads; the arithmetic of a row is in unknown_aware_loss_rows.h.
+// The unknown-aware loss on the CPU: checks, types, threads; the arithmetic of a row is in unknown_aware_loss_impl.h.
 //
 // Rows are handled in chunks of a fixed size, and the chunks' sums are added in order: results do not depend on the
 // number of threads. 16-bit logits are converted to float32 chunk by chunk.
 
-#include "unknown_aware_loss.h"
+#include "cpu/unknown_aware_loss.h"
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -19,7 +19,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace uasparse {
 namespace {

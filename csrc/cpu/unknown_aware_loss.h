@@ -1,4 +1,4 @@
-// What the rows of the loss (unknown_aware_loss_rows.h) take and give, and where they are for each instruction set.
+// What the rows of the loss (unknown_aware_loss_impl.h) take and give, and where they are for each instruction set.
 #pragma once
 
 #include <cstdint>

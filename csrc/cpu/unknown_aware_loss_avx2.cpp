@@ -1,12 +1,12 @@
-// The rows of the loss for avx2.
+// The rows of unknown_aware_loss for one instruction set (isa.h).
 
-#include "unknown_aware_loss.h"
+#include "cpu/unknown_aware_loss.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
-#endif
+#define UASPARSE_ISA_AVX2
+#include "cpu/isa_begin.h"
 
-namespace uasparse::avx2 {
-#define LANES 8
-#include "unknown_aware_loss_rows.h"
-}  // namespace uasparse::avx2
+#include "cpu/unknown_aware_loss_impl.h"
+
+#include "cpu/isa_end.h"
+#endif

@@ -1,12 +1,12 @@
-// The rows of the loss for avx512.
+// The rows of unknown_aware_loss for one instruction set (isa.h).
 
-#include "unknown_aware_loss.h"
+#include "cpu/unknown_aware_loss.h"
 
 #if defined(__x86_64__)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
+#define UASPARSE_ISA_AVX512
+#include "cpu/isa_begin.h"
 
-namespace uasparse::avx512 {
-#define LANES 16
-#include "unknown_aware_loss_rows.h"
-}  // namespace uasparse::avx512
+#include "cpu/unknown_aware_loss_impl.h"
+
+#include "cpu/isa_end.h"
+#endif

@@ -1,8 +1,9 @@
-// The rows of the loss for portable.
+// The rows of unknown_aware_loss for one instruction set (isa.h).
 
-#include "unknown_aware_loss.h"
+#include "cpu/unknown_aware_loss.h"
 
-namespace uasparse::portable {
-#define LANES 4
-#include "unknown_aware_loss_rows.h"
-}  // namespace uasparse::portable
+#include "cpu/isa_begin.h"
+
+#include "cpu/unknown_aware_loss_impl.h"
+
+#include "cpu/isa_end.h"

@@ -13,7 +13,9 @@ using Vec = typename VecOf<T>::type;
 template <typename T>
 constexpr int kLanes = VecOf<T>::lanes;
 
+// The lambdas of kernels are inlined too: as functions of their own they would lose the registers' contents.
 #define UASPARSE_INLINE inline __attribute__((always_inline))
+#define UASPARSE_LAMBDA __attribute__((always_inline))
 
 template <typename T>
 UASPARSE_INLINE Vec<T> load(const T* from) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -217,7 +217,7 @@ class SparseConv2d(SparseLayer):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
@@ -241,7 +241,9 @@ class SparseConv2d(SparseLayer):
             device="meta",
         )
         self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.stride, self.dilation = template.kernel_size, template.stride, template.dilation
+        self.kernel_size: Any = template.kernel_size
+        self.stride: Any = template.stride
+        self.dilation: Any = template.dilation
         self.padding, self.groups, self.padding_mode = template.padding, groups, padding_mode
         # left, right, top, bottom; a string padding may be uneven.
         self._pad = tuple(template._reversed_padding_repeated_twice)
@@ -302,7 +304,7 @@ class SparseConv2d(SparseLayer):
         return f"{text}, bias={self.bias is not None}, " + self._sparsity_repr()
 
 
-def _conv_arguments(module: nn.Conv2d | SparseConv2d) -> tuple:
+def _conv_arguments(module: nn.Conv2d | SparseConv2d) -> Any:
     return (
         module.in_channels,
         module.out_channels,
@@ -335,7 +337,7 @@ def _to_dense(layer, build):
 
 
 @torch.no_grad()
-def _copy_rest(source: nn.Module, target: nn.Module) -> None:
+def _copy_rest(source: Any, target: Any) -> None:
     """Bias, requires_grad and the training flag."""
     if source.bias is not None:
         target.bias.copy_(source.bias)

@@ -36,6 +36,7 @@ class UnknownAwareLoss(nn.Module):
 
     average: Tensor
     alpha: Tensor
+    alpha_start: Tensor
 
     def __init__(
         self,

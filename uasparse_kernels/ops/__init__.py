@@ -3,7 +3,7 @@
 from uasparse_kernels.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from uasparse_kernels.ops.masked_linear import masked_linear, masked_linear_reference
 from uasparse_kernels.ops.prune_grow import PruneGrowResult, prune_grow, prune_grow_reference
-from uasparse_kernels.ops.topk_indices import topk_indices, topk_indices_reference
+from uasparse_kernels.ops.topk_indices import topk_indices, topk_indices_many, topk_indices_reference
 from uasparse_kernels.ops.unknown_aware_loss import unknown_aware_loss, unknown_aware_loss_reference
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "prune_grow",
     "prune_grow_reference",
     "topk_indices",
+    "topk_indices_many",
     "topk_indices_reference",
     "unknown_aware_loss",
     "unknown_aware_loss_reference",

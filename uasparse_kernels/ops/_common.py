@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from uasparse_kernels import _library
 from uasparse_kernels.pattern import SparsityPattern
 
 
@@ -45,6 +46,10 @@ class _MaskedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         index = ctx.saved_tensors
+        # The gradient is fresh from the vendor's kernel: it is masked in place, unless a graph is recorded through it.
+        if _library.has_kernel("keep_active_", grad) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            torch.ops.uasparse.keep_active_(grad, *index, ctx.block)
+            return grad, None, None, None
         values = torch.ops.uasparse.pack(grad, *index, ctx.block)
         return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None, None, None
 
@@ -56,6 +61,11 @@ def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
 
 
+def packed_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
+    """The weight as packed values for a block kernel; the gradient comes back in the weight's storage."""
+    return weight if pattern.is_packed(weight) else pattern.pack(weight)
+
+
 def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """The dense, masked weight in plain torch: for packed storage by indexing, for dense storage by the mask."""
     if not pattern.is_packed(weight):
@@ -64,7 +74,7 @@ def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     return flat.index_put((pattern.indices().view(-1),), weight.reshape(-1)).view(pattern.shape)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> Any:
     """The tensors in the dtype of torch.autocast where it is on, as torch casts them for its own matmul."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):

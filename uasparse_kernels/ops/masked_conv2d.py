@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.utils import _pair
 
 from uasparse_kernels import _library
 from uasparse_kernels.ops._common import (
@@ -14,9 +15,11 @@ from uasparse_kernels.ops._common import (
     autocast,
     check_layer_arguments,
     dense_form,
+    packed_form,
     pattern_tensors,
     reference_weight,
 )
+from uasparse_kernels.ops._cuda import choose_cuda
 from uasparse_kernels.pattern import SparsityPattern
 
 IntPair = int | tuple[int, int]
@@ -49,7 +52,7 @@ def masked_conv2d(
         ValueError, TypeError: if shapes, dtypes or devices do not fit.
     """
     input, weight, bias = autocast(input, weight, bias)
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    stride, padding, dilation = as_pair(stride), as_pair(padding), as_pair(dilation)
     _check(input, weight, pattern, bias, stride, padding, dilation, groups)
     choice = choose(
         input.shape,
@@ -67,6 +70,8 @@ def masked_conv2d(
         return masked_conv2d_reference(input, weight, pattern, bias, stride, padding, dilation, groups)
     if kernel == "dense":
         return F.conv2d(input, dense_form(weight, pattern), bias, stride, padding, dilation, groups)
+    if kernel == "triton":
+        weight = packed_form(weight, pattern)
     return torch.ops.uasparse.masked_conv2d(
         input,
         weight,
@@ -107,12 +112,23 @@ def choose(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled, sparse), "dense" (the vendor's, on the dense form) or "reference"."""
+    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "dense" (the vendor's, on the dense
+    form) or "reference".
+    """
     if not _library.has_kernel_for("masked_conv2d", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
+    if device_type == "cuda":
+        if groups != 1:
+            return Choice("dense", "no block kernel for groups")
+        pixels = input_shape[0] * math.prod(output_size(input_shape, pattern.shape, stride, padding, dilation))
+        return choose_cuda("masked_conv2d", dtype, pattern, pixels * math.prod(pattern.shape), packed=packed)
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return Choice("dense", f"no sparse kernel for {dtype}")
     return Choice("cpu", f"sparse kernel at density {pattern.density:.3g}")
+
+
+def as_pair(value: IntPair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def output_size(input_shape, weight_shape, stride, padding, dilation) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +15,11 @@ from uasparse_kernels.ops._common import (
     autocast,
     check_layer_arguments,
     dense_form,
+    packed_form,
     pattern_tensors,
     reference_weight,
 )
+from uasparse_kernels.ops._cuda import choose_cuda
 from uasparse_kernels.pattern import SparsityPattern
 
 
@@ -43,6 +47,8 @@ def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias:
         return masked_linear_reference(input, weight, pattern, bias)
     if kernel == "dense":
         return F.linear(input, dense_form(weight, pattern), bias)
+    if kernel == "triton":
+        weight = packed_form(weight, pattern)
     return torch.ops.uasparse.masked_linear(
         input, weight, bias, *pattern_tensors(pattern), pattern.shape, pattern.block
     )
@@ -58,9 +64,14 @@ def masked_linear_reference(
 def choose(
     input_shape: tuple[int, ...], dtype: torch.dtype, device_type: str, pattern: SparsityPattern, *, packed: bool
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled, sparse), "dense" (the vendor's, on the dense form) or "reference"."""
+    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "dense" (the vendor's, on the dense
+    form) or "reference".
+    """
     if not _library.has_kernel_for("masked_linear", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
+    if device_type == "cuda":
+        work = math.prod(input_shape[:-1]) * math.prod(pattern.shape)
+        return choose_cuda("masked_linear", dtype, pattern, work, packed=packed)
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return Choice("dense", f"no sparse kernel for {dtype}")
     return Choice("cpu", f"sparse kernel at density {pattern.density:.3g}")
@@ -86,22 +97,3 @@ def _fake(input, weight, bias, crow, col, ccol, row, perm, shape, block):
 def _backward_fake(grad_output, input, weight, crow, col, ccol, row, perm, shape, block, output_mask):
     sizes = (input.shape, weight.shape, (shape[0],))
     return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
-
-
-def _setup_context(ctx, inputs, output):
-    input, weight, _bias, *pattern, ctx.shape, ctx.block = inputs
-    # Only what some gradient needs is kept alive.
-    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *pattern)
-    ctx.input_shape = input.shape
-
-
-def _backward(ctx, grad_output):
-    input, weight, *pattern = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    if input is None:
-        input = grad_output.new_empty(1).expand(ctx.input_shape)
-    grads = torch.ops.uasparse.masked_linear_backward(grad_output, input, weight, *pattern, ctx.shape, ctx.block, mask)
-    return (*(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), *[None] * 7)
-
-
-_library.register_autograd("masked_linear", _backward, _setup_context)

@@ -63,6 +63,7 @@ def prune_grow(
         grown = random_candidates(pattern, dropped, k, generator)
     else:
         candidates = GrowthCandidates(k, pattern, dropped)
+        assert grow_scores is not None  # checked
         candidates.add(block_scores(grow_scores, pattern.block), 0)
         grown = candidates.select()
     apply(weight, pattern, dropped, grown, states)
@@ -254,6 +255,7 @@ def prune_grow_reference(
     if grow == "random":
         grown = random_candidates(pattern, dropped, k, generator)
     else:
+        assert grow_scores is not None  # checked
         scores = block_scores(grow_scores, pattern.block).nan_to_num(-math.inf, math.inf, -math.inf)
         scores[kept_blocks(pattern, dropped)] = math.nan
         grown = topk_indices_reference(scores, k)

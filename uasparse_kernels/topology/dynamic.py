@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ class DynamicSparsity:
                 layer.pattern,
                 fraction,
                 self.generator,
-                lambda layer=layer, capture=capture: capture.tiles(layer, self.group),
+                partial(capture.tiles, layer, self.group) if capture is not None else _no_tiles,
             )
             dropped, grown = self.method.update(update)
             plans.append((layer, dropped, self._agree(grown)))
@@ -152,6 +153,10 @@ class DynamicSparsity:
         if weight.grad is not None:
             tensors.append(weight.grad)
         return [t for t in tensors if t.shape == weight.shape]
+
+
+def _no_tiles() -> Any:
+    raise RuntimeError("A method that reads gradient tiles must say so: needs_gradient = True.")
 
 
 def _resolve_method(method: str | Method) -> Method | None:

@@ -1,47 +1,42 @@
-// The loss and its gradient, row by row (uasparse_kernels/ops/unknown_aware_loss.py has the formula).
-//
-// Included once for each instruction set, inside a namespace of its own and after #pragma GCC target; so it may use no
-// header with inline functions, which the linker would merge across instruction sets. LANES is the vector width.
+// The loss and its gradient, row by row (uasparse_kernels/ops/unknown_aware_loss.py has the formula), for one instruction
+// set (isa.h).
 //
 // A row is read once from memory: in chunks that stay in the L1 cache, a chunk's maximum and then its sum of
 // exponentials, the sum so far being rescaled when the maximum rises (online softmax). For the backward a row leaves its
 // maximum and its sum, the sign of the sum saying whether the prediction was right (negative: right).
 
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+#include "cpu/vec.h"
 
-inline Floats splat(float x) { return Floats{} + x; }
+namespace uasparse::UASPARSE_ISA {
 
-inline Floats load(const float* from) {
-  Floats x;
-  __builtin_memcpy(&x, from, sizeof x);
-  return x;
-}
+using Floats = Vec<float>;
+using Ints = Vec<int32_t>;
+constexpr int kFloats = kLanes<float>;
 
-// The first n < LANES floats, the rest -inf.
-inline Floats load_tail(const float* from, int64_t n, const float* end) {
-  float padded[LANES];
+// The first n < kFloats floats, the rest -inf.
+UASPARSE_INLINE Floats load_tail(const float* from, int64_t n, const float* end) {
+  float padded[kFloats];
   Ints lane;
-  for (int i = 0; i < LANES; ++i) lane[i] = i;
-  if (from + LANES <= end) {
+  for (int i = 0; i < kFloats; ++i) lane[i] = i;
+  if (from + kFloats <= end) {
     __builtin_memcpy(padded, from, sizeof padded);
   } else {
-    for (int64_t i = 0; i < LANES; ++i) padded[i] = i < n ? from[i] : 0;
+    for (int64_t i = 0; i < kFloats; ++i) padded[i] = i < n ? from[i] : 0;
   }
-  return lane < static_cast<int32_t>(n) ? load(padded) : splat(-__builtin_inff());
+  return lane < static_cast<int32_t>(n) ? load<float>(padded) : broadcast(-__builtin_inff());
 }
 
 // exp(x) for x <= 0 to about one unit in the last place: 2^n * exp(r), |r| <= ln(2) / 2, by Taylor's polynomial of
 // degree 7 (its remainder is 5e-9). Below exp's normal range the result is 0; NaN stays NaN.
-inline Floats exp_nonpositive(Floats x) {
+UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
   const float lowest = -87.3f;
-  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
-  const Floats clamped = x < lowest ? splat(lowest) : x;
+  const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, left in the low bits
+  const Floats clamped = x < lowest ? broadcast(lowest) : x;
   const Floats shifted = clamped * 1.44269504f + magic;
   const Floats n = shifted - magic;
   Floats r = clamped - n * 0.693359375f;  // ln(2) in two parts, the first exact in few bits
   r = r + n * 2.12194440e-4f;
-  Floats p = splat(1.0f / 5040);
+  Floats p = broadcast(1.0f / 5040);
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
   p = p * r + 1.0f / 24;
@@ -50,18 +45,18 @@ inline Floats exp_nonpositive(Floats x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Floats scale = (Floats)(((Ints)shifted << 23) + 0x3f800000);
-  return x < lowest ? splat(0.0f) : p * scale;
+  return x < lowest ? broadcast(0.0f) : p * scale;
 }
 
-inline double exp_nonpositive(double x) { return __builtin_exp(x); }
-inline float exp_nonpositive(float x) { return exp_nonpositive(splat(x))[0]; }
-inline double log_of(double x) { return __builtin_log(x); }
-inline float log_of(float x) { return __builtin_logf(x); }
+UASPARSE_INLINE double exp_nonpositive(double x) { return __builtin_exp(x); }
+UASPARSE_INLINE float exp_nonpositive(float x) { return exp_nonpositive(broadcast(x))[0]; }
+UASPARSE_INLINE double log_of(double x) { return __builtin_log(x); }
+UASPARSE_INLINE float log_of(float x) { return __builtin_logf(x); }
 
-inline float row_max(const float* z, int64_t n, const float* end) {
-  Floats max = splat(-__builtin_inff());
+UASPARSE_INLINE float row_max(const float* z, int64_t n, const float* end) {
+  Floats max = broadcast(-__builtin_inff());
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  for (; i + kFloats <= n; i += kFloats) {
     const Floats x = load(z + i);
     max = x > max ? x : max;
   }
@@ -69,58 +64,58 @@ inline float row_max(const float* z, int64_t n, const float* end) {
     const Floats x = load_tail(z + i, n - i, end);
     max = x > max ? x : max;
   }
-  float lanes[LANES];
+  float lanes[kFloats];
   __builtin_memcpy(lanes, &max, sizeof max);
-  for (int half = LANES / 2; half > 0; half /= 2)
+  for (int half = kFloats / 2; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) lanes[j] = lanes[j + half] > lanes[j] ? lanes[j + half] : lanes[j];
   return lanes[0];
 }
 
-inline double row_max(const double* z, int64_t n, const double*) {
+UASPARSE_INLINE double row_max(const double* z, int64_t n, const double*) {
   double max = -__builtin_inf();
   for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
   return max;
 }
 
-inline float exp_sum(const float* z, int64_t n, float base, const float* end) {
-  Floats sum = splat(0);
+UASPARSE_INLINE float exp_sum(const float* z, int64_t n, float base, const float* end) {
+  Floats sum = broadcast(0.0f);
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) sum += exp_nonpositive(load(z + i) - base);
+  for (; i + kFloats <= n; i += kFloats) sum += exp_nonpositive(load(z + i) - base);
   if (i < n) sum += exp_nonpositive(load_tail(z + i, n - i, end) - base);
-  float lanes[LANES];
+  float lanes[kFloats];
   __builtin_memcpy(lanes, &sum, sizeof sum);
-  for (int half = LANES / 2; half > 0; half /= 2)
+  for (int half = kFloats / 2; half > 0; half /= 2)
     for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
   return lanes[0];
 }
 
-inline double exp_sum(const double* z, int64_t n, double base, const double*) {
+UASPARSE_INLINE double exp_sum(const double* z, int64_t n, double base, const double*) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += __builtin_exp(z[i] - base);
   return sum;
 }
 
 // out = scale * exp(z - base)
-inline void scaled_exp(const float* z, int64_t n, float base, float scale, float* out, const float* end) {
+UASPARSE_INLINE void scaled_exp(const float* z, int64_t n, float base, float scale, float* out, const float* end) {
   int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  for (; i + kFloats <= n; i += kFloats) {
     const Floats e = exp_nonpositive(load(z + i) - base) * scale;
     __builtin_memcpy(out + i, &e, sizeof e);
   }
   if (i < n) {
-    float lanes[LANES];
+    float lanes[kFloats];
     const Floats e = exp_nonpositive(load_tail(z + i, n - i, end) - base) * scale;
     __builtin_memcpy(lanes, &e, sizeof e);
     for (int64_t j = 0; i + j < n; ++j) out[i + j] = lanes[j];
   }
 }
 
-inline void scaled_exp(const double* z, int64_t n, double base, double scale, double* out, const double*) {
+UASPARSE_INLINE void scaled_exp(const double* z, int64_t n, double base, double scale, double* out, const double*) {
   for (int64_t i = 0; i < n; ++i) out[i] = scale * __builtin_exp(z[i] - base);
 }
 
 template <typename T>
-inline bool contains(const T* z, int64_t n, T value) {
+UASPARSE_INLINE bool contains(const T* z, int64_t n, T value) {
   int found = 0;
   for (int64_t i = 0; i < n; ++i) found |= z[i] == value;
   return found != 0;
@@ -128,7 +123,7 @@ inline bool contains(const T* z, int64_t n, T value) {
 
 // An output of -inf counts nothing, so a maximum of -inf must not be subtracted from it.
 template <typename T>
-inline T exp_base(T max) {
+UASPARSE_INLINE T exp_base(T max) {
   return max == -static_cast<T>(__builtin_inf()) ? T(0) : max;
 }
 
@@ -210,3 +205,5 @@ template void loss_backward(const LossProblem<float>&, int64_t, int64_t, const f
                             float*);
 template void loss_backward(const LossProblem<double>&, int64_t, int64_t, const double*, const double*, int64_t, double,
                             double*);
+
+}  // namespace uasparse::UASPARSE_ISA

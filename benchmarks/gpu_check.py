@@ -1,0 +1,111 @@
+"""All that needs a GPU, in one command of less than ten minutes: ``make gpu-check`` (PYTHON=python3 OUT=folder).
+
+Stages, each with its own limit, each leaving its log and results in the folder before the next begins: facts of the
+machine, build, tests marked cuda, compute-sanitizer, benchmarks. Nothing is fetched: it runs with the Python, torch and
+Triton that are installed. A failed stage does not stop the later ones, but fails the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+MINIMUM_SECONDS = 15
+
+
+class Stage(NamedTuple):
+    name: str
+    command: list[str]
+    seconds: int
+    environment: dict[str, str] | None = None
+
+
+def stages(folder: Path) -> list[Stage]:
+    python, jobs = sys.executable, str(os.cpu_count() or 4)
+    major, minor = torch.cuda.get_device_capability()
+    tests = [python, "-m", "pytest", "-m", "cuda", "-rf", "--durations=5"]
+    parallel = ["-n", str(min(12, int(jobs)))] if importlib.util.find_spec("xdist") else []
+    found = [
+        Stage("facts", [python, "-m", "uasparse_kernels"], 30),
+        Stage(
+            "build",
+            [python, "setup.py", "build_ext", "--inplace"],
+            150,
+            {"MAX_JOBS": jobs, "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"},
+        ),
+        Stage("tests", [*tests, *parallel], 130),
+    ]
+    if sanitizer := shutil.which("compute-sanitizer"):
+        # Without torch's allocator, which hides accesses past the end of a tensor in its own blocks.
+        few = "test_triton and ((matches and float32 and (16 or 64)) or uneven or keep_active or geometries)"
+        command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *tests, "-k", few]
+        found.append(Stage("sanitizer", command, 70, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    for suite, module, seconds in (
+        ("gpu-linear", "bench_gpu_masked_linear", 80),
+        ("gpu-step", "bench_gpu_masked_linear", 80),
+        ("gpu-conv", "bench_gpu_masked_conv2d", 50),
+    ):
+        command = [python, "-m", f"benchmarks.{module}", "--seconds", str(seconds), "--folder", str(folder)]
+        found.append(Stage(suite, command + (["--suite", suite] if "linear" in module else []), seconds + 20))
+    return found
+
+
+def run(stage: Stage, folder: Path, limit: float) -> dict[str, object]:
+    """Runs a stage with its output in ``<folder>/<name>.log``; ends it, and what it started, at the limit."""
+    begin = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(stage.environment or {})}
+    with (folder / f"{stage.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code: int | str = process.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = "out of time"
+    return {"stage": stage.name, "result": code, "seconds": round(time.monotonic() - begin, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results" / "gpu-check")
+    parser.add_argument("--seconds", type=float, default=570, help="for everything")
+    parser.add_argument("--only", nargs="+", help="names of stages")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu-check: no CUDA device is at hand.")
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + arguments.seconds
+    results = []
+    for stage in stages(folder):
+        if arguments.only and stage.name not in arguments.only:
+            continue
+        limit = min(stage.seconds, end - time.monotonic())
+        if limit < MINIMUM_SECONDS:
+            results.append({"stage": stage.name, "result": "no time left", "seconds": 0})
+        else:
+            results.append(run(stage, folder, limit))
+            print(f"--- {results[-1]}")
+            print("\n".join((folder / f"{stage.name}.log").read_text(errors="replace").splitlines()[-25:]), flush=True)
+        (folder / "stages.json").write_text(json.dumps(results, indent=1) + "\n")
+    for result in results:
+        print(f"{result['stage']:12} {result['result']!s:14} {result['seconds']} s")
+    sys.exit(any(result["result"] != 0 for result in results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+// Kernel launches as plain function calls. The <<<...>>> of CUDA C++ would keep a host compiler from reading these files,
+// and the tests run them with one (python_tests/cuda_emulation).
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace uasparse {
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, cudaStream_t stream,
+                   Arguments... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Stops a launcher at its first error.
+#define UASPARSE_CUDA_TRY(call)                              \
+  do {                                                       \
+    const cudaError_t uasparse_error = (call);               \
+    if (uasparse_error != cudaSuccess) return uasparse_error; \
+  } while (0)
+
+}  // namespace uasparse

@@ -1,0 +1,101 @@
+// The unknown-aware loss on a CUDA device: checks, allocation, the current stream. No host sync: both ops can be captured
+// in a CUDA graph.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "cuda/unknown_aware_loss.h"
+
+namespace uasparse {
+namespace {
+
+at::ScalarType acc_type(const at::Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+LogitType logit_type(const at::Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case at::kFloat: return LogitType::kFloat;
+    case at::kDouble: return LogitType::kDouble;
+    case at::kHalf: return LogitType::kHalf;
+    case at::kBFloat16: return LogitType::kBFloat16;
+    default: TORCH_CHECK_TYPE(false, "Expected floating-point logits, got ", logits.scalar_type(), ".");
+  }
+}
+
+LossArguments check(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha, double unknown_weight,
+                    int64_t reduction) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 2, "Expected logits [N, K + 1] with K >= 1, got ",
+                    logits.sizes(), ".");
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "Expected targets [", logits.size(0),
+                    "], got ", target.sizes(), ".");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong && alpha.scalar_type() == acc_type(logits),
+                   "Expected int64 targets and an alpha of ", acc_type(logits), ", got ", target.scalar_type(), " and ",
+                   alpha.scalar_type(), ".");
+  TORCH_CHECK_VALUE(alpha.numel() == 1 && reduction >= 0 && reduction <= 2,
+                    "Expected one alpha and a reduction of 0, 1 or 2.");
+  TORCH_CHECK_VALUE(target.device() == logits.device() && alpha.device() == logits.device(),
+                    "Expected logits, targets and alpha on one device, got ", logits.device(), ", ", target.device(),
+                    " and ", alpha.device(), ".");
+  return {logit_type(logits),    logits.const_data_ptr(), target.const_data_ptr<int64_t>(), alpha.const_data_ptr(),
+          logits.size(0),        logits.size(1),          unknown_weight,
+          static_cast<int>(reduction)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits_, const at::Tensor& target_,
+                                                       const at::Tensor& alpha, double unknown_weight,
+                                                       int64_t reduction) {
+  const c10::cuda::CUDAGuard guard(logits_.device());
+  const at::Tensor logits = logits_.contiguous(), target = target_.contiguous();
+  const LossArguments arguments = check(logits, target, alpha, unknown_weight, reduction);
+  const auto options = logits.options().dtype(acc_type(logits));
+  at::Tensor loss = reduction == 0 ? at::empty({arguments.rows}, options) : at::empty({}, options);
+  at::Tensor threshold = at::empty({}, options), saved = at::empty({arguments.rows, 2}, options);
+  if (arguments.rows == 0) {
+    if (reduction != 0) loss.fill_(reduction == 1 ? std::numeric_limits<double>::quiet_NaN() : 0.0);
+    threshold.fill_(0.0);
+    return {loss, threshold, saved};
+  }
+  const at::Tensor workspace =
+      at::empty({static_cast<int64_t>(loss_workspace_bytes(arguments))}, logits.options().dtype(at::kByte));
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(cudaMemsetAsync(workspace.mutable_data_ptr(), 0, kLossZeroBytes, stream));
+  C10_CUDA_CHECK(launch_loss_forward(arguments, loss.mutable_data_ptr(), threshold.mutable_data_ptr(),
+                                     saved.mutable_data_ptr(), workspace.mutable_data_ptr(), stream));
+  return {loss, threshold, saved};
+}
+
+at::Tensor backward(const at::Tensor& grad_loss_, const at::Tensor& logits_, const at::Tensor& target_,
+                    const at::Tensor& alpha, const at::Tensor& saved_, double unknown_weight, int64_t reduction) {
+  const c10::cuda::CUDAGuard guard(logits_.device());
+  const at::Tensor logits = logits_.contiguous(), target = target_.contiguous(), saved = saved_.contiguous();
+  const LossArguments arguments = check(logits, target, alpha, unknown_weight, reduction);
+  const at::Tensor grad_loss = grad_loss_.to(acc_type(logits)).contiguous();
+  TORCH_CHECK_VALUE(grad_loss.numel() == (reduction == 0 ? arguments.rows : 1) &&
+                        saved.numel() == 2 * arguments.rows && saved.scalar_type() == acc_type(logits) &&
+                        grad_loss.device() == logits.device() && saved.device() == logits.device(),
+                    "Expected the gradient of the loss and what its forward saved, got sizes ", grad_loss.sizes(),
+                    " and ", saved.sizes(), ".");
+  at::Tensor grad = at::empty_like(logits, at::MemoryFormat::Contiguous);
+  if (arguments.rows > 0)
+    C10_CUDA_CHECK(launch_loss_backward(arguments, grad_loss.const_data_ptr(), saved.const_data_ptr(),
+                                        grad.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()));
+  return grad;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(uasparse, CUDA, m) {
+  m.impl("unknown_aware_loss", &forward);
+  m.impl("unknown_aware_loss_backward", &backward);
+}
+
+}  // namespace uasparse

@@ -1,0 +1,80 @@
+"""The choice of a kernel on CUDA devices, which needs none."""
+
+import importlib
+
+import pytest
+import torch
+
+from uasparse_kernels import SparsityPattern
+from uasparse_kernels.ops import _cuda
+from uasparse_kernels.triton import available, settings
+
+linear = importlib.import_module("uasparse_kernels.ops.masked_linear")
+conv2d = importlib.import_module("uasparse_kernels.ops.masked_conv2d")
+pytestmark = pytest.mark.skipif(
+    not available() or not torch._C._dispatch_has_kernel_for_dispatch_key("uasparse::masked_linear", "CUDA"),
+    reason="needs the compiled ops, a CUDA build of torch, and Triton",
+)
+
+
+def _choose(density, block, dtype=torch.bfloat16, *, packed=True, tokens=8192):
+    pattern = SparsityPattern.random((1024, 1024), density, block=block)
+    return linear.choose((tokens, 1024), dtype, "cuda", pattern, packed=packed)
+
+
+def test_blocks_up_to_the_crossover():
+    assert _choose(0.1, (64, 64)).kernel == "triton"
+    assert _choose(0.9, (64, 64)).kernel == "dense"
+    assert "predicted" in _choose(0.1, (64, 64)).reason
+    assert _choose(0.1, (16, 16)).kernel == "dense" and _choose(0.02, (16, 16)).kernel == "triton"
+
+
+def test_what_blocks_do_not_serve():
+    assert "unstructured" in _choose(0.01, (1, 1)).reason
+    assert _choose(0.01, (16, 1)).kernel == "dense" and _choose(0.01, (8, 8)).kernel == "dense"
+    assert _choose(0.1, (64, 64), torch.float64).kernel == "dense"
+
+
+def test_small_dense_stored_problems_go_to_the_vendor():
+    assert _choose(0.1, (64, 64), packed=False, tokens=8192).kernel == "triton"
+    assert _choose(0.1, (64, 64), packed=False, tokens=64).kernel == "dense"
+    assert _choose(0.1, (64, 64), packed=True, tokens=64).kernel == "triton"
+
+
+def test_float32_follows_its_precision(monkeypatch):
+    monkeypatch.setattr(settings, "float32_precision", "tf32")
+    assert _cuda.arithmetic("masked_linear", torch.float32) == "tensor cores"
+    monkeypatch.setattr(settings, "float32_precision", "ieee")
+    assert _cuda.arithmetic("masked_linear", torch.float32) == "cores"
+    monkeypatch.setattr(settings, "float32_precision", None)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision, expected in (("tf32", "tensor cores"), ("ieee", "cores")):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            assert _cuda.arithmetic("masked_linear", torch.float32) == expected
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_measured_crossovers_come_first(monkeypatch):
+    _cuda._crossover.cache_clear()
+    monkeypatch.setitem(_cuda.MEASURED, "Some GPU", {"masked_linear": {"tensor cores": {64: 0.5}}})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
+    try:
+        choice = _choose(0.4, (64, 64))
+        assert choice.kernel == "triton" and "measured on Some GPU" in choice.reason
+        assert _choose(0.4, (32, 32)).kernel == "dense"
+    finally:
+        _cuda._crossover.cache_clear()
+
+
+def test_convolutions():
+    pattern = SparsityPattern.random((256, 256, 3, 3), 0.1, block=(64, 64))
+
+    def choose(**more):
+        return conv2d.choose((64, 256, 14, 14), torch.bfloat16, "cuda", pattern, packed=True, **more)
+
+    assert choose(padding=(1, 1)).kernel == "triton"
+    assert choose(groups=2) == ("dense", "no block kernel for groups")

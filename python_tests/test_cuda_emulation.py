@@ -1,0 +1,192 @@
+"""The CUDA kernels of the loss, of selection and of prune-grow, executed on the CPU under the sanitizers of g++.
+
+cuda_emulation/cuda_runtime.h stands in for CUDA's; the .cu files are compiled unchanged. Each op has a program that
+reads cases from stdin and writes results to stdout, which are compared with the references here.
+"""
+
+import math
+import pathlib
+import shutil
+import struct
+import subprocess
+
+import pytest
+import torch
+
+from uasparse_kernels import SparsityPattern
+from uasparse_kernels.ops import prune_grow_reference, topk_indices_reference, unknown_aware_loss_reference
+from uasparse_kernels.ops._common import pattern_tensors
+from uasparse_kernels.ops.prune_grow import kept_blocks
+
+HERE = pathlib.Path(__file__).parent
+EMULATION, CSRC = HERE / "cuda_emulation", HERE.parent / "csrc"
+CXX = shutil.which("g++")
+SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
+
+pytestmark = pytest.mark.skipif(CXX is None or not CSRC.exists(), reason="needs g++ and the sources")
+
+
+@pytest.fixture(scope="module", params=list(SANITIZERS))
+def emulate(request, tmp_path_factory):
+    """A function that runs the program of an op on cases, and returns what it wrote."""
+    folder, built = tmp_path_factory.mktemp(request.param), {}
+
+    def run(op, cases):
+        if op not in built:
+            built[op] = folder / op
+            sources = [str(EMULATION / f"run_{op}.cpp"), "-x", "c++", str(CSRC / "cuda" / f"{op}.cu")]
+            flags = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", SANITIZERS[request.param]]
+            command = [CXX, *flags, f"-I{EMULATION}", f"-I{CSRC}", *sources, "-o", str(built[op])]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        done = subprocess.run([built[op]], input=b"".join(cases), capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[:5000]
+        return Reader(done.stdout)
+
+    run.few = request.param == "thread"  # ThreadSanitizer is slow
+    return run
+
+
+class Reader:
+    def __init__(self, data):
+        self.data, self.at = data, 0
+
+    def take(self, dtype, *shape):
+        count = math.prod(shape)
+        end = self.at + count * dtype.itemsize
+        raw, self.at = self.data[self.at : end], end
+        return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if count else torch.empty(shape, dtype=dtype)
+
+    def done(self):
+        return self.at == len(self.data)
+
+
+def raw(*tensors):
+    return b"".join(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors if t.numel())
+
+
+def numbers(*values):
+    return struct.pack("q" * len(values), *map(int, values))
+
+
+LOGIT_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def test_unknown_aware_loss(emulate):
+    g = torch.Generator().manual_seed(1)
+    sizes = [(1, 2), (70, 11), (40, 17), (9, 33), (5, 101), (3, 2600)]
+    cases = []
+    for i, (n, classes) in enumerate(sizes):
+        for dtype in LOGIT_TYPES[i % 2 :: 2] if emulate.few else LOGIT_TYPES:
+            for reduction in [i % 3] if emulate.few else range(3):
+                logits = (3 * torch.randn(n, classes, generator=g)).to(dtype)
+                logits[0, torch.rand(classes, generator=g) < 0.2] = -math.inf
+                target = torch.randint(classes, (n,), generator=g)
+                target = torch.where(torch.rand(n, generator=g) < 0.33, logits.argmax(1), target)
+                target[0] = logits[0].argmax()
+                acc = torch.float64 if dtype == torch.float64 else torch.float32
+                upstream = torch.rand(n if reduction == 0 else 1, generator=g).to(acc) + 0.5
+                cases.append((logits, target, reduction, upstream))
+    got = emulate(
+        "unknown_aware_loss",
+        [
+            numbers(LOGIT_TYPES.index(z.dtype), *z.shape, reduction)
+            + struct.pack("d", 0.25)
+            + raw(torch.tensor([0.7], dtype=upstream.dtype), upstream, target, z)
+            for z, target, reduction, upstream in cases
+        ],
+    )
+    for z, target, reduction, upstream in cases:
+        loss, threshold = got.take(upstream.dtype, upstream.numel()), got.take(upstream.dtype)
+        grad = got.take(z.dtype, *z.shape)
+        exact = z.double().requires_grad_()
+        options = {"unknown_weight": 0.25, "reduction": ("none", "mean", "sum")[reduction]}
+        losses, expected = unknown_aware_loss_reference(exact, target, 0.7, **options)
+        (expected_grad,) = torch.autograd.grad((losses * upstream.double()).sum(), exact)
+        eps = torch.finfo(upstream.dtype).eps
+        torch.testing.assert_close(loss.double(), losses.detach().reshape(-1), rtol=64 * eps, atol=64 * eps)
+        torch.testing.assert_close(threshold.double(), expected, rtol=64 * eps, atol=64 * eps)
+        tolerance = {"rtol": 64 * eps + 2 * torch.finfo(z.dtype).eps, "atol": 64 * eps}
+        torch.testing.assert_close(grad.double(), expected_grad, **tolerance)
+    assert got.done()
+
+
+def test_topk_indices(emulate):
+    g = torch.Generator().manual_seed(2)
+    cases = []
+    for i in range(2 if emulate.few else 8):
+        dtype = torch.float64 if i % 2 else torch.float32
+        scores = []
+        for n in (1, 33, 8192, 9001) if i < 2 else (500, 8193):
+            x = torch.randn(n, generator=g)
+            if n % 2:  # ties, both zeros, infinities, NaN
+                x = (4 * x).round().div(4)
+                for value, share in [(0.0, 0.1), (-0.0, 0.1), (math.inf, 0.02), (-math.inf, 0.02), (math.nan, 0.05)]:
+                    x[torch.rand(n, generator=g) < share] = value
+            scores.append(x.to(dtype))
+        ks = [int(torch.randint(s.numel() + 1, (), generator=g)) for s in scores]
+        ks[0] = 0 if i % 2 else scores[0].numel()
+        cases.append((scores, ks, i // 2 % 2 == 0, i // 4 % 2 == 1))
+    got = emulate(
+        "topk_indices",
+        [
+            numbers(len(scores), scores[0].dtype == torch.float64, largest, magnitude)
+            + numbers(*(x for s, k in zip(scores, ks, strict=True) for x in (s.numel(), k)))
+            + raw(*scores)
+            for scores, ks, largest, magnitude in cases
+        ],
+    )
+    for scores, ks, largest, magnitude in cases:
+        for s, k in zip(scores, ks, strict=True):
+            expected = topk_indices_reference(s, k, largest=largest, magnitude=magnitude)
+            assert torch.equal(got.take(torch.int64, k), expected)
+    assert got.done()
+
+
+PRUNE_GROW_CASES = [
+    ((37, 53), (1, 1), torch.float32),
+    ((9, 7, 3, 2), (1, 1), torch.float64),
+    ((30, 21), (2, 1), torch.bfloat16),
+    ((32, 28), (4, 4), torch.float32),
+    ((8, 12, 3, 1), (4, 4), torch.uint8),
+    ((4, 6), (1, 1), torch.complex128),
+]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.6, 1.0])
+def test_prune_grow(emulate, density):
+    g = torch.Generator().manual_seed(3)
+    cases = []
+    for shape, block, dtype in PRUNE_GROW_CASES:
+        pattern = SparsityPattern.random(shape, density, block=block, generator=g)
+        weight, gradient = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+        weight = weight * pattern.to_mask()
+        after = SparsityPattern(shape, pattern.crow.clone(), pattern.col.clone(), block=block)
+        change = prune_grow_reference(weight.clone(), after, 0.4, grow_scores=gradient)
+        values = torch.randint(1, 256, shape, generator=g) * pattern.to_mask()
+        dense = values.to(dtype)
+        rows, columns = pattern.grid
+        first = int(torch.randint(rows * columns // 2, (), generator=g))
+        scores = torch.rand(rows * columns - first - 1, generator=g)
+        cases.append((pattern, after, change, dense, first, scores))
+    got = emulate(
+        "prune_grow",
+        [
+            numbers(*p.grid, math.prod(p.shape[2:]), p.shape[3] if len(p.shape) == 4 else 1, p.num_blocks, *p.block)
+            + numbers(change.dropped.numel(), dense.dtype.itemsize, first, scores.numel())
+            + raw(p.crow, p.col, change.dropped, change.grown, dense.reshape(-1)[p.indices()], dense, scores)
+            for p, _, change, dense, first, scores in cases
+        ],
+    )
+    for pattern, after, change, dense, first, scores in cases:
+        for expected in pattern_tensors(after):
+            assert torch.equal(got.take(torch.int32, expected.numel()), expected)
+        kept = SparsityPattern.from_blocks(pattern.shape, kept_blocks(pattern, change.dropped), block=pattern.block)
+        expected = torch.where(kept.to_mask(), dense, torch.zeros_like(dense))
+        assert torch.equal(got.take(dense.dtype, after.nnz), expected.reshape(-1)[after.indices()].reshape(-1))
+        assert torch.equal(got.take(dense.dtype, *dense.shape), expected)
+        places = kept_blocks(pattern, change.dropped) - first
+        expected = scores.clone()
+        expected[places[(places >= 0) & (places < scores.numel())]] = math.nan
+        torch.testing.assert_close(got.take(torch.float32, scores.numel()), expected, rtol=0, atol=0, equal_nan=True)
+    assert got.done()

@@ -1,0 +1,142 @@
+"""Scores and metrics of training/ against values worked out by hand."""
+
+import math
+
+import pytest
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("pytorch_ood")
+
+import torch
+from torch import nn
+
+from training.batches import Normalise
+from training.errors import TrainingError
+from training.metrics import classification_metrics, detection_metrics, reliability
+from training.scores import SCORES, Judge, collect, moon_score, unknown_log_odds
+
+
+def test_detection_metrics_of_a_worked_example():
+    # Ordered from most unknown: U 5, K 4, U 3, U 2, K 1, K 0. Of the nine pairs, 3 + 2 + 2 are in the right order.
+    metrics = detection_metrics(torch.tensor([4.0, 1.0, 0.0]), torch.tensor([5.0, 3.0, 2.0]))
+    assert metrics["auroc"] == pytest.approx(7 / 9)
+    # All three unknown are caught (a TPR >= 0.95) from the threshold 2 on, where one of three known is flagged.
+    assert metrics["fpr95"] == pytest.approx(1 / 3)
+    # All three known are accepted only with the threshold above 4, where two of three unknown are accepted.
+    assert metrics["fpr95_known_positive"] == pytest.approx(2 / 3)
+    assert metrics["aupr_out"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
+    assert metrics["aupr_in"] == pytest.approx((1 / 1 + 2 / 2 + 3 / 5) / 3)
+
+
+def test_detection_metrics_count_ties_half():
+    metrics = detection_metrics(torch.zeros(4), torch.zeros(3))
+    assert metrics["auroc"] == 0.5
+    assert metrics["fpr95"] == 1.0
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([0.0, math.nan]), torch.tensor([math.inf]), torch.empty(0)])
+def test_detection_metrics_refuse_scores_that_rank_nothing(bad):
+    with pytest.raises(TrainingError, match=r"finite scores of at least one unknown image"):
+        detection_metrics(torch.tensor([0.0, 1.0]), bad)
+
+
+def test_classification_metrics_of_a_worked_example():
+    p = torch.tensor([[0.7, 0.2, 0.1], [0.2, 0.3, 0.5], [0.1, 0.9, 0.0], [0.25, 0.35, 0.4]], dtype=torch.float64)
+    labels = torch.tensor([0, 1, 1, 0])
+    metrics = classification_metrics((p + 1e-300).log(), labels)
+    assert metrics["accuracy"] == 0.5  # the second and fourth are answered by the third output
+    assert metrics["nll"] == pytest.approx(-math.log(0.7 * 0.3 * 0.9 * 0.25) / 4)
+    brier = [0.3**2 + 0.2**2 + 0.1**2, 0.2**2 + 0.7**2 + 0.5**2, 0.1**2 + 0.1**2, 0.75**2 + 0.35**2 + 0.4**2]
+    assert metrics["brier"] == pytest.approx(sum(brier) / 4)
+    # The confidences 0.7, 0.5, 0.9, 0.4 fall in four different of the 15 bins.
+    assert metrics["ece"] == pytest.approx((0.3 + 0.5 + 0.1 + 0.4) / 4)
+
+
+def test_ece_joins_confidences_of_one_bin():
+    # 0.95 and 0.97 are both above 14/15: one right, one wrong is an accuracy of 0.5 against a confidence of 0.96.
+    p = torch.tensor([[0.95, 0.05], [0.97, 0.03]], dtype=torch.float64)
+    metrics = classification_metrics(p.log(), torch.tensor([0, 1]))
+    assert metrics["ece"] == pytest.approx(0.46)
+
+
+def test_reliability_bins_agree_with_ece():
+    logits = torch.randn(500, 11, generator=torch.Generator().manual_seed(0)) * 3
+    labels = torch.randint(10, (500,), generator=torch.Generator().manual_seed(1))
+    bins = reliability(logits, labels)
+    gaps = [s * abs(a - c) for s, a, c in zip(bins["share"], bins["accuracy"], bins["confidence"], strict=True)]
+    assert sum(gaps) == pytest.approx(
+        classification_metrics(logits, labels)["ece"], abs=1e-6
+    )  # float32 in torchmetrics
+    assert sum(bins["share"]) == pytest.approx(1)
+
+
+def test_scores_of_the_unknown_output():
+    p = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    assert moon_score(p.log(), 2).tolist() == pytest.approx([0.4, 0.8])
+    assert unknown_log_odds(p.log(), 2).tolist() == pytest.approx([math.log(0.1 / 0.9), math.log(0.6 / 0.4)])
+
+
+def test_log_odds_keep_the_order_where_u_underflows():
+    logits = torch.tensor([[0.0, -900.0], [0.0, -800.0]], dtype=torch.float64)
+    assert logits.softmax(1)[:, 1].tolist() == [0.0, 0.0]
+    low, high = unknown_log_odds(logits, 1).tolist()
+    assert low < high
+
+
+def _judge(num_outputs: int, num_classes: int) -> tuple[Judge, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, num_outputs))
+    images = torch.randint(256, (120, 1, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(120) % num_classes
+    judge = Judge.of(model, Normalise.of(images), num_classes, images, labels, torch.device("cpu"))
+    return judge, images
+
+
+def test_class_scores_do_not_see_the_unknown_output():
+    judge, images = _judge(num_outputs=4, num_classes=3)
+    outputs = judge.outputs(images)
+    k = outputs.logits[:, :3]
+    expected = {
+        "msp": -k.softmax(1).amax(1),
+        "maxlogit": -k.amax(1),
+        "energy": -k.exp().sum(1).log(),
+        "entropy": -(k.softmax(1) * k.log_softmax(1)).sum(1),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(SCORES[name].make(judge)(outputs), value)
+    # ODIN without perturbation is MSP at temperature 1000; with it, confidence can only have risen (to first order).
+    odin = SCORES["odin"].make(judge)(images)
+    assert (odin <= -(k / 1000).softmax(1).amax(1) + 1e-9).all()
+    assert odin.unique().numel() > 100
+
+
+def test_feature_scores():
+    judge, images = _judge(num_outputs=3, num_classes=3)
+    outputs = judge.outputs(images)
+    z = judge.fit.features
+    unit = z / z.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    here = outputs.features / outputs.features.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    distances = torch.cdist(here.double(), unit.double()).sort(1).values[:, 49]
+    torch.testing.assert_close(SCORES["knn"].make(judge)(outputs), distances, atol=1e-5, rtol=1e-5)
+
+    mu = torch.stack([z[judge.fit_labels == c].mean(0) for c in range(3)])
+    scatter = sum((z[judge.fit_labels == c] - mu[c]).T @ (z[judge.fit_labels == c] - mu[c]) for c in range(3))
+    precision = torch.linalg.inv(scatter + 1e-6 * torch.eye(8))
+    gaps = outputs.features[:, None] - mu
+    expected = 0.5 * torch.einsum("ncd,de,nce->nc", gaps, precision, gaps).amin(1)
+    torch.testing.assert_close(SCORES["mahalanobis"].make(judge)(outputs), expected, atol=1e-4, rtol=1e-3)
+
+    clip = z.flatten().sort().values[int(0.9 * z.numel()) - 1]
+    head = judge.model[-1]
+    expected = -head(outputs.features.clamp(max=clip)).double().logsumexp(1).detach()
+    torch.testing.assert_close(SCORES["react"].make(judge)(outputs), expected)
+
+
+def test_collect_gives_the_input_of_the_last_layer():
+    judge, images = _judge(num_outputs=3, num_classes=3)
+    outputs = collect(judge.model, images, judge.normalise, "cpu", batch_size=7)
+    with torch.no_grad():
+        features = judge.model[:3](judge.normalise(images))
+        torch.testing.assert_close(outputs.features, features)
+        torch.testing.assert_close(outputs.logits, judge.model[3](features).double())
+    assert not judge.model[3]._forward_pre_hooks

@@ -1,0 +1,182 @@
+"""Command line: python -m training fit | evaluate | compare | demo."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import torch
+import typer
+from rich.console import Console
+
+from training import report
+from training.checkpoint import write_json
+from training.compare import SUITES, Suite, compare, print_summary
+from training.config import ARM_PARTS, FitConfig
+from training.data import UNKNOWN_HELP
+from training.demo import demo
+from training.errors import TrainingError
+from training.evaluate import evaluate_checkpoint
+from training.run import fit, pick_device
+from training.scores import SCORES
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+Ood = Annotated[list[str], typer.Option("--ood", help=f"OOD set, may be given several times: {UNKNOWN_HELP}.")]
+ScoreNames = Annotated[list[str], typer.Option("--score", help=f"Scores; all by default: {', '.join(SCORES)}.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice.")]
+
+
+def with_config(**fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command an option for every field of FitConfig but the `fixed` ones; hands all over as one `config`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(FitConfig)
+        chosen = [f for f in fields(FitConfig) if f.name not in fixed]
+
+        @wraps(command)
+        def run(**arguments: Any) -> None:
+            values = {f.name: arguments.pop(f.name) for f in chosen}
+            command(config=FitConfig(**values, **fixed), **arguments)
+
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
+        options = [
+            inspect.Parameter(
+                f.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=f.default,
+                annotation=Annotated[hints[f.name], typer.Option(help=f.metadata["help"], rich_help_panel="Settings")],
+            )
+            for f in chosen
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        del run.__wrapped__  # type: ignore[attr-defined]  # typer would look behind it
+        return run
+
+    return decorate
+
+
+@app.command("fit")
+@with_config()
+def fit_command(
+    config: FitConfig,
+    out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/fit"),
+    ood: Ood = [],  # noqa: B006
+    score: ScoreNames = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train one network, evaluate it, and draw the figures."""
+    _set_threads(threads)
+    results = fit(config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console)
+    _print_results(results, config.arm)
+    console.print(f"Run folder: {out}", soft_wrap=True)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A run folder, or the model.pt in it.")],
+    ood: Ood = [],  # noqa: B006
+    score: ScoreNames = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and figures; default none.")] = None,
+    data_dir: Annotated[str, typer.Option(help="Folder of downloaded data sets; default that of the run.")] = "",
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Evaluate a trained network against any OOD sets."""
+    _set_threads(threads)
+    judged = evaluate_checkpoint(checkpoint, ood, data_dir=data_dir, device=pick_device(device), scores=score or None)
+    _print_results(judged.results, str(checkpoint))
+    if out is not None:
+        write_json(out / "evaluation.json", judged.results)
+        paths = report.draw_run(out, (), judged)
+        console.print(f"Written: {', '.join(map(str, [out / 'evaluation.json', *paths]))}", soft_wrap=True)
+
+
+@app.command("compare")
+@with_config(method="rigl", loss="ce", vote=False, unknowns="none", sparsity=0.9, seed=0)  # set by --arm and --seeds
+def compare_command(
+    config: FitConfig,
+    suite: Annotated[
+        str, typer.Option(help=f"A prepared study ({', '.join(SUITES)}); other options are then ignored.")
+    ] = "",
+    arm: Annotated[
+        list[str],
+        typer.Option(
+            help="Method, may be given several times; parts joined by +: "
+            + ", ".join(p for v in ARM_PARTS.values() for p in v)
+        ),
+    ] = ["rigl", "rigl+vote", "rigl+moon+vote", "rigl+vote+patch-shuffle"],  # noqa: B006
+    seeds: Annotated[int, typer.Option(help="Seeds 0 to N-1.")] = 3,
+    sparsity: Annotated[list[float], typer.Option(help="May be given several times.")] = [0.9],  # noqa: B006
+    ood: Ood = [],  # noqa: B006
+    score: ScoreNames = [],  # noqa: B006
+    out: Annotated[Path, typer.Option(help="Folder of the study; finished runs in it are kept.")] = Path(
+        "runs/compare"
+    ),
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train several methods with several seeds; mean and spread. Goes on where it was stopped."""
+    _set_threads(threads)
+    if suite and suite not in SUITES:
+        raise TrainingError(f"Unknown suite {suite!r}. Expected one of {', '.join(SUITES)}.")
+    study = SUITES[suite] if suite else Suite(
+        config, tuple(arm), tuple(ood), tuple(range(seeds)), tuple(sparsity), tuple(score or SCORES)
+    )  # fmt: skip
+    summary = compare(study, out, device=device, console=console)
+    print_summary(summary, console)
+    console.print(
+        f"Written: {out / 'summary.json'}" + (f", {out / 'comparison.png'}" if study.unknowns else ""), soft_wrap=True
+    )
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Fashion-MNIST at 90 % sparsity: RigL beside the whole method, and what was gained."""
+    _set_threads(threads)
+    demo(out, device=device, console=console)
+
+
+def _print_results(results: dict[str, Any], title: str) -> None:
+    console.print(report.known_table([(title, results["known"])]))
+    if results["unknown"]:
+        console.print(report.detection_table(results))
+    if "cost" in results:
+        console.print(json.dumps(results["cost"]), soft_wrap=True)
+
+
+def _set_threads(threads: int) -> None:
+    if threads > 0:
+        torch.set_num_threads(threads)
+
+
+def main() -> None:
+    """Runs the command line; an error that the user can repair is one message, and exit code 1."""
+    to_console = logging.StreamHandler()
+    to_console.setLevel(logging.WARNING)  # what is below goes to the run's fit.log
+    logging.basicConfig(handlers=[to_console])
+    try:
+        app()
+    except TrainingError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

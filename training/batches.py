@@ -1,0 +1,103 @@
+"""Batches of normalised, lightly augmented images, made with whole-batch tensor operations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.data import ImageSet
+from training.errors import TrainingError
+from training.unknowns import PatchShuffle
+
+AUGMENTATIONS = ("auto", "none", "crop", "crop-flip")
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """(pixel / 255 - mean) / std a channel. Called on uint8 [N, C, H, W], gives float32."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, images: Tensor) -> Normalise:
+        """Takes the statistics of uint8 images [N, C, H, W]; a channel that is constant gets std 1."""
+        counts = torch.stack(
+            [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
+        ).double()
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        weights = counts / counts.sum(1, keepdim=True)
+        mean = weights @ levels
+        std = (weights @ levels.square() - mean.square()).clamp(min=0).sqrt()
+        std = torch.where(std < 1e-6, torch.ones_like(std), std)
+        return cls(tuple(mean.tolist()), tuple(std.tolist()))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        mean = torch.tensor(self.mean, device=images.device).mul(255).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).mul(255).view(1, -1, 1, 1)
+        return images.float().sub_(mean).div_(std)
+
+
+class Batches:
+    """Iterable over one epoch of training batches (x float32 [B, C, H, W], y int64 [B]).
+
+    Order, crops and flips come from `generator` (on the CPU), so its state at the start of an epoch fixes the epoch.
+    All batches have the same size: the last, smaller one is left out (another shuffle brings its images back).
+    `unknowns` replaces some images of each batch by synthetic unknowns with the label `unknown_label`.
+    """
+
+    def __init__(
+        self,
+        data: ImageSet,
+        normalise: Normalise,
+        *,
+        batch_size: int,
+        generator: torch.Generator,
+        augment: str = "none",
+        unknowns: PatchShuffle | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if augment not in AUGMENTATIONS:
+            raise TrainingError(f"Expected augment to be one of {AUGMENTATIONS}, got {augment!r}.")
+        if augment == "auto":  # digits and clothes have a handedness, photographs have not
+            augment = "crop-flip" if data.images.shape[1] == 3 else "crop"
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        self.batch_size = min(batch_size, len(data))
+        self.normalise, self.generator, self.augment, self.unknowns = normalise, generator, augment, unknowns
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.images), generator=self.generator).to(self.device, non_blocking=True)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            index = order[start : start + self.batch_size]
+            x, y = self.images[index], self.labels[index]
+            if self.augment != "none":
+                x = random_crop(x, self.generator)
+            if self.augment == "crop-flip":
+                x = random_flip(x, self.generator)
+            x = self.normalise(x)
+            if self.unknowns is not None:
+                x, y = self.unknowns(x, y, self.generator)
+            yield x, y
+
+
+def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifts each image of [B, C, H, W] by up to H/8 pixels each way; zeros come in (4 pixels for 32x32)."""
+    num, _, height, width = images.shape
+    pad = height // 8
+    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    shift = torch.randint(2 * pad + 1, (2, num), generator=generator).to(images.device, non_blocking=True)
+    return windows[torch.arange(num, device=images.device), :, shift[0], shift[1]]
+
+
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors each image with probability 1/2."""
+    flip = (torch.rand(len(images), generator=generator) < 0.5).to(images.device, non_blocking=True)
+    return torch.where(flip.view(-1, 1, 1, 1), images.flip(-1), images)

@@ -1,0 +1,166 @@
+"""What a run is made of: `FitConfig`, and arms, the short names of methods (`rigl+moon+vote`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from training.batches import AUGMENTATIONS
+from training.data import SPEC_HELP
+from training.errors import TrainingError
+from training.losses import LOSSES
+from training.models import MODELS
+from training.unknowns import UNKNOWNS
+
+METHODS = ("dense", "static", "set", "rigl")
+UPDATE_STEPS = ("instead", "extra")
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of FitConfig that is an option of the command line too."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """All that decides the result of a run. Defaults are those of arXiv 2403.20047 where it names them."""
+
+    data: str = option("fashion-mnist", f"Data set to train on: {SPEC_HELP}.")
+    data_dir: str = option("", "Folder of downloaded data sets; default $UASPARSE_DATA or ~/.cache/uasparse_kernels.")
+    holdout: str = option("", "Classes (indices, comma-separated) left out of training: near-OOD.")
+    image_size: int = option(0, "Side of the images in pixels; 0 takes them as they come.")
+    limit_train: int = option(0, "Use so many training images; 0 uses all.")
+    augment: str = option("auto", f"One of {', '.join(AUGMENTATIONS)}; auto flips colour images only.")
+
+    model: str = option("convnet", f"One of {', '.join(MODELS)}.")
+    stem: str = option("auto", "First layer of a ResNet: cifar, imagenet, or auto (by image size).")
+    method: str = option("rigl", f"One of {', '.join(METHODS)}.")
+    sparsity: float = option(0.9, "Share of absent weights (dense ignores it).")
+    distribution: str = option("erk", "Density over the layers: erk, er or uniform.")
+    block: str = option("1x1", "Size of the blocks that are pruned and grown, rows x columns.")
+    storage: str = option("auto", "Weights packed (active ones only), dense, or auto.")
+    delta_t: int = option(100, "Steps between topology updates.")
+    drop_fraction: float = option(0.3, "Share of the active weights that the first update moves; decays by a cosine.")
+    stop_fraction: float = option(0.75, "Share of the steps after which the topology is frozen.")
+    update_step: str = option("instead", "A topology update comes instead of the optimiser step, or extra after it.")
+
+    loss: str = option("moon", f"One of {', '.join(LOSSES)}.")
+    warmup_epochs: int = option(5, "moon: epochs of plain cross entropy first.")
+    alpha_final: float = option(1.0, "moon: strength in the last epoch.")
+    rho: float = option(64.0, "moon: divisor of the first alpha.")
+    vote: bool = option(True, "Average the weights late in training and evaluate the average.")
+    vote_fraction: float = option(0.2, "Share of the epochs, at the end, over which the vote runs.")
+    votes_per_epoch: int = option(10, "Weights averaged per epoch of the vote.")
+    unknowns: str = option("none", f"Synthetic unknowns in each batch: one of {', '.join(UNKNOWNS)}.")
+    unknown_share: float = option(0.125, "Share of each batch that is replaced by synthetic unknowns.")
+    unknown_weight: float = option(0.25, "Weight of a synthetic unknown in the loss.")
+    unknown_grid: int = option(4, "patch-shuffle: patches per side.")
+
+    epochs: int = option(100, "Passes over the training data.")
+    batch_size: int = option(128, "Images per step.")
+    lr_max: float = option(0.12, "Learning rate at the start of the cosine.")
+    lr_min: float = option(0.008, "Learning rate at its end, and during the vote.")
+    momentum: float = option(0.9, "Nesterov momentum of SGD.")
+    weight_decay: float = option(5e-4, "Weight decay of SGD.")
+    precision: str = option("float32", "float32, or bfloat16 for mixed precision.")
+    seed: int = option(0, "Seed of everything random.")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("model", MODELS), ("method", METHODS), ("loss", LOSSES), ("unknowns", UNKNOWNS),
+            ("augment", AUGMENTATIONS), ("update_step", UPDATE_STEPS), ("precision", ("float32", "bfloat16")),
+            ("distribution", ("erk", "er", "uniform")), ("storage", ("auto", "packed", "dense")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise TrainingError(f"Expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name in ("epochs", "batch_size", "delta_t", "votes_per_epoch"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"Expected {name} to be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.sparsity < 1:
+            raise TrainingError(f"Expected sparsity in [0, 1), got {self.sparsity}: 0.9 keeps a tenth of the weights.")
+        for name in ("vote_fraction", "stop_fraction", "drop_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise TrainingError(f"Expected {name} in (0, 1], got {getattr(self, name)}.")
+        if not 0 < self.lr_min <= self.lr_max:
+            raise TrainingError(f"Expected 0 < lr_min <= lr_max, got lr_min {self.lr_min} and lr_max {self.lr_max}.")
+        if self.loss == "moon" and not 0 < self.warmup_epochs < self.epochs:
+            raise TrainingError(
+                f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
+                "alpha rises only after the warm-up."
+            )
+        _ = self.block_size, self.holdout_classes
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        try:
+            rows, columns = map(int, self.block.split("x"))
+        except ValueError as error:
+            raise TrainingError(f"Expected a block as 1x1 or 16x16, got {self.block!r}.") from error
+        return rows, columns
+
+    @property
+    def holdout_classes(self) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in self.holdout.split(",") if part.strip())
+        except ValueError as error:
+            raise TrainingError(f"Expected class indices as 7,8,9 for holdout, got {self.holdout!r}.") from error
+
+    @property
+    def vote_start_epoch(self) -> int:
+        """First epoch (from 0) of the vote; `epochs` when there is none."""
+        return self.epochs - max(1, round(self.epochs * self.vote_fraction)) if self.vote else self.epochs
+
+    @property
+    def arm(self) -> str:
+        """The short name of the method: topology, and what is not plain of loss, vote and unknowns."""
+        parts = [self.method] + [self.loss] * (self.loss != "ce") + ["vote"] * self.vote
+        parts += [self.unknowns] * (self.unknowns != "none")
+        return "+".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FitConfig:
+        """Raises TrainingError for keys that this version does not know."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise TrainingError(f"Unknown settings {', '.join(sorted(unknown))}: written by another version?")
+        return cls(**values)
+
+    def differences(self, other: FitConfig) -> list[str]:
+        return [
+            f"{f.name}: {getattr(self, f.name)!r} and {getattr(other, f.name)!r}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+
+def with_arm(config: FitConfig, arm: str) -> FitConfig:
+    """Sets method, loss, vote and unknowns from a name such as `dense`, `rigl+vote`, `set+moon+vote+patch-shuffle`.
+
+    Parts that are not named take the plain choice: RigL, cross entropy, no vote, no unknowns. Raises TrainingError.
+    """
+    chosen: dict[str, Any] = {"method": "rigl", "loss": "ce", "vote": False, "unknowns": "none"}
+    seen: set[str] = set()
+    for part in arm.split("+"):
+        key, value = next(
+            ((key, value) for key, values in ARM_PARTS.items() if part in values for value in [values[part]]),
+            (None, None),
+        )
+        if key is None or key in seen:
+            known = "; ".join(f"{key}: {', '.join(values)}" for key, values in ARM_PARTS.items())
+            raise TrainingError(
+                f"Cannot read {part!r} in the arm {arm!r}. Expected one at most of each, joined by +: {known}."
+            )
+        seen.add(key)
+        chosen[key] = value
+    return replace(config, **chosen)
+
+
+ARM_PARTS: dict[str, dict[str, Any]] = {
+    "method": {name: name for name in METHODS},
+    "loss": {name: name for name in LOSSES},
+    "vote": {"vote": True},
+    "unknowns": {name: name for name in UNKNOWNS if name != "none"},
+}

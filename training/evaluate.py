@@ -1,0 +1,133 @@
+"""Judging a trained network: accuracy and calibration on known images, detection of unknown ones by every score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.batches import Normalise
+from training.checkpoint import load_checkpoint
+from training.config import FitConfig
+from training.data import ImageSet, TrainTest, load_train_test, load_unknowns
+from training.errors import CheckpointError, TrainingError
+from training.metrics import classification_metrics, detection_metrics, reliability
+from training.recipe import build_network
+from training.scores import SCORES, Judge, Outputs
+
+
+@dataclass
+class Evaluation:
+    """`results` is plain JSON; `scores[set][score]` are the raw values behind it, "known" is the test set."""
+
+    results: dict[str, Any]
+    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def evaluate(
+    model: nn.Module,
+    data: TrainTest,
+    unknown_sets: Sequence[ImageSet],
+    *,
+    normalise: Normalise,
+    device: torch.device | str = "cpu",
+    scores: Sequence[str] | None = None,
+) -> Evaluation:
+    """Evaluates a network with K or K+1 outputs. `scores` are names of SCORES; all that the network has by default.
+
+    Raises TrainingError for names that don't exist.
+    """
+    start = time.perf_counter()
+    device = torch.device(device)
+    names = list(scores or SCORES)
+    if wrong := [name for name in names if name not in SCORES]:
+        raise TrainingError(f"Unknown scores {', '.join(wrong)}. Expected some of {', '.join(SCORES)}.")
+    num_classes = data.train.num_classes
+    judge = Judge.of(model, normalise, num_classes, data.train.images, data.train.labels, device)
+    known = judge.outputs(data.test.images)
+    has_unknown = known.logits.shape[1] > num_classes
+    scorers = {n: SCORES[n].make(judge) for n in names if has_unknown or not SCORES[n].needs_unknown_output}
+
+    def apply(images: ImageSet, outputs: Outputs) -> dict[str, Tensor]:
+        return {n: scorer(images.images if SCORES[n].takes == "images" else outputs) for n, scorer in scorers.items()}
+
+    by_set = {"known": apply(data.test, known)}
+    detection: dict[str, dict[str, dict[str, float]]] = {}
+    for unknown in unknown_sets:
+        by_set[unknown.name] = apply(unknown, judge.outputs(unknown.images))
+        detection[unknown.name] = {
+            name: detection_metrics(by_set["known"][name], by_set[unknown.name][name]) for name in scorers
+        }
+    results = {
+        "known": {
+            "data": data.test.name,
+            "images": len(data.test),
+            **classification_metrics(known.logits, data.test.labels),
+            "reliability": reliability(known.logits, data.test.labels),
+        },
+        "unknown": detection,
+        "unknown_images": {unknown.name: len(unknown) for unknown in unknown_sets},
+        "mean_auroc": _mean_auroc(detection),
+        "seconds": time.perf_counter() - start,
+    }
+    return Evaluation(results, by_set)
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, FitConfig, dict[str, Any]]:
+    """Loads a network that `fit` saved: a model.pt or the run folder around it. Returns (network, config, the rest).
+
+    Raises CheckpointError for files that are missing, damaged, or hold another network than they say.
+    """
+    file = path / "model.pt" if path.is_dir() else path
+    state = load_checkpoint(file)
+    if "result" not in state:
+        raise CheckpointError(f"{file} is a checkpoint to resume from; expected the finished model.pt of a run.")
+    config = FitConfig.from_dict(state["config"])
+    model, _ = build_network(config, len(state["classes"]), state["in_channels"], state["image_size"])
+    try:
+        model.load_state_dict(state["result"])
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file} does not hold the {config.model} that it says: {error}") from error
+    return model.to(device).eval(), config, state
+
+
+def evaluate_checkpoint(
+    path: Path,
+    unknowns: Sequence[str],
+    *,
+    data_dir: str = "",
+    device: torch.device | str = "cpu",
+    scores: Sequence[str] | None = None,
+) -> Evaluation:
+    """Evaluates a saved network against the OOD sets named by their specs."""
+    model, config, state = load_model(path, device)
+    data = load_data(config, data_dir)
+    if data.train.classes != tuple(state["classes"]):
+        raise CheckpointError(
+            f"{path} was trained on the classes {state['classes']}, {config.data} has {data.train.classes}."
+        )
+    sets = [load_unknowns(spec, data, data_dir=data_dir or config.data_dir or None) for spec in unknowns]
+    normalise = Normalise(tuple(state["mean"]), tuple(state["std"]))
+    return evaluate(model, data, sets, normalise=normalise, device=device, scores=scores)
+
+
+def load_data(config: FitConfig, data_dir: str = "") -> TrainTest:
+    """Loads the data set that a config names."""
+    return load_train_test(
+        config.data,
+        data_dir=data_dir or config.data_dir or None,
+        image_size=config.image_size or None,
+        holdout=config.holdout_classes,
+        limit_train=config.limit_train,
+    )
+
+
+def _mean_auroc(detection: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Mean over the OOD sets, a score."""
+    names = next(iter(detection.values()), {})
+    return {name: sum(d[name]["auroc"] for d in detection.values()) / len(detection) for name in names}

@@ -1,0 +1,134 @@
+"""Networks by name. Each takes images [N, in_channels, size, size] and ends in one linear layer, its head.
+
+ResNets and VGG are torchvision's, WRN is pytorch-ood's, with their first layers fitted to small or grey images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torchvision
+from pytorch_ood.model import WideResNet
+from torch import Tensor, nn
+from torchvision.models.vgg import cfgs, make_layers
+
+import uasparse_kernels as ua
+from training.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a network has to fit: `num_outputs` is K, or K+1 with an output for "unknown"."""
+
+    num_outputs: int
+    in_channels: int
+    image_size: int
+    stem: str = "auto"  # cifar, imagenet, or by the size of the images
+
+    @property
+    def small_stem(self) -> bool:
+        return self.stem == "cifar" or (self.stem == "auto" and self.image_size <= 64)
+
+
+def build_model(name: str, num_outputs: int, in_channels: int, image_size: int, stem: str = "auto") -> nn.Module:
+    """Builds a dense network; `uasparse_kernels.sparsify` makes it sparse. Raises TrainingError."""
+    if name not in MODELS:
+        raise TrainingError(f"Unknown model {name!r}. Expected one of {', '.join(MODELS)}.")
+    if stem not in ("auto", "cifar", "imagenet"):
+        raise TrainingError(f"Expected the stem auto, cifar or imagenet, got {stem!r}.")
+    smallest = MIN_IMAGE_SIZE.get(name, 1)
+    if image_size < smallest:
+        raise TrainingError(
+            f"{name} needs images of at least {smallest}x{smallest}, got {image_size}x{image_size}: give --image-size "
+            f"{smallest}."
+        )
+    return MODELS[name](ModelSpec(num_outputs, in_channels, image_size, stem))
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """Returns the last linear layer (dense or sparse); its input are the penultimate features."""
+    heads = [m for m in model.modules() if isinstance(m, nn.Linear | ua.SparseLinear)]
+    if not heads:
+        raise TrainingError(f"{type(model).__name__} has no linear layer, so no penultimate features to score.")
+    return heads[-1]
+
+
+def _mlp(spec: ModelSpec) -> nn.Module:
+    """784-300-100-K for MNIST-sized images (LeNet-300-100, usual in work on pruning)."""
+    num_inputs = spec.in_channels * spec.image_size**2
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(num_inputs, 300),
+        nn.ReLU(),
+        nn.Linear(300, 100),
+        nn.ReLU(),
+        nn.Linear(100, spec.num_outputs),
+    )
+
+
+def _convnet(spec: ModelSpec) -> nn.Module:
+    """Four 3x3 convolutions, 47k weights with one input channel; strides instead of pooling, for speed on a CPU."""
+
+    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
+        conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+    return nn.Sequential(
+        *block(spec.in_channels, 16, stride=2),
+        *block(16, 32, stride=1),
+        *block(32, 48, stride=2),
+        *block(48, 64, stride=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, spec.num_outputs),
+    )
+
+
+def _resnet(factory: Callable[..., nn.Module]) -> Callable[[ModelSpec], nn.Module]:
+    def build(spec: ModelSpec) -> nn.Module:
+        model = factory(num_classes=spec.num_outputs)
+        if spec.small_stem:
+            model.conv1 = nn.Conv2d(spec.in_channels, 64, 3, padding=1, bias=False)
+            model.maxpool = nn.Identity()
+        elif spec.in_channels != 3:
+            model.conv1 = nn.Conv2d(spec.in_channels, 64, 7, stride=2, padding=3, bias=False)
+        nn.init.kaiming_normal_(model.get_parameter("conv1.weight"), mode="fan_out", nonlinearity="relu")
+        return model
+
+    return build
+
+
+class _WideResNet(WideResNet):
+    """pytorch-ood's WRN with a global pooling that takes any image size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.feature_maps(x).mean((2, 3)))
+
+
+def _wrn_22_2(spec: ModelSpec) -> nn.Module:
+    return _WideResNet(spec.num_outputs, depth=22, widen_factor=2, drop_rate=0.0, in_channels=spec.in_channels)
+
+
+def _vgg16_bn(spec: ModelSpec) -> nn.Module:
+    """torchvision's thirteen convolutions with one linear layer behind, as usual for small images."""
+    features = make_layers(cfgs["D"], batch_norm=True)
+    features[0] = nn.Conv2d(spec.in_channels, 64, 3, padding=1)
+    for module in features:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, spec.num_outputs))
+
+
+MODELS: dict[str, Callable[[ModelSpec], nn.Module]] = {
+    "mlp": _mlp,
+    "convnet": _convnet,
+    "resnet18": _resnet(torchvision.models.resnet18),
+    "resnet34": _resnet(torchvision.models.resnet34),
+    "resnet50": _resnet(torchvision.models.resnet50),
+    "wrn-22-2": _wrn_22_2,
+    "vgg16-bn": _vgg16_bn,
+}
+MIN_IMAGE_SIZE = {"wrn-22-2": 8, "vgg16-bn": 32}

@@ -1,0 +1,238 @@
+"""The training loop: sparse training by SGD with the unknown-aware loss and the vote (arXiv 2403.20047).
+
+`Trainer` owns everything that changes during training; its state_dict at the end of an epoch is enough to go on with
+the same result, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import uasparse_kernels as ua
+from training.batches import Batches, Normalise
+from training.config import FitConfig
+from training.data import TrainTest
+from training.errors import CheckpointError, NonFiniteLossError, TrainingError
+from training.losses import LOSSES, LossSpec
+from training.models import build_model
+from training.unknowns import PatchShuffle
+from training.vote import Vote
+
+StepCallback = Callable[[int, Tensor], None]  # step within the epoch, its loss (still on the device)
+CHECK_EVERY_ON_GPU = 50  # steps between host syncs that look for a loss that is not finite
+
+
+def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float) -> float:
+    """Cosine from lr_max at step 0 to lr_min at `cosine_steps`, constant after."""
+    progress = min(step / max(1, cosine_steps), 1.0)
+    return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * progress))
+
+
+def build_network(
+    config: FitConfig, num_classes: int, in_channels: int, image_size: int
+) -> tuple[nn.Module, nn.Module]:
+    """Builds (network, loss) as the config says; the network is sparse unless the method is dense."""
+    loss_fn = LOSSES[config.loss](
+        LossSpec(
+            num_classes,
+            config.epochs,
+            with_unknowns=config.unknowns != "none",
+            unknown_weight=config.unknown_weight,
+            warmup_epochs=config.warmup_epochs,
+            alpha_final=config.alpha_final,
+            rho=config.rho,
+        )
+    )
+    model = build_model(config.model, cast(int, loss_fn.num_outputs), in_channels, image_size, config.stem)
+    if config.method != "dense":
+        model = ua.sparsify(
+            model, config.sparsity, distribution=config.distribution, block=config.block_size, storage=config.storage
+        )
+    return model, loss_fn
+
+
+class Trainer:
+    """One run of `config` on `data`. Raises TrainingError for settings that cannot work together."""
+
+    def __init__(self, config: FitConfig, data: TrainTest, device: torch.device | str = "cpu") -> None:
+        self.config, self.data, self.device = config, data, torch.device(device)
+        torch.manual_seed(config.seed)
+        images = data.train.images
+        model, loss_fn = build_network(config, data.train.num_classes, images.shape[1], images.shape[-1])
+        self.model, self.loss_fn = model.to(self.device), loss_fn.to(self.device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr_max,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+        self.normalise = Normalise.of(images)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.batches = self._make_batches(self.generator)
+        self.total_steps = config.epochs * len(self.batches)
+        self.topology = self._make_topology()
+        self.vote: Vote | None = None
+        self.epoch = self.step = 0
+        self._finite = _FiniteCheck(self.device)
+        self._check_vote_settings()
+
+    def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, float]:
+        """Trains one epoch and returns its loss, accuracy, learning rate and seconds.
+
+        Raises NonFiniteLossError, naming the first step whose loss was NaN or infinite; on a CPU before that step
+        changes a weight.
+        """
+        start = time.perf_counter()
+        config, cosine_steps = self.config, self.config.vote_start_epoch * len(self.batches)
+        voting = self.epoch >= config.vote_start_epoch
+        if voting and self.vote is None:
+            self.vote = Vote(self.model, self.topology)
+        vote_every = max(1, len(self.batches) // config.votes_per_epoch)
+        totals = torch.zeros(2, device=self.device, dtype=torch.float64)
+        self.model.train()
+        rate = config.lr_max
+        for index, (x, y) in enumerate(self.batches):
+            rate = learning_rate(self.step, cosine_steps, config.lr_max, config.lr_min)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                logits = self.model(x)
+            logits = logits.float()
+            loss = self.loss_fn(logits, y)
+            self._finite(loss, self.step, self.epoch)
+            loss.backward()
+            self._update_weights()
+            self.optimizer.zero_grad()
+            self.step += 1
+            if voting and self.vote is not None and (index + 1) % vote_every == 0:
+                self.vote.update(self.model)
+            with torch.no_grad():
+                totals += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()])
+            if on_step is not None:
+                on_step(index, loss.detach())
+        self._finite.raise_if_found(self.epoch)
+        mean_loss, accuracy = (totals / len(self.batches)).tolist()
+        record = {"epoch": self.epoch + 1, "train_loss": mean_loss, "train_accuracy": accuracy, "lr": rate}
+        if isinstance(alpha := getattr(self.loss_fn, "alpha", None), Tensor):
+            record["alpha"] = float(alpha)  # of this epoch; step_epoch sets that of the next
+        self.loss_fn.step_epoch()
+        self.epoch += 1
+        record["seconds"] = time.perf_counter() - start
+        return record
+
+    def result(self) -> nn.Module:
+        """Returns the network to be evaluated: the average if there was a vote, else the last weights."""
+        if self.vote is None:
+            return self.model.eval()
+        return self.vote.result(self._make_batches(torch.Generator().manual_seed(self.config.seed + 1)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, tensors and plain values only."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "loss": self.loss_fn.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "topology": self.topology.state_dict() if self.topology is not None else None,
+            "vote": self.vote.state_dict() if self.vote is not None else None,
+            "generator": self.generator.get_state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError for the state of a run with another network."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.loss_fn.load_state_dict(state["loss"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.topology is not None:
+                self.topology.load_state_dict(state["topology"])
+            self.vote = None
+            if state["vote"] is not None:
+                self.vote = Vote(self.model, self.topology)
+                self.vote.load_state_dict(state["vote"])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"]:
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+            self.epoch, self.step = state["epoch"], state["step"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"The checkpoint does not fit this run: {error}.") from error
+
+    def _update_weights(self) -> None:
+        if self.topology is None:
+            self.optimizer.step()
+        elif self.config.update_step == "extra":
+            self.optimizer.step()
+            self.topology.step()
+        elif not self.topology.step():
+            self.optimizer.step()
+
+    def _make_batches(self, generator: torch.Generator) -> Batches:
+        config, unknowns = self.config, None
+        if config.unknowns == "patch-shuffle":
+            unknown_label = self.data.train.num_classes
+            unknowns = PatchShuffle(unknown_label, share=config.unknown_share, grid=config.unknown_grid)
+        return Batches(
+            self.data.train,
+            self.normalise,
+            batch_size=config.batch_size,
+            generator=generator,
+            augment=config.augment,
+            unknowns=unknowns,
+            device=self.device,
+        )
+
+    def _make_topology(self) -> Any:
+        config = self.config
+        if config.method == "dense":
+            return None
+        return ua.DynamicSparsity(
+            self.model,
+            self.optimizer,
+            method=config.method,
+            total_steps=self.total_steps,
+            delta_t=config.delta_t,
+            drop_fraction=config.drop_fraction,
+            stop_fraction=config.stop_fraction,
+            generator=torch.Generator().manual_seed(config.seed),
+        )
+
+    def _check_vote_settings(self) -> None:
+        config = self.config
+        start = config.vote_start_epoch / config.epochs
+        if config.vote and config.method in ("rigl", "set") and config.stop_fraction > start:
+            raise TrainingError(
+                f"The vote starts after {start:.0%} of the epochs, but the topology changes until stop_fraction "
+                f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. "
+                f"Give a stop_fraction of at most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more "
+                "epochs."
+            )
+
+
+class _FiniteCheck:
+    """Remembers the first step with a loss that is not finite; looks at once on a CPU, now and then on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.every = 1 if device.type == "cpu" else CHECK_EVERY_ON_GPU
+        self.first = torch.full((), -1, dtype=torch.int64, device=device)
+
+    def __call__(self, loss: Tensor, step: int, epoch: int) -> None:
+        bad = ~torch.isfinite(loss.detach()) & (self.first < 0)
+        self.first = torch.where(bad, step, self.first)
+        if step % self.every == 0:
+            self.raise_if_found(epoch)
+
+    def raise_if_found(self, epoch: int) -> None:
+        step = int(self.first)
+        if step >= 0:
+            raise NonFiniteLossError(f"The loss is NaN or infinite at step {step} (epoch {epoch + 1}).", step)

@@ -1,0 +1,190 @@
+"""`fit`: one training run in one folder, from the data to the figures.
+
+The folder holds config.json, last.pt (to resume), model.pt (the result), metrics.jsonl (an epoch a line),
+results.json, scores.npz (the raw scores), fit.log and the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from training import report
+from training.checkpoint import load_checkpoint, read_json, save_checkpoint, write_atomically, write_json
+from training.config import FitConfig
+from training.cost import training_cost
+from training.data import TrainTest, load_unknowns
+from training.errors import CheckpointError, NonFiniteLossError
+from training.evaluate import Evaluation, evaluate, load_data
+from training.metrics import classification_metrics
+from training.recipe import Trainer
+from training.scores import collect
+
+log = logging.getLogger("training")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+
+
+def fit(
+    config: FitConfig,
+    run_dir: Path,
+    *,
+    unknowns: Sequence[str] = (),
+    scores: Sequence[str] | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    console: Console | None = None,
+    data: TrainTest | None = None,
+) -> dict[str, Any]:
+    """Trains, evaluates and draws; returns what results.json holds.
+
+    With `resume`, goes on from run_dir/last.pt if there is one. Without, a folder that holds a run is an error.
+    `data` saves loading it again. Raises TrainingError; NonFiniteLossError leaves the last good checkpoint.
+    """
+    console = console or Console()
+    data = data or load_data(config)
+    unknown_sets = [load_unknowns(spec, data, data_dir=config.data_dir or None) for spec in unknowns]
+    last = run_dir / "last.pt"
+    _check_folder(config, run_dir, resume)
+    with _log_to(run_dir / "fit.log"):
+        trainer = Trainer(config, data, pick_device(device))
+        history: list[dict[str, Any]] = []
+        if resume and last.is_file():
+            state = load_checkpoint(last)
+            trainer.load_state_dict(state)
+            history = state["history"]
+            log.info("resumed after epoch %d", trainer.epoch)
+        write_json(run_dir / "config.json", config.to_dict())
+        log.info("%s: %s on %s, %d steps", config.arm, config.model, config.data, trainer.total_steps)
+        _train(trainer, history, run_dir, console)
+        cost = training_cost(trainer.model, trainer.optimizer)
+        model = trainer.result()
+        save_checkpoint(run_dir / "model.pt", {"result": model.state_dict(), **_about(trainer)})
+        judged = evaluate(model, data, unknown_sets, normalise=trainer.normalise, device=trainer.device, scores=scores)
+        results = {
+            "arm": config.arm,
+            "config": config.to_dict(),
+            "seconds_per_epoch": float(np.median([record["seconds"] for record in history])),
+            "cost": cost,
+            **judged.results,
+        }
+        save_scores(run_dir / "scores.npz", judged)
+        report.draw_run(run_dir, history, judged)
+        write_json(run_dir / "results.json", results)  # last: its presence says that the run is finished
+        log.info("accuracy %.4f, ECE %.4f", results["known"]["accuracy"], results["known"]["ece"])
+    return results
+
+
+def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, console: Console) -> None:
+    config = trainer.config
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(
+            config.arm, total=trainer.total_steps, completed=trainer.epoch * len(trainer.batches), status=""
+        )
+
+        def on_step(index: int, loss: Tensor) -> None:
+            if index % 20 == 19:  # the only host sync, and only where someone looks
+                progress.update(task, advance=20, status=f"loss {float(loss):.3f}" if console.is_terminal else "")
+
+        while trainer.epoch < config.epochs:
+            try:
+                record = trainer.train_epoch(on_step)
+            except NonFiniteLossError as error:
+                last = run_dir / "last.pt"
+                kept = f"The last good checkpoint, after epoch {trainer.epoch}, is {last}." if last.exists() else (
+                    "There is no checkpoint yet."
+                )  # fmt: skip
+                message = f"{error} {kept} Try a lower lr_max (now {config.lr_max})."
+                log.error(message)
+                raise NonFiniteLossError(message, error.step) from error
+            test = trainer.data.test
+            outputs = collect(trainer.model, test.images, trainer.normalise, trainer.device)
+            known = classification_metrics(outputs.logits, test.labels)
+            record |= {"test_accuracy": known["accuracy"], "test_ece": known["ece"]}
+            if outputs.logits.shape[1] > trainer.data.train.num_classes:
+                record["test_mean_u"] = float(outputs.logits.softmax(1)[:, -1].mean())
+            history.append(record)
+            progress.update(task, completed=trainer.epoch * len(trainer.batches))
+            _save(trainer, history, run_dir)
+            line = (
+                f"{config.arm} epoch {trainer.epoch}/{config.epochs}: loss {record['train_loss']:.4f}, test accuracy "
+            )
+            line += f"{record['test_accuracy']:.4f}, {record['seconds']:.1f} s"
+            log.info(line)
+            if not console.is_terminal:
+                console.print(line)
+
+
+def _save(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path) -> None:
+    save_checkpoint(
+        run_dir / "last.pt", {**trainer.state_dict(), "history": history, "config": trainer.config.to_dict()}
+    )
+    lines = "".join(json.dumps(record) + "\n" for record in history)
+    write_atomically(run_dir / "metrics.jsonl", lambda file: file.write(lines.encode()))
+
+
+def _about(trainer: Trainer) -> dict[str, Any]:
+    images = trainer.data.train.images
+    return {
+        "config": trainer.config.to_dict(),
+        "classes": list(trainer.data.train.classes),
+        "in_channels": images.shape[1],
+        "image_size": images.shape[-1],
+        "mean": list(trainer.normalise.mean),
+        "std": list(trainer.normalise.std),
+    }
+
+
+def _check_folder(config: FitConfig, run_dir: Path, resume: bool) -> None:
+    present = [name for name in ("last.pt", "results.json") if (run_dir / name).exists()]
+    if present and not resume:
+        raise CheckpointError(f"{run_dir} holds a run already ({', '.join(present)}). Use --resume, or another folder.")
+    if resume and (run_dir / "config.json").is_file():
+        differences = FitConfig.from_dict(read_json(run_dir / "config.json")).differences(config)
+        if differences:
+            raise CheckpointError(
+                f"{run_dir} holds a run with other settings: {'; '.join(differences)} (there and here)."
+            )
+
+
+def save_scores(path: Path, judged: Evaluation) -> None:
+    """Writes the raw scores as arrays named <set>/<score>."""
+    arrays: dict[str, Any] = {f"{s}/{n}": v.numpy() for s, values in judged.scores.items() for n, v in values.items()}
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """Sends what this package and uasparse_kernels log to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    loggers = [logging.getLogger("training"), logging.getLogger("uasparse_kernels")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+        handler.close()

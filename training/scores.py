@@ -1,0 +1,164 @@
+"""Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
+
+Those on class logits see the first K only. Post-hoc detectors are pytorch-ood's, with the hyper-parameters of their
+papers: nothing is tuned, and what has to be fitted is fitted on training images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pytorch_ood.detector import KNN, ODIN, EnergyBased, Entropy, Mahalanobis, MaxLogit, MaxSoftmax
+from torch import Tensor, nn
+
+from training.batches import Normalise
+from training.models import head_of
+
+FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
+KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10
+REACT_QUANTILE = 0.9  # of all activations, the paper's choice
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one pass gives: logits [N, K or K+1] (float64), penultimate features [N, D] (float32), on the CPU."""
+
+    logits: Tensor
+    features: Tensor
+
+
+@dataclass
+class Judge:
+    """A network with all that scoring needs: its images' normalisation and outputs on training images to fit on."""
+
+    model: nn.Module
+    normalise: Normalise
+    num_classes: int
+    fit: Outputs
+    fit_labels: Tensor
+    device: torch.device
+    batch_size: int = 500
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        normalise: Normalise,
+        num_classes: int,
+        images: Tensor,
+        labels: Tensor,
+        device: torch.device,
+    ) -> Judge:
+        """`images` (uint8) and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FIT_IMAGES]
+        fit = collect(model, images[order], normalise, device)
+        return cls(model.eval(), normalise, num_classes, fit, labels[order], device)
+
+    def outputs(self, images: Tensor) -> Outputs:
+        return collect(self.model, images, self.normalise, self.device, self.batch_size)
+
+    def batches(self, images: Tensor) -> Iterator[Tensor]:
+        for part in images.split(self.batch_size):
+            yield self.normalise(part.to(self.device))
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module, images: Tensor, normalise: Normalise, device: torch.device | str, batch_size: int = 500
+) -> Outputs:
+    """Runs uint8 images [N, C, H, W] through the network in eval mode; features are the input of its last layer."""
+    features: list[Tensor] = []
+    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float().cpu()))
+    try:
+        model.eval()
+        logits = [model(normalise(part.to(device))).double().cpu() for part in images.split(batch_size)]
+    finally:
+        hook.remove()
+    return Outputs(torch.cat(logits), torch.cat(features))
+
+
+def unknown_log_odds(logits: Tensor, num_classes: int) -> Tensor:
+    """log(u / (1 - u)) from logits [N, K+1]: the ranking of u, without its rounding to 0 on known images."""
+    return logits[:, num_classes] - logits[:, :num_classes].logsumexp(1)
+
+
+def moon_score(logits: Tensor, num_classes: int) -> Tensor:
+    """1 - max_{k<K} p[k], p the softmax over all K+1 outputs (arXiv 2403.20047): u lowers the confidence."""
+    return 1 - logits.softmax(1)[:, :num_classes].amax(1)
+
+
+def _knn(judge: Judge) -> Callable[[Outputs], Tensor]:
+    neighbours = min(KNN_NEIGHBOURS, len(judge.fit_labels))
+    detector = KNN(None, k=neighbours).fit_features(judge.fit.features, judge.fit_labels)
+    return lambda outputs: detector.predict_features(outputs.features)
+
+
+def _mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
+    detector = Mahalanobis(None).fit_features(judge.fit.features, judge.fit_labels)
+    return lambda outputs: detector.predict_features(outputs.features)
+
+
+def _react(judge: Judge) -> Callable[[Outputs], Tensor]:
+    """Energy with penultimate features clipped at a quantile (ReAct, on features that are there already)."""
+    threshold = judge.fit.features.flatten().kthvalue(int(REACT_QUANTILE * judge.fit.features.numel())).values
+    head = head_of(judge.model)
+
+    @torch.no_grad()
+    def score(outputs: Outputs) -> Tensor:
+        clipped = outputs.features.clamp(max=threshold).to(judge.device)
+        return EnergyBased.score(head(clipped)[:, : judge.num_classes].double()).cpu()
+
+    return score
+
+
+def _odin(judge: Judge) -> Callable[[Tensor], Tensor]:
+    class_logits = _ClassLogits(judge.model, judge.num_classes)
+    detector = ODIN(class_logits, norm_std=list(judge.normalise.std))
+    return lambda images: torch.cat([detector.predict(x).cpu() for x in judge.batches(images)])
+
+
+class _ClassLogits(nn.Module):
+    """The first K outputs of a network, in float64 so that a temperature of 1000 leaves no ties."""
+
+    def __init__(self, model: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.model, self.num_classes = model, num_classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)[:, : self.num_classes].double()
+
+
+@dataclass(frozen=True)
+class Score:
+    """`make(judge)` gives a function of Outputs, or of uint8 images where `takes` says so."""
+
+    make: Callable[[Judge], Callable[[Any], Tensor]]
+    title: str
+    takes: Literal["outputs", "images"] = "outputs"
+    needs_unknown_output: bool = False
+
+
+def _on_class_logits(score: Callable[[Tensor], Tensor]) -> Callable[[Judge], Callable[[Outputs], Tensor]]:
+    return lambda judge: lambda outputs: score(outputs.logits[:, : judge.num_classes])
+
+
+def _on_all_logits(score: Callable[[Tensor, int], Tensor]) -> Callable[[Judge], Callable[[Outputs], Tensor]]:
+    return lambda judge: lambda outputs: score(outputs.logits, judge.num_classes)
+
+
+SCORES: dict[str, Score] = {
+    "moon": Score(_on_all_logits(moon_score), "MOON: 1 - max p", needs_unknown_output=True),
+    "u": Score(_on_all_logits(unknown_log_odds), "u: log-odds of unknown", needs_unknown_output=True),
+    "msp": Score(_on_class_logits(MaxSoftmax.score), "MSP"),
+    "maxlogit": Score(_on_class_logits(MaxLogit.score), "MaxLogit"),
+    "energy": Score(_on_class_logits(EnergyBased.score), "Energy"),
+    "entropy": Score(_on_class_logits(Entropy.score), "Entropy"),
+    "odin": Score(_odin, "ODIN", takes="images"),
+    "react": Score(_react, "ReAct"),
+    "knn": Score(_knn, "KNN"),
+    "mahalanobis": Score(_mahalanobis, "Mahalanobis"),
+}
+CHEAP_SCORES = ("moon", "u", "msp", "maxlogit", "energy", "entropy")
