@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import uasparse_kernels as ua
 
@@ -40,6 +41,58 @@ def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.
             call()
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def training_call(layer: nn.Module, input: torch.Tensor) -> Callable[[], Any]:
+    """A call of ``layer`` and its backward, to the input and all parameters; gradients are fresh, as in training."""
+    input = input.clone().requires_grad_()
+    grad = torch.randn_like(layer(input))
+    wanted = [input, *layer.parameters()]
+
+    def call() -> None:
+        for tensor in wanted:
+            tensor.grad = None
+        layer(input).backward(grad)
+
+    return call
+
+
+def forward_call(layer: nn.Module, input: torch.Tensor) -> Callable[[], Any]:
+    """A call of ``layer`` for inference."""
+    layer.eval()
+
+    def call() -> torch.Tensor:
+        with torch.inference_mode():
+            return layer(input)
+
+    return call
+
+
+def compare(times: Mapping[str, float], flops: float) -> dict[str, Any]:
+    """What a row says of the times of its variants, in seconds; names that begin with "dense" are one rival.
+
+    Args:
+        flops: floating-point operations on nonzeros.
+    """
+    dense = min(value for name, value in times.items() if name.startswith("dense"))
+    rivals = {"dense": dense} | {
+        name: s for name, s in times.items() if name != "ours" and not name.startswith("dense")
+    }
+    return {
+        "ms": {name: 1e3 * value for name, value in times.items()},
+        "speedup_over": {name: value / times["ours"] for name, value in rivals.items()},
+        "gflops": flops / times["ours"] / 1e9,
+    }
+
+
+def show(row: Mapping[str, Any]) -> None:
+    """Prints a row as it comes."""
+    facts = " ".join(str(value) for name, value in row.items() if not isinstance(value, (dict, float)))
+    speedups = "  ".join(f"{value:.2f}x {name}" for name, value in row["speedup_over"].items())
+    sparsity = f"{row['sparsity']:.0%}" if "sparsity" in row else ""
+    print(
+        f"{facts:40s} {sparsity:>4s}  {row['ms']['ours']:9.3f} ms  {row['gflops']:6.1f} GFLOP/s  {speedups}", flush=True
+    )
 
 
 def matmul_roof() -> float:
@@ -87,6 +140,6 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    fields = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
     name = fields.get("model name", platform.machine())
     return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})" if name == "AMD EPYC" else name

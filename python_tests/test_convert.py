@@ -80,6 +80,12 @@ def test_erk_makes_small_layers_dense_and_sparsify_leaves_them_out():
     assert isinstance(model[1], ua.SparseLinear)
 
 
+def test_an_override_may_name_only_the_block():
+    model = ua.sparsify(Network(), 0.75, overrides={"head": {"block": (4, 4)}})
+    assert model.head.pattern.block == (4, 4)
+    assert model.head.pattern.nnz == 12 * 48 // 4
+
+
 def test_blocks_are_whole():
     model = ua.sparsify(Network(), 0.8, block=(4, 4))
     for layer in sparse_layers(model).values():

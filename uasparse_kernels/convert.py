@@ -43,7 +43,7 @@ def sparsify(
         storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``).
         exempt: fully qualified names of layers that stay dense.
         overrides: by fully qualified name, a layer's own sparsity, or a mapping of ``sparsity`` or ``pattern``,
-            ``block`` and ``storage``.
+            ``block`` and ``storage``; what it leaves out is as for the model.
         filter: called with name and layer; False leaves a layer dense.
 
     Returns:
@@ -82,7 +82,8 @@ def sparsify(
     }
     for name, override in overrides.items():
         options = dict(override) if isinstance(override, Mapping) else {"sparsity": override}
-        plans[name] = {"block": block, "storage": storage} | options
+        own = {} if "pattern" in options else {"sparsity": sparsity}
+        plans[name] = own | {"block": block, "storage": storage} | options
 
     layers = {}
     for name, plan in plans.items():

@@ -34,7 +34,7 @@ struct ConvTaps {
 };
 
 // Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about ten
-// nonzeros a destination channel, as a tile is loaded and stored once a block (docs/cpu-kernels.md).
+// nonzeros a destination channel, as a tile is loaded and stored once a block.
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels);
 
 // Entries of a product: those of key block * channels + channel are [first[key], first[key + 1]).

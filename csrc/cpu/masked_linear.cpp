@@ -90,7 +90,7 @@ struct Panels {
 };
 
 // Grid columns taken together: enough of them for ~25 blocks a row, for less does not pay for loading and storing the
-// row's outputs, and no fewer than what L1 and a part of L2 hold (docs/cpu-kernels.md). Narrow panels (batch <= 16) are
+// row's outputs, and no fewer than what L1 and a part of L2 hold. Narrow panels (batch <= 16) are
 // bound by the weights instead, which are read in order if no columns are set apart.
 int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column, int64_t width_bytes) {
   const double density = static_cast<double>(grid.blocks) / static_cast<double>(grid.rows * grid.columns);

@@ -400,131 +400,97 @@ UASPARSE_INLINE Vec<T> every(Vec<T> v) {
   return r;
 }
 
-// grad[j] (+)= y . x[idx[j]] for j < count, 0 < count <= N.
-template <typename T, int NV, int N>
-UASPARSE_INLINE void few_dots(const Vec<T>* y, const T* in, const int32_t* idx, int64_t width, int64_t next,
-                              int64_t count, T* grad, bool accumulate) {
-  constexpr int G = kLanes<T> / N;
-  const T* x[N];
-#pragma GCC unroll 16
-  for (int j = 0; j < N; ++j) x[j] = in + static_cast<uint32_t>(idx[j < count ? j : count - 1]) * width;
-  Vec<T> sums = every<T, G>(sum_groups<T, G / 2>(Dots<T, NV, N, 1>::run(y, x, next)));
-  if (accumulate) sums += load_first<T>(grad, count);
-  store_first<T>(grad, sums, count);
-}
-
-// All nonzeros of a segment, one strip of NV vectors.
-template <typename T, int NV>
-UASPARSE_INLINE void dot_strip(const Sddmm<T>& p, const T* grad_output, const T* in, int64_t first, int64_t last,
-                               bool accumulate) {
-  constexpr int L = kLanes<T>;
-  Vec<T> y[NV];
-#pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v)
-    y[v] = load(grad_output + (v < kPanelVectors ? 0 : p.grad_panel) + v % kPanelVectors * L);
-  int64_t i = first;
-  for (; i + L <= last; i += L) {
-    const T* x[L];
-#pragma GCC unroll 16
-    for (int j = 0; j < L; ++j) x[j] = in + static_cast<uint32_t>(p.idx[i + j]) * p.width;
-    Vec<T> sums = Dots<T, NV, L, 1>::run(y, x, p.input_panel);
-    if (accumulate) sums += load(p.grad + i);
-    store<T>(p.grad + i, sums);
-  }
-  const int64_t count = last - i;
-  if (count == 0) return;
-  const int32_t* idx = p.idx + i;
-  T* grad = p.grad + i;
-  if (L > 4 && count <= 4)
-    few_dots<T, NV, (L > 4 ? 4 : L)>(y, in, idx, p.width, p.input_panel, count, grad, accumulate);
-  else if (L > 8 && count <= 8)
-    few_dots<T, NV, (L > 8 ? 8 : L)>(y, in, idx, p.width, p.input_panel, count, grad, accumulate);
-  else
-    few_dots<T, NV, L>(y, in, idx, p.width, p.input_panel, count, grad, accumulate);
-}
-
+// A row held in registers against a list of others: at(j) is the j-th. Pairs of panels are hold_next and list_next apart.
 template <typename T>
-UASPARSE_INLINE void dot_row(const Sddmm<T>& p, const T* grad_output, const T* in, int64_t first, int64_t last,
-                             bool accumulate) {
-  constexpr int L = kLanes<T>;
-  int64_t lane = 0;
-  for (; lane + kStrip * L <= p.width; lane += kStrip * L, accumulate = true)
-    dot_strip<T, kStrip>(p, grad_output + lane, in + lane, first, last, accumulate);
-  for (; lane + 2 * L <= p.width; lane += 2 * L, accumulate = true)
-    dot_strip<T, 2>(p, grad_output + lane, in + lane, first, last, accumulate);
-  for (; lane < p.width; lane += L, accumulate = true)
-    dot_strip<T, 1>(p, grad_output + lane, in + lane, first, last, accumulate);
-}
+struct DotList {
+  const T* hold;
+  int64_t hold_next, list_next, width;
+  T* grad;
+  bool accumulate;
 
-// Blocks: Y x X dot products of one block together.
-template <typename T, int Y, int X>
-UASPARSE_INLINE void dot_tile(const T* dy, const T* in, int64_t width, T* grad, int64_t stride, bool accumulate) {
-  constexpr int L = kLanes<T>;
-  Vec<T> acc[Y][X] = {};
-  for (int64_t lane = 0; lane < width; lane += L) {
-    Vec<T> xs[X];
+  // grad[j] (+)= hold . at(j) for j in [first, first + count), 0 < count <= N.
+  template <int NV, int N, typename At>
+  UASPARSE_INLINE void few(const Vec<T>* y, At at, int64_t first, int64_t count) const {
+    constexpr int G = kLanes<T> / N;
+    const T* x[N];
 #pragma GCC unroll 16
-    for (int x = 0; x < X; ++x) xs[x] = load(in + x * width + lane);
-#pragma GCC unroll 16
-    for (int y = 0; y < Y; ++y) {
-      const Vec<T> d = load(dy + y * width + lane);
-#pragma GCC unroll 16
-      for (int x = 0; x < X; ++x) acc[y][x] += d * xs[x];
-    }
+    for (int j = 0; j < N; ++j) x[j] = at(first + (j < count ? j : count - 1));
+    Vec<T> sums = every<T, G>(sum_groups<T, G / 2>(Dots<T, NV, N, 1>::run(y, x, list_next)));
+    if (accumulate) sums += load_first<T>(grad + first, count);
+    store_first<T>(grad + first, sums, count);
   }
-#pragma GCC unroll 16
-  for (int y = 0; y < Y; ++y)
-#pragma GCC unroll 16
-    for (int x = 0; x < X; ++x) {
-      T* to = grad + y * stride + x;
-      *to = sum<T>(acc[y][x]) + (accumulate ? *to : 0);
-    }
-}
 
-template <typename T>
-UASPARSE_INLINE void dot_block(const Sddmm<T>& p, const T* dy, const T* in, T* grad, bool accumulate) {
-  const int64_t width = p.width, bw = p.bw;
-  for (int64_t y = 0; y < p.bh; y += y + 4 <= p.bh ? 4 : 1) {
-    const T* d = dy + y * width;
-    for (int64_t x = 0; x < bw; x += x + 2 <= bw ? 2 : 1) {
-      T* to = grad + y * bw + x;
-      const T* from = in + x * width;
-      if (y + 4 <= p.bh && x + 2 <= bw)
-        dot_tile<T, 4, 2>(d, from, width, to, bw, accumulate);
-      else if (y + 4 <= p.bh)
-        dot_tile<T, 4, 1>(d, from, width, to, bw, accumulate);
-      else if (x + 2 <= bw)
-        dot_tile<T, 1, 2>(d, from, width, to, bw, accumulate);
-      else
-        dot_tile<T, 1, 1>(d, from, width, to, bw, accumulate);
+  // All of the list, one strip of NV vectors.
+  template <int NV, typename At>
+  UASPARSE_INLINE void strip(At at, int64_t count) const {
+    constexpr int L = kLanes<T>;
+    Vec<T> y[NV];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) y[v] = load(hold + (v < kPanelVectors ? 0 : hold_next) + v % kPanelVectors * L);
+    int64_t i = 0;
+    for (; i + L <= count; i += L) {
+      const T* x[L];
+#pragma GCC unroll 16
+      for (int j = 0; j < L; ++j) x[j] = at(i + j);
+      Vec<T> sums = Dots<T, NV, L, 1>::run(y, x, list_next);
+      if (accumulate) sums += load(grad + i);
+      store<T>(grad + i, sums);
     }
+    const int64_t rest = count - i;
+    if (rest == 0) return;
+    if (L > 4 && rest <= 4)
+      few<NV, (L > 4 ? 4 : L)>(y, at, i, rest);
+    else if (L > 8 && rest <= 8)
+      few<NV, (L > 8 ? 8 : L)>(y, at, i, rest);
+    else
+      few<NV, L>(y, at, i, rest);
   }
-}
 
+  // All of the list over one panel's width, or over two panels' where registers allow.
+  template <typename At>
+  UASPARSE_INLINE void run(bool pair, At at, int64_t count) {
+    constexpr int L = kLanes<T>;
+    if (pair) return strip<(kPanelVectors <= 4 ? 2 * kPanelVectors : 1)>(at, count);
+    int64_t lane = 0;
+    const auto shifted = [&](int64_t j) UASPARSE_LAMBDA { return at(j) + lane; };
+    for (; lane + kStrip * L <= width; lane += kStrip * L, hold += kStrip * L, accumulate = true)
+      strip<kStrip>(shifted, count);
+    for (; lane + 2 * L <= width; lane += 2 * L, hold += 2 * L, accumulate = true) strip<2>(shifted, count);
+    for (; lane < width; lane += L, hold += L, accumulate = true) strip<1>(shifted, count);
+  }
+};
+
+// The list of a row of grad_output is the inputs of its nonzeros or of a block; in r x 1 blocks an input's list is the
+// block's rows of grad_output. Either way the list's results lie side by side in grad.
 template <typename T>
 void sddmm(const Sddmm<T>& p) {
-  if (p.bh == 1 && p.bw == 1) {
-    // With 32 registers two panels go together: half the trees.
-    const bool pairs = kPanelVectors <= 4 && p.width == kPanelVectors * kLanes<T>;
-    const int64_t step = pairs ? 2 : 1;
-    for_each_segment(p, step, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool) UASPARSE_LAMBDA {
-      if (first == last) return;
-      const T* dy = p.grad_output + panel * p.grad_panel + (p.begin + r) * p.width;
-      const T* in = p.input + panel * p.input_panel;
-      const bool accumulate = p.accumulate || panel > 0;
-      prefetch(dy + p.width, sizeof(T) * p.width);
-      if (pairs && panel + 1 < p.panels)
-        dot_strip<T, (kPanelVectors <= 4 ? 2 * kPanelVectors : 1)>(p, dy, in, first, last, accumulate);
-      else
-        dot_row(p, dy, in, first, last, accumulate);
-    });
-    return;
-  }
-  for_each_segment(p, 1, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool) UASPARSE_LAMBDA {
-    const T* dy = p.grad_output + panel * p.grad_panel + (p.begin + r) * p.bh * p.width;
+  // With 32 registers two panels go together: half the trees.
+  const bool pairs = kPanelVectors <= 4 && p.width == kPanelVectors * kLanes<T>;
+  const int64_t width = p.width;
+  for_each_segment(p, pairs ? 2 : 1, [&](int64_t panel, int64_t r, int64_t first, int64_t last, bool) UASPARSE_LAMBDA {
+    if (first == last) return;
+    const T* dy = p.grad_output + panel * p.grad_panel + (p.begin + r) * p.bh * width;
+    const T* in = p.input + panel * p.input_panel;
+    const bool accumulate = p.accumulate || panel > 0, pair = pairs && panel + 1 < p.panels;
+    if (p.bh == 1) {
+      prefetch(dy + width, sizeof(T) * width);
+      const int32_t* idx = p.idx + first;
+      DotList<T> dots{dy, p.grad_panel, p.input_panel, width, p.grad + first, accumulate};
+      dots.run(pair, [=](int64_t j) { return in + static_cast<uint32_t>(idx[j]) * width; }, last - first);
+      return;
+    }
     for (int64_t i = first; i < last; ++i) {
-      const T* in = p.input + panel * p.input_panel + static_cast<uint32_t>(p.idx[i]) * p.bw * p.width;
-      dot_block(p, dy, in, p.grad + i * p.bh * p.bw, p.accumulate || panel > 0);
+      const T* x = in + static_cast<uint32_t>(p.idx[i]) * p.bw * width;
+      T* grad = p.grad + i * p.bh * p.bw;
+      if (p.bw == 1) {
+        DotList<T> dots{x, p.input_panel, p.grad_panel, width, grad, accumulate};
+        dots.run(pair, [=](int64_t j) { return dy + j * width; }, p.bh);
+        continue;
+      }
+      for (int64_t y = 0; y < p.bh; ++y) {
+        DotList<T> dots{dy + y * width, p.grad_panel, p.input_panel, width, grad + y * p.bw, accumulate};
+        dots.run(pair, [=](int64_t j) { return x + j * width; }, p.bw);
+      }
     }
   });
 }

@@ -1,11 +1,14 @@
-// pack and unpack on the CPU: one pass over the active blocks, parallel over rows of the grid.
+// pack and unpack on the CPU: one pass over the active blocks, parallel over rows of the grid. The dense fallback of the
+// layers goes through them in every step, so full rows are copied whole and a row is cleared just before it is written.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+
+#include <algorithm>
+#include <type_traits>
 
 #include "checks.h"
 #include "cpu/pattern.h"
@@ -13,22 +16,27 @@
 namespace uasparse {
 namespace {
 
-// Calls visit(packed index, dense index) for each active weight of the grid rows [begin, end).
-template <typename Visit>
-void for_each_weight(const int32_t* crow, const int32_t* col, int64_t begin, int64_t end, int64_t bh, int64_t bw,
-                     int64_t channels, int64_t positions, Visit visit) {
+// Calls copy(packed index, dense index, count) for runs of active weights in grid row r: whole rows of an unstructured
+// pattern where they are full, else single weights.
+template <typename Copy>
+void for_each_run(const int32_t* crow, const int32_t* col, int64_t r, int64_t bh, int64_t bw, int64_t channels,
+                  int64_t positions, Copy copy) {
+  const int64_t first = crow[r], last = crow[r + 1], columns = channels * positions;
   if (bh == 1 && bw == 1) {
-    const int64_t columns = channels * positions;
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t i = crow[r]; i < crow[r + 1]; ++i) visit(i, r * columns + col[i]);
+    if (last - first == columns) return copy(first, r * columns, columns);
+    for (int64_t i = first; i < last; ++i) copy(i, r * columns + col[i], std::integral_constant<int64_t, 1>{});
     return;
   }
-  for (int64_t r = begin; r < end; ++r) {
-    for (int64_t i = crow[r]; i < crow[r + 1]; ++i) {
-      const int64_t channel = col[i] / positions * bw, position = col[i] % positions;
-      for (int64_t y = 0; y < bh; ++y)
-        for (int64_t x = 0; x < bw; ++x)
-          visit((i * bh + y) * bw + x, ((r * bh + y) * channels + channel + x) * positions + position);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t channel = col[i] / positions * bw, position = col[i] % positions;
+    for (int64_t y = 0; y < bh; ++y) {
+      const int64_t flat = ((r * bh + y) * channels + channel) * positions + position;
+      if (positions == 1) {
+        copy((i * bh + y) * bw, flat, bw);
+        continue;
+      }
+      for (int64_t x = 0; x < bw; ++x)
+        copy((i * bh + y) * bw + x, flat + x * positions, std::integral_constant<int64_t, 1>{});
     }
   }
 }
@@ -45,15 +53,17 @@ at::Tensor pack(const at::Tensor& dense, const at::Tensor& crow, const at::Tenso
   check_csr(crow, col, dense.sizes(), block);
   const at::Tensor source = dense.contiguous();
   const int64_t bh = block[0], bw = block[1];
-  at::Tensor values = bh == 1 && bw == 1 ? at::empty({col.size(0)}, dense.options().memory_format(at::MemoryFormat::Contiguous))
-                                         : at::empty({col.size(0), bh, bw}, dense.options().memory_format(at::MemoryFormat::Contiguous));
+  const auto options = dense.options().memory_format(at::MemoryFormat::Contiguous);
+  at::Tensor values =
+      bh == 1 && bw == 1 ? at::empty({col.size(0)}, options) : at::empty({col.size(0), bh, bw}, options);
   AT_DISPATCH_ALL_TYPES_AND3(at::kBFloat16, at::kHalf, at::kBool, dense.scalar_type(), "pack", [&] {
     const scalar_t* from = source.const_data_ptr<scalar_t>();
     scalar_t* to = values.mutable_data_ptr<scalar_t>();
     const int32_t *rows = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
     at::parallel_for(0, crow.size(0) - 1, 64, [&](int64_t begin, int64_t end) {
-      for_each_weight(rows, cols, begin, end, bh, bw, dense.size(1), positions_of(dense.sizes()),
-                      [&](int64_t packed, int64_t flat) { to[packed] = from[flat]; });
+      for (int64_t r = begin; r < end; ++r)
+        for_each_run(rows, cols, r, bh, bw, dense.size(1), positions_of(dense.sizes()),
+                     [=](int64_t packed, int64_t flat, auto count) { std::copy_n(from + flat, count, to + packed); });
     });
   });
   return values;
@@ -66,14 +76,18 @@ at::Tensor unpack(const at::Tensor& values, const at::Tensor& crow, const at::Te
   TORCH_CHECK_VALUE(values.numel() == col.size(0) * bh * bw, "Expected ", col.size(0) * bh * bw,
                     " packed values, got ", values.numel(), ".");
   const at::Tensor source = values.contiguous();
-  at::Tensor dense = at::zeros(shape, values.options().memory_format(at::MemoryFormat::Contiguous));
+  at::Tensor dense = at::empty(shape, values.options().memory_format(at::MemoryFormat::Contiguous));
+  const int64_t row_size = bh * shape[1] * positions_of(shape);
   AT_DISPATCH_ALL_TYPES_AND3(at::kBFloat16, at::kHalf, at::kBool, values.scalar_type(), "unpack", [&] {
     const scalar_t* from = source.const_data_ptr<scalar_t>();
     scalar_t* to = dense.mutable_data_ptr<scalar_t>();
     const int32_t *rows = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
     at::parallel_for(0, crow.size(0) - 1, 64, [&](int64_t begin, int64_t end) {
-      for_each_weight(rows, cols, begin, end, bh, bw, shape[1], positions_of(shape),
-                      [&](int64_t packed, int64_t flat) { to[flat] = from[packed]; });
+      for (int64_t r = begin; r < end; ++r) {
+        std::fill_n(to + r * row_size, row_size, scalar_t(0));
+        for_each_run(rows, cols, r, bh, bw, shape[1], positions_of(shape),
+                     [=](int64_t packed, int64_t flat, auto count) { std::copy_n(from + packed, count, to + flat); });
+      }
     });
   });
   return dense;
