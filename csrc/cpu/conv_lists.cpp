@@ -78,10 +78,11 @@ int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64
 }
 
 template <typename T>
-ConvEntries<T>::ConvEntries(int64_t channels, int64_t blocks, int64_t nonzeros)
+ConvEntries<T>::ConvEntries(int64_t channels, int64_t blocks, int64_t segments, int64_t nonzeros)
     : channels(channels),
       blocks(blocks),
-      first_(blocks * channels + 1),
+      segments(segments),
+      first_(blocks * channels * segments + 1),
       memory_(std::make_unique<Workspace>(sizeof(ConvEntry<T>) * nonzeros)) {}
 
 template <typename T>
@@ -89,13 +90,15 @@ template <typename S>
 ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
                                        const S* values) {
   using Offset = decltype(ConvEntry<T>::offset);
-  ConvEntries lists(w.out, blocks_of(w.in, channels_a_block), w.nonzeros());
-  const auto key = column_table(w, [&](int64_t c, int64_t) { return c / channels_a_block * lists.channels; });
+  const int64_t segments = taps.segments;
+  ConvEntries lists(w.out, blocks_of(w.in, channels_a_block), segments, w.nonzeros());
+  const auto key = column_table(
+      w, [&](int64_t c, int64_t k) { return c / channels_a_block * lists.channels * segments + taps.segment[k]; });
   const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
   // An output channel's keys are its own, so threads share the output channels.
   std::vector<int32_t>& first = lists.first_;
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
-    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first[key[column] + o + 1]; });
+    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first[key[column] + o * segments + 1]; });
   });
   accumulate(first);
   std::vector<int32_t> next(first.begin(), first.end() - 1);
@@ -103,7 +106,7 @@ ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
       const int64_t group = o / (w.out / w.groups);
-      to[next[key[column] + o]++] = {number(values[place]), Offset(group * w.in * taps.channel + offset[column])};
+      to[next[key[column] + o * segments]++] = {number(values[place]), Offset(group * w.in * taps.channel + offset[column])};
     });
   });
   return lists;
@@ -115,8 +118,10 @@ ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& tap
                                         const S* values) {
   using Offset = decltype(ConvEntry<T>::offset);
   const int64_t out_a_group = w.out / w.groups, blocks = blocks_of(out_a_group, channels_a_block);
-  ConvEntries lists(w.groups * w.in * taps.phases, blocks, w.nonzeros());
-  const auto key = column_table(w, [&](int64_t c, int64_t k) { return c * taps.phases + taps.phase[k]; });
+  const int64_t segments = taps.segments;
+  ConvEntries lists(w.groups * w.in * taps.phases, blocks, segments, w.nonzeros());
+  const auto key = column_table(
+      w, [&](int64_t c, int64_t k) { return (c * taps.phases + taps.phase[k]) * segments + taps.segment[k]; });
   const auto offset = column_table(w, [&](int64_t, int64_t k) { return taps.offset[k]; });
   std::vector<int32_t>& first = lists.first_;
   // A block of output channels of a group has keys of its own, so threads share these.
@@ -126,7 +131,7 @@ ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& tap
       for (int64_t i = begin; i < end; ++i) {
         const int64_t group = i / blocks, block = i % blocks;
         const int64_t o = group * out_a_group + block * channels_a_block;
-        const int64_t base = block * lists.channels + group * w.in * taps.phases;
+        const int64_t base = (block * lists.channels + group * w.in * taps.phases) * segments;
         for_each_weight(w, o, std::min(o + channels_a_block, (group + 1) * out_a_group),
                         [&](int64_t out, int64_t column, int64_t place) { visit(base + key[column], out, column, place); });
       }
@@ -144,29 +149,32 @@ ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& tap
 
 ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block)
     : blocks(blocks_of(w.in, channels_a_block)),
-      first_(blocks * w.out + 1),
+      first_(blocks * w.out * taps.segments + 1),
       offset_memory_(sizeof(int32_t) * w.nonzeros()),
-      place_(w.unstructured() && w.packed ? 0 : w.nonzeros()) {
-  const auto block = column_table(w, [&](int64_t c, int64_t) { return c / channels_a_block; });
+      has_place_(!w.unstructured() || !w.packed || taps.segments > 1),
+      place_(has_place_ ? sizeof(int64_t) * w.nonzeros() : 0) {
+  const int64_t lists = taps.segments * blocks;  // of an output channel
+  const auto key = column_table(
+      w, [&](int64_t c, int64_t k) { return taps.segment[k] * blocks + c / channels_a_block; });
   const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
-    for_each_weight(w, begin, end,
-                    [&](int64_t o, int64_t column, int64_t) { ++first_[o * blocks + block[column] + 1]; });
+    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first_[o * lists + key[column] + 1]; });
   });
   accumulate(first_);
   std::vector<int32_t> next(first_.begin(), first_.end() - 1);
   // The kernel takes kConvGroup at a time: a block ends with a full group, and what is left goes to the next block.
-  for (int64_t o = 0; o < w.out; ++o)
+  for (int64_t i = 0; i < w.out * taps.segments; ++i)
     for (int64_t b = 1; b < blocks; ++b) {
-      const int32_t begin = first_[o * blocks];
-      first_[o * blocks + b] = begin + (first_[o * blocks + b] - begin) / kConvGroup * kConvGroup;
+      const int32_t begin = first_[i * blocks];
+      first_[i * blocks + b] = begin + (first_[i * blocks + b] - begin) / kConvGroup * kConvGroup;
     }
   int32_t* const offsets = offset_memory_.as<int32_t>();
+  int64_t* const places = place_.as<int64_t>();
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
-      const int64_t i = next[o * blocks + block[column]]++, group = o / (w.out / w.groups);
+      const int64_t i = next[o * lists + key[column]]++, group = o / (w.out / w.groups);
       offsets[i] = int32_t(group * w.in * taps.channel + offset[column]);
-      if (!place_.empty()) place_[i] = place;
+      if (has_place_) places[i] = place;
     });
   });
 }

@@ -70,16 +70,54 @@ struct ConvMove {
   T* packed;
 };
 
-// Copies `rows` rows of `width` (a multiple of lanes) numbers, once for each shift: to[k][r][x] = from[r][x + shift[k]], or
-// zero where that is left or right of the row. May read next to a row, within [begin, end).
+// What a shift by one column leaves: numbers[v] of lane l is all ones or zero, for the l-th number of vector v of a row
+// (csrc/cpu/conv_by_space.cpp) that came from its left, or from its right.
 template <typename T>
-struct ConvShift {
-  const T *from, *begin, *end;
-  int64_t rows, width;
-  const int64_t* shift;
-  int64_t shifts;
-  T* to;
-  int64_t copy;  // from a copy to the next
+struct ConvEdges {
+  const T *from_left, *from_right;
+};
+
+// The product for planes without columns of padding: out[c][x] (+)= sum over the segments s and the entries of (c, s) of
+// value * source[x + offset], shifted by segment - zero columns to the left. Entries of (c, s): [first[c * segments + s],
+// first[c * segments + s + 1]).
+template <typename T>
+struct ConvShiftedProduct {
+  const ConvEntry<T>* entries;
+  const int32_t* first;
+  int64_t segments, zero;
+  int64_t begin, end;
+  const T* source;
+  T* out;
+  int64_t out_channel;
+  bool start;     // begin with the bias (or zero) instead of what `out` holds
+  const T* bias;  // of each channel, or null
+  ConvEdges<T> edges;
+  int vectors;
+};
+
+// The dot products for such planes: grad_output is shifted to meet the input. Offsets of channel c and segment s are
+// [first[(c * segments + s) * first_stride], first[(c * segments + s) * first_stride + 1]).
+template <typename T>
+struct ConvShiftedSddmm {
+  const int32_t* offset;
+  const int32_t* first;
+  int64_t first_stride, segments, zero;
+  int64_t begin, end;
+  const T* input;
+  const T* grad_output;
+  int64_t grad_channel;
+  ConvEdges<T> edges;
+  int64_t vectors, vectors_a_row;
+  T* shifted;  // scratch of vectors
+  T* grad;
+};
+
+// Moves rows of `images` images that lie side by side in packed planes: packed[c][r][i][x] and image[i][c][r][x * step].
+template <typename T>
+struct ConvPlanes {
+  int64_t channels, rows, images, width, step;
+  int64_t image, channel, row;                       // strides of the image
+  int64_t packed_image, packed_channel, packed_row;  // of the packed planes
 };
 
 constexpr int kMaxLanes = 16;
@@ -91,7 +129,10 @@ struct ConvKernels {
   int max_vectors;  // accumulators of one tile
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
-  void (*shift_rows)(const ConvShift<T>&);
+  void (*shifted_product)(const ConvShiftedProduct<T>&);
+  void (*shifted_sddmm)(const ConvShiftedSddmm<T>&);
+  void (*pack_planes)(const ConvPlanes<T>&, const T* from, T* packed);
+  void (*unpack_planes)(const ConvPlanes<T>&, const T* packed, T* to);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

@@ -5,7 +5,8 @@
 //   large as the registers allow, because the entry's own cost (two loads) is spread over it.
 // sddmm: kGroup entries of one output channel take the dot product of the same grad_output positions with their input
 //   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
-// shift_rows: unaligned loads, aligned stores; lanes beyond the row are masked.
+// shifted_product, shifted_sddmm: the same for planes without columns of padding, where the sums (or grad_output) are
+//   shifted by whole columns once for all entries that need it, instead of the source once for each column of the kernel.
 // pack, unpack: lanes x lanes transposes in registers between images and packed vectors.
 
 #include "cpu/vec.h"
@@ -254,6 +255,138 @@ void sddmm(const ConvSddmm<T>& p) {
   }
 }
 
+// --- planes without columns of padding
+
+template <typename T>
+struct FromLeft {
+  static constexpr int of(int i) { return kLanes<T> - 1 + i; }
+};
+template <typename T>
+struct FromRight {
+  static constexpr int of(int i) { return 1 + i; }
+};
+
+// Keeps the numbers where `edge` is all ones.
+template <typename T>
+UASPARSE_INLINE Vec<T> inside(Vec<T> v, const T* edge) {
+  using Bits = Vec<typename SameSizeInt<T>::type>;
+  return Vec<T>(Bits(v) & Bits(load(edge)));
+}
+
+// One column to the right: each number takes the place of its right neighbour.
+template <typename T, int kVectors>
+UASPARSE_INLINE void shift_right(Vec<T> (&v)[kVectors], const T* from_left) {
+  for (int i = kVectors - 1; i >= 0; --i)
+    v[i] = inside<T>(shuffle<T, FromLeft<T>>(i > 0 ? v[i - 1] : Vec<T>{}, v[i]), from_left + i * kLanes<T>);
+}
+template <typename T, int kVectors>
+UASPARSE_INLINE void shift_left(Vec<T> (&v)[kVectors], const T* from_right) {
+  for (int i = 0; i < kVectors; ++i)
+    v[i] = inside<T>(shuffle<T, FromRight<T>>(v[i], i + 1 < kVectors ? v[i + 1] : Vec<T>{}), from_right + i * kLanes<T>);
+}
+
+template <typename T, int kVectors>
+UASPARSE_INLINE void add_entries(const ConvEntry<T>* entry, const ConvEntry<T>* end, const T* source,
+                                 Vec<T> (&sum)[kVectors]) {
+  for (; entry != end; ++entry) {
+    const T* from = source + entry->offset;
+    const Vec<T> value = broadcast<T>(entry->value);
+    for (int v = 0; v < kVectors; ++v) sum[v] += value * load(from + v * kLanes<T>);
+  }
+}
+
+template <typename T, int kVectors>
+void shifted_product_tile(const ConvShiftedProduct<T>& p) {
+  constexpr int L = kLanes<T>;
+  const int64_t zero = p.zero, segments = p.segments;
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const int32_t* const first = p.first + c * segments;
+    T* const out = p.out + c * p.out_channel;
+    if (!p.start && first[0] == first[segments]) continue;
+    if (!p.start)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + p.out_channel + v * L, 1);
+    const auto add = [&](int64_t s, Vec<T>(&sum)[kVectors]) UASPARSE_LAMBDA {
+      add_entries<T, kVectors>(p.entries + first[s], p.entries + first[s + 1], p.source, sum);
+    };
+    // Sources on the right of their outputs, the farthest first; then those on the left; then those in place.
+    T right[kVectors * L];
+    const bool has_right = first[zero + 1] != first[segments];
+    Vec<T> sum[kVectors] = {};
+    if (has_right) {
+      for (int64_t s = segments - 1; s > zero; --s) {
+        add(s, sum);
+        shift_left<T, kVectors>(sum, p.edges.from_right);
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        store(right + v * L, sum[v]);
+        sum[v] = Vec<T>{};
+      }
+    }
+    if (first[0] != first[zero])
+      for (int64_t s = 0; s < zero; ++s) {
+        add(s, sum);
+        shift_right<T, kVectors>(sum, p.edges.from_left);
+      }
+    if (p.start) {
+      const Vec<T> bias = broadcast<T>(p.bias ? p.bias[c] : T(0));
+      for (int v = 0; v < kVectors; ++v) sum[v] += bias;
+    } else {
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(out + v * L);
+    }
+    add(zero, sum);
+    if (has_right)
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(right + v * L);
+    for (int v = 0; v < kVectors; ++v) store(out + v * L, sum[v]);
+  }
+}
+
+template <typename T, int kVectors = kMaxVectors<T>>
+void shifted_product(const ConvShiftedProduct<T>& p) {
+  if constexpr (kVectors > 0) {
+    if (p.vectors == kVectors) return shifted_product_tile<T, kVectors>(p);
+    shifted_product<T, kVectors - 1>(p);
+  }
+}
+
+// to = from shifted by one column, to the right (kRight) or left; may be the same place.
+template <typename T, bool kRight>
+UASPARSE_INLINE void shift_run(const T* from, T* to, int64_t vectors, int64_t vectors_a_row, const T* edge) {
+  constexpr int L = kLanes<T>;
+  Vec<T> last{};
+  for (int64_t i = 0, in_row = 0; i < vectors; ++i, in_row = in_row + 1 < vectors_a_row ? in_row + 1 : 0) {
+    const int64_t v = kRight ? i : vectors - 1 - i;
+    const Vec<T> here = load(from + v * L);
+    const Vec<T> moved = kRight ? shuffle<T, FromLeft<T>>(last, here) : shuffle<T, FromRight<T>>(here, last);
+    last = here;
+    store(to + v * L, inside<T>(moved, edge + (kRight ? in_row : vectors_a_row - 1 - in_row) * L));
+  }
+}
+
+template <typename T>
+void shifted_sddmm(const ConvShiftedSddmm<T>& p) {
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const T* const grad_output = p.grad_output + c * p.grad_channel;
+    const auto dots = [&](int64_t s, const T* grads) {
+      // One channel of the plain kernel.
+      sddmm<T>({p.offset, p.first + (c * p.segments + s) * p.first_stride, p.first_stride, 0, 1, p.input, 0, grads, 0, 0,
+                1, p.vectors, p.grad});
+    };
+    if (c + 1 < p.end)
+      for (int64_t v = 0; v < p.vectors; ++v) __builtin_prefetch(grad_output + p.grad_channel + v * kLanes<T>);
+    dots(p.zero, grad_output);
+    const T* grads = grad_output;
+    for (int64_t s = p.zero + 1; s < p.segments; ++s, grads = p.shifted) {
+      shift_run<T, true>(grads, p.shifted, p.vectors, p.vectors_a_row, p.edges.from_left);
+      dots(s, p.shifted);
+    }
+    grads = grad_output;
+    for (int64_t s = p.zero - 1; s >= 0; --s, grads = p.shifted) {
+      shift_run<T, false>(grads, p.shifted, p.vectors, p.vectors_a_row, p.edges.from_right);
+      dots(s, p.shifted);
+    }
+  }
+}
+
 // --- pack and unpack
 
 template <typename T>
@@ -378,35 +511,54 @@ void unpack(const ConvMove<T>& m, S* const* images) {
   all_present<T>(images) ? unpack_lanes<T, S, true>(m, images) : unpack_lanes<T, S, false>(m, images);
 }
 
-template <typename T>
-void shift_rows(const ConvShift<T>& s) {
-  constexpr int L = kLanes<T>;
-  using Bits = typename SameSizeInt<T>::type;
-  const T *const begin = s.begin, *const end = s.end - L;
-  const int64_t width = s.width, rows = s.rows;
-  Vec<Bits> lane;
-  for (int l = 0; l < L; ++l) lane[l] = l;
-  for (int64_t k = 0; k < s.shifts; ++k) {
-    for (int64_t x = 0; x < width; x += L) {
-      // A column of vectors: all have the same lanes inside the row.
-      const Vec<Bits> column = lane + Bits(x + s.shift[k]);
-      const Vec<Bits> inside = (column >= Bits(0)) & (column < Bits(width));
-      const T* from = s.from + x + s.shift[k];
-      T* to = s.to + k * s.copy + x;
-      for (int64_t r = 0; r < rows; ++r, from += width, to += width) {
-        if (from >= begin && from <= end) {
-          store(to, Vec<T>(Vec<Bits>(load(from)) & inside));
-        } else {
-          for (int l = 0; l < L; ++l) to[l] = inside[l] ? from[l] : T(0);
-        }
-      }
+// --- planes
+
+template <typename T, int kStep, int kWidth>
+void pack_planes_as(const ConvPlanes<T>& p, const T* from, T* packed) {
+  const int64_t step = kStep ? kStep : p.step, width = kWidth ? kWidth : p.width;
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t i = 0; i < p.images; ++i) {
+      const T* row = from + c * p.channel + i * p.image;
+      T* to = packed + c * p.packed_channel + i * p.packed_image;
+      for (int64_t r = 0; r < p.rows; ++r, row += p.row, to += p.packed_row)
+        for (int64_t x = 0; x < width; ++x) to[x] = row[x * step];
     }
-  }
+}
+
+template <typename T>
+void pack_planes(const ConvPlanes<T>& p, const T* from, T* packed) {
+  if (p.step == 2) return pack_planes_as<T, 2, 0>(p, from, packed);
+  if (p.step != 1) return pack_planes_as<T, 0, 0>(p, from, packed);
+  if (p.width == 4) return pack_planes_as<T, 1, 4>(p, from, packed);
+  if (p.width == 8) return pack_planes_as<T, 1, 8>(p, from, packed);
+  pack_planes_as<T, 1, 0>(p, from, packed);
+}
+
+template <typename T, int kStep, int kWidth>
+void unpack_planes_as(const ConvPlanes<T>& p, const T* packed, T* to) {
+  const int64_t step = kStep ? kStep : p.step, width = kWidth ? kWidth : p.width;
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t i = 0; i < p.images; ++i) {
+      const T* from = packed + c * p.packed_channel + i * p.packed_image;
+      T* row = to + c * p.channel + i * p.image;
+      for (int64_t r = 0; r < p.rows; ++r, row += p.row, from += p.packed_row)
+        for (int64_t x = 0; x < width; ++x) row[x * step] = from[x];
+    }
+}
+
+template <typename T>
+void unpack_planes(const ConvPlanes<T>& p, const T* packed, T* to) {
+  if (p.step == 2) return unpack_planes_as<T, 2, 0>(p, packed, to);
+  if (p.step != 1) return unpack_planes_as<T, 0, 0>(p, packed, to);
+  if (p.width == 4) return unpack_planes_as<T, 1, 4>(p, packed, to);
+  if (p.width == 8) return unpack_planes_as<T, 1, 8>(p, packed, to);
+  unpack_planes_as<T, 1, 0>(p, packed, to);
 }
 
 template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
-    kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,          shift_rows<T>,
+    kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,
+    shifted_product<T>, shifted_sddmm<T>, pack_planes<T>, unpack_planes<T>,
     pack<T, T>,    unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
