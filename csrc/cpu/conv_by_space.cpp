@@ -28,7 +28,7 @@ Run run_of(const Axis& axis, int64_t remainder, int64_t begin, int64_t end) {
   return {first, std::clamp(ceil_quotient(axis.extent - axis.origin - remainder, axis.step), first, end)};
 }
 
-// A pass over planes; source and destination planes have rows of the same pitch.
+// A pass over planes. For products, source and destination planes have rows of the same pitch.
 template <typename T>
 struct Planes {
   AxisPass y, x;
@@ -36,6 +36,7 @@ struct Planes {
   int64_t source_channels, width;
   int64_t images, pitch, rows;  // side by side; of a row; of a register tile
   int64_t group;                // rows of a group: what is packed together
+  bool copies = false;          // the source is there once for each column of the kernel (for dot products)
   int64_t source_plane, source_channel, destination_plane;
 
   Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t batch, const ConvKernels<T>& kernels)
@@ -61,19 +62,38 @@ struct Planes {
       }
     }
     if (images == 0) return;
-    const int64_t phases = y.source.phases() * x.source.phases();
-    const int64_t row_bytes = sizeof(T) * source_channels * phases * pitch;
+    set_strides();
+  }
+
+  // The source of dot products: one image, copied for each column of the kernel, shifted to meet grad_output.
+  static Planes for_dots(AxisPass y, AxisPass x, int64_t source_channels, const ConvKernels<T>& kernels) {
+    Planes p(std::move(y), std::move(x), source_channels, 0, kernels);
+    const int64_t height = p.y.destination.length;
+    p.copies = true;
+    p.images = 1;
+    p.width = p.pitch = p.x.destination.length;
+    // Dot products of 16 vectors.
+    p.rows = ceil_div(height, ceil_div(height, std::clamp<int64_t>(16 * kernels.lanes / p.pitch, 1, height)));
+    p.set_strides();
+    return p;
+  }
+
+  int64_t column_planes() const { return copies ? int64_t(x.shift.size()) : x.source.phases(); }
+  int64_t source_planes() const { return y.source.phases() * column_planes(); }
+
+  void set_strides() {
+    const int64_t row_bytes = sizeof(T) * source_channels * source_planes() * pitch;
     const int64_t fit = std::max<int64_t>(1, (kL2Bytes / row_bytes - y.reach) / rows);
-    group = std::min(ceil_div(height, rows), fit) * rows;
+    group = std::min(ceil_div(y.destination.length, rows), fit) * rows;
     source_plane = (group + y.reach) * pitch;
-    source_channel = phases * source_plane;
+    source_channel = source_planes() * source_plane;
     // Channels a multiple of 4096 bytes apart would share their sets of L1.
     if (source_channel % 512 == 0) source_channel += 2 * 16;
     destination_plane = rows * pitch;
   }
 
   int64_t destination_phases() const { return y.destination.phases() * x.destination.phases(); }
-  int64_t column_shift(size_t k) const { return x.shift[k] - columns[x.source_phase[k]].begin; }
+  int64_t column_shift(size_t k) const { return copies ? 0 : x.shift[k] - columns[x.source_phase[k]].begin; }
   // The segment of entries that need no shift.
   int64_t zero() const {
     int64_t least = 0;
@@ -90,8 +110,8 @@ struct Planes {
     ConvTaps taps{source_channel, {}, {}, destination_phases(), {}, segments()};
     for (size_t ky = 0; ky < y.shift.size(); ++ky)
       for (size_t kx = 0; kx < x.shift.size(); ++kx) {
-        const int64_t phase = y.source_phase[ky] * x.source.phases() + x.source_phase[kx];
-        taps.offset.push_back(phase * source_plane + y.shift[ky] * pitch);
+        const int64_t plane = y.source_phase[ky] * column_planes() + (copies ? int64_t(kx) : x.source_phase[kx]);
+        taps.offset.push_back(plane * source_plane + y.shift[ky] * pitch);
         taps.phase.push_back(y.destination_phase[ky] * x.destination.phases() + x.destination_phase[kx]);
         taps.segment.push_back(zero() + column_shift(kx));
       }
@@ -99,8 +119,7 @@ struct Planes {
   }
 
   int64_t source_block(double nonzeros_a_channel, int64_t channels) const {
-    const int64_t phases = y.source.phases() * x.source.phases();
-    return channels_a_block(sizeof(T) * phases * (rows + y.reach) * pitch, nonzeros_a_channel, channels);
+    return channels_a_block(sizeof(T) * source_planes() * (rows + y.reach) * pitch, nonzeros_a_channel, channels);
   }
 };
 
@@ -134,11 +153,12 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
   const int64_t images = std::min(p.images, t.size(0) - image);
   if (images < p.images) std::fill_n(to, p.source_channels * p.source_channel, T(0));
   const Axis &y = p.y.source, &x = p.x.source;
-  for (int64_t ry = 0; ry < y.step; ++ry)
-    for (int64_t rx = 0; rx < x.step; ++rx) {
-      if (y.phase[ry] < 0 || x.phase[rx] < 0) continue;
-      T* const plane = to + (y.phase[ry] * x.phases() + x.phase[rx]) * p.source_plane;
-      const Run run = run_of(y, ry, begin, end), columns = p.columns[rx];
+  // Packed columns from `column` on, of a plane, are those of the run.
+  const auto pack = [&](int64_t plane_x, int64_t remainder_x, Run columns, int64_t column) {
+    for (int64_t ry = 0; ry < y.step; ++ry) {
+      if (y.phase[ry] < 0) continue;
+      T* const plane = to + (y.phase[ry] * p.column_planes() + plane_x) * p.source_plane;
+      const Run run = run_of(y, ry, begin, end);
       for (int64_t c = 0; c < p.source_channels; ++c) {
         T* const channel = plane + c * p.source_channel;
         std::fill(channel, channel + (run.begin - begin) * p.pitch, T(0));
@@ -152,9 +172,22 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
       }
       kernels.pack_planes(planes,
                           t.const_data_ptr<T>() + image * t.stride(0) + (run.begin * y.step + y.origin + ry) * t.stride(2) +
-                              columns.begin * x.step + x.origin + rx,
-                          plane + (run.begin - begin) * p.pitch);
+                              columns.begin * x.step + x.origin + remainder_x,
+                          plane + (run.begin - begin) * p.pitch + column);
     }
+  };
+  if (p.copies) {
+    for (size_t k = 0; k < p.x.shift.size(); ++k)
+      for (int64_t rx = 0; rx < x.step; ++rx) {
+        if (x.phase[rx] != p.x.source_phase[k]) continue;
+        const int64_t shift = p.x.shift[k];
+        const Run columns = run_of(x, rx, shift, shift + p.pitch);
+        pack(int64_t(k), rx, columns, columns.begin - shift);
+      }
+  } else {
+    for (int64_t rx = 0; rx < x.step; ++rx)
+      if (x.phase[rx] >= 0) pack(x.phase[rx], rx, p.columns[rx], 0);
+  }
 }
 
 // Calls move(planes, of the image, of the packed destination) for each phase of destination rows [begin, end).
@@ -212,47 +245,47 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvE
   });
 }
 
-// sums = dot products of grad_output with the input, over chunks of the batch.
+// sums = dot products of grad_output, where it is, with the input, over chunks of the batch.
 template <typename T>
 void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlaces& places, const at::Tensor& grad_output,
               const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
   const int64_t height = p.y.destination.length, channels = grad_output.size(1);
-  const bool direct = in_place(p.y.destination, p.x.destination, p.images, p.pitch);
-  const Edges<T> edges(p);
-  const int64_t tiles = ceil_div(input.size(0), p.images);
   at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
     const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
-    const Workspace packed_grads(direct ? 0 : sizeof(T) * channels * p.destination_plane);
-    const Workspace shifted(sizeof(T) * p.destination_plane);
     std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
-    if (!direct) std::fill_n(packed_grads.as<T>(), channels * p.destination_plane, T(0));
     for (int64_t task = first; task < last; ++task) {
       const int64_t chunk = task / parts, part = task % parts;
-      const int64_t channel_begin = channels * part / parts, channel_end = channels * (part + 1) / parts;
-      for (int64_t tile = tiles * chunk / sums.chunks; tile < tiles * (chunk + 1) / sums.chunks; ++tile)
+      for (int64_t image = input.size(0) * chunk / sums.chunks; image < input.size(0) * (chunk + 1) / sums.chunks; ++image)
         for (int64_t begin = 0; begin < height; begin += p.group) {
-          const int64_t image = tile * p.images, end = std::min(begin + p.group, height);
+          const int64_t end = std::min(begin + p.group, height);
           pack_source(kernels, p, input, image, begin, end + p.y.reach, packed.as<T>());
-          for (int64_t r = begin; r < end; r += p.rows) {
-            const int64_t stop = std::min(r + p.rows, end);
-            const T* const grads = grad_output.const_data_ptr<T>();
-            if (!direct) {
-              if (image + p.images > input.size(0))
-                std::fill_n(packed_grads.as<T>(), channels * p.destination_plane, T(0));
-              for_each_destination(p, grad_output, channel_begin, channel_end, image, r, stop,
-                                   [&](const ConvPlanes<T>& planes, int64_t at, int64_t to) {
-                                     kernels.pack_planes(planes, grads + at, packed_grads.as<T>() + to);
-                                   });
-            }
+          for (int64_t r = begin; r < end; r += p.rows)
             for (int64_t b = 0; b < places.blocks; ++b)
-              kernels.shifted_sddmm(
-                  {places.offset(), places.first() + b, places.blocks, p.segments(), p.zero(), channel_begin, channel_end,
-                   packed.as<const T>() + (r - begin) * p.pitch,
-                   direct ? grads + image * grad_output.stride(0) + r * p.pitch : packed_grads.as<const T>(),
-                   direct ? grad_output.stride(1) : p.destination_plane, edges.get(),
-                   (stop - r) * p.pitch / kernels.lanes, p.pitch / kernels.lanes, shifted.as<T>(), sums.weight(chunk)});
-          }
+              kernels.sddmm({places.offset(), places.first() + b, places.blocks, channels * part / parts,
+                             channels * (part + 1) / parts, packed.as<const T>() + (r - begin) * p.pitch, 0,
+                             grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + r * p.pitch, 0,
+                             grad_output.stride(1), 1, (std::min(r + p.rows, end) - r) * p.pitch / kernels.lanes,
+                             sums.weight(chunk)});
         }
+    }
+  });
+}
+
+// The same for a kernel of one tap that takes each position once: nothing is packed, and several images share a dot product.
+template <typename T>
+void run_dots_in_place(const ConvKernels<T>& kernels, const ConvPlaces& places, const at::Tensor& grad_output,
+                       const at::Tensor& input, int64_t images, PartialSums<T>& sums, int64_t parts) {
+  const int64_t width = grad_output.size(3), channels = grad_output.size(1), batch = input.size(0);
+  const int64_t tiles = ceil_div(batch, images);
+  at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t chunk = task / parts, part = task % parts;
+      for (int64_t tile = tiles * chunk / sums.chunks; tile < tiles * (chunk + 1) / sums.chunks; ++tile)
+        kernels.sddmm({places.offset(), places.first(), places.blocks, channels * part / parts,
+                       channels * (part + 1) / parts, input.const_data_ptr<T>() + tile * images * input.stride(0),
+                       input.stride(0), grad_output.const_data_ptr<T>() + tile * images * grad_output.stride(0),
+                       grad_output.stride(0), grad_output.stride(1), std::min(images, batch - tile * images),
+                       width / kernels.lanes, sums.weight(chunk)});
     }
   });
 }
@@ -269,7 +302,7 @@ void add_bias_gradient(const at::Tensor& grad_output, PartialSums<T>& sums) {
   });
 }
 
-bool has_plain_planes(const at::Tensor& t) { return !t.defined() || (t.stride(3) == 1 && t.stride(2) == t.size(3)); }
+bool has_plain_planes(const at::Tensor& t) { return t.stride(3) == 1 && t.stride(2) == t.size(3); }
 
 // A kernel of one tap sees no rows: a plane is one run of positions, where a register tile can hold it.
 template <typename T>
@@ -283,71 +316,90 @@ Geometry without_rows(Geometry g, const ConvKernels<T>& kernels) {
   return g;
 }
 at::Tensor without_rows(const at::Tensor& t, int64_t height, int64_t width) {
-  return !t.defined() || t.size(2) == height
+  return t.size(2) == height
              ? t
              : t.as_strided({t.size(0), t.size(1), height, width}, {t.stride(0), t.stride(1), width, 1});
+}
+
+// Whether the planes can be had, and are worth it: where they overflow L2, or their rows must be dealt to phases, by_batch is
+// quicker.
+template <typename T>
+bool fits(const Planes<T>& p) {
+  return p.images > 0 && p.y.source.step == 1 && p.x.source.step == 1 && p.destination_phases() == 1 &&
+         int64_t(sizeof(T)) * p.source_channels * p.source_channel <= kL2Bytes + kL2Bytes / 4 && p.segments() <= kMaxSegments &&
+         p.source_channels * p.source_channel < std::numeric_limits<int32_t>::max();
 }
 
 }  // namespace
 
 template <typename T>
-bool goes_by_space(const Geometry& geometry, const ConvWeight&, std::initializer_list<at::Tensor> activations) {
-  if (!std::all_of(activations.begin(), activations.end(), has_plain_planes)) return false;
-  const ConvKernels<T>& kernels = conv_kernels<T>();
-  const Geometry g = without_rows(geometry, kernels);
-  const auto fits = [&](const Planes<T>& p) {
-    return p.images > 0 && p.segments() <= kMaxSegments &&
-           p.source_channels * p.source_channel < std::numeric_limits<int32_t>::max();
-  };
-  return fits({g.forward_y(), g.forward_x(), g.in, g.batch, kernels}) &&
-         fits({g.backward_y(), g.backward_x(), g.out, g.batch, kernels});
-}
-
-template <typename T>
-void forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
+  if (!has_plain_planes(input) || !has_plain_planes(output)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
+  if (!fits(planes)) return false;
   const auto lists =
       ConvEntries<T>::forward(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in),
                               weight.const_data_ptr<T>());
   run_products(kernels, planes, lists, without_rows(input, g.height, g.width),
                without_rows(output, g.out_height, g.out_width), bias.empty() ? nullptr : bias.data());
+  return true;
 }
 
 template <typename T>
-void backward_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad, const at::Tensor& input,
-                       const at::Tensor& weight, const ConvGradients& gradients) {
+bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad_output,
+                             const at::Tensor& weight, const at::Tensor& grad_input) {
+  if (!has_plain_planes(grad_output) || !has_plain_planes(grad_input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
-  const at::Tensor grad_output = without_rows(grad, g.out_height, g.out_width);
-  if (gradients.input.defined()) {
-    const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
-    const double nonzeros = w.density() * double(w.taps) / double(planes.destination_phases());
-    const auto lists = ConvEntries<T>::backward(w, planes.taps(), planes.source_block(nonzeros, w.out / w.groups),
-                                                weight.const_data_ptr<T>());
-    run_products(kernels, planes, lists, grad_output, without_rows(gradients.input, g.height, g.width),
-                 static_cast<const T*>(nullptr));
-  }
-  if (!gradients.weight.defined() && !gradients.bias.defined()) return;
-  const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
-  const NoWeight none(w);
-  const ConvPlaces places(gradients.weight.defined() ? w : none.weight, planes.taps(),
-                          planes.source_block(w.density() * double(w.taps), w.in));
-  PartialSums<T> sums(ceil_div(g.batch, planes.images), gradients.weight.defined() ? w.nonzeros() : 0, g.out);
-  if (gradients.weight.defined())
-    run_dots(kernels, planes, places, grad_output, without_rows(input, g.height, g.width), sums, sums.parts(g));
-  if (gradients.bias.defined()) add_bias_gradient(grad_output, sums);
-  sums.template finish<T>(places, gradients);
+  const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
+  if (!fits(planes)) return false;
+  const double nonzeros = w.density() * double(w.taps) / double(planes.destination_phases());
+  const auto lists = ConvEntries<T>::backward(w, planes.taps(), planes.source_block(nonzeros, w.out / w.groups),
+                                              weight.const_data_ptr<T>());
+  run_products(kernels, planes, lists, without_rows(grad_output, g.out_height, g.out_width),
+               without_rows(grad_input, g.height, g.width), static_cast<const T*>(nullptr));
+  return true;
 }
 
-#define INSTANTIATE(T)                                                                                                \
-  template bool goes_by_space<T>(const Geometry&, const ConvWeight&, std::initializer_list<at::Tensor>);             \
-  template void forward_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,        \
+template <typename T>
+bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad, const at::Tensor& input,
+                              const ConvGradients& gradients) {
+  if (!has_plain_planes(grad) || !has_plain_planes(input)) return false;
+  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const Geometry g = without_rows(geometry, kernels);
+  if (g.out_width % kernels.lanes != 0) return false;
+  Planes<T> planes = Planes<T>::for_dots(g.forward_y(), g.forward_x(), g.in, kernels);
+  const at::Tensor grad_output = without_rows(grad, g.out_height, g.out_width);
+  // Images that share a dot product, of 32 vectors.
+  int64_t images = 1;
+  const bool in_place = g.out_height == 1 && g.height == 1 && planes.pitch == g.width && w.taps == 1;
+  if (in_place) {
+    planes.source_channel = input.stride(1);
+    images = std::clamp<int64_t>(32 * kernels.lanes / g.width, 1, g.batch);
+  }
+  if (!fits(planes)) return false;
+  const int64_t block = in_place ? w.in : planes.source_block(w.density() * double(w.taps), w.in);
+  const ConvPlaces places(w, planes.taps(), block);
+  PartialSums<T> sums(ceil_div(g.batch, images), w.nonzeros(), g.out);
+  if (in_place)
+    run_dots_in_place(kernels, places, grad_output, without_rows(input, g.height, g.width), images, sums, sums.parts(g));
+  else
+    run_dots(kernels, planes, places, grad_output, input, sums, sums.parts(g));
+  if (gradients.bias.defined()) add_bias_gradient(grad_output, sums);
+  sums.template finish<T>(places, gradients);
+  return true;
+}
+
+#define INSTANTIATE(T)                                                                                               \
+  template bool forward_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,        \
                                     const std::vector<T>&, const at::Tensor&);                                       \
-  template void backward_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,       \
-                                     const at::Tensor&, const ConvGradients&);
+  template bool input_gradient_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&, \
+                                           const at::Tensor&);                                                       \
+  template bool weight_gradient_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&,                   \
+                                            const at::Tensor&, const ConvGradients&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

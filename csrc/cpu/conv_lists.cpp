@@ -68,9 +68,10 @@ inline float number(BFloat16 x) {
 }  // namespace
 
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels) {
-  constexpr int64_t kL1Bytes = 24 << 10;
+  constexpr int64_t kL1Bytes = 32 << 10;
+  constexpr double kNonzeros = 20;
   const int64_t fits = std::max<int64_t>(1, kL1Bytes / channel_bytes);
-  const double wanted = nonzeros_a_channel > 0 ? 10 / nonzeros_a_channel : 1e9;
+  const double wanted = nonzeros_a_channel > 0 ? kNonzeros / nonzeros_a_channel : 1e9;
   const int64_t block = wanted > double(channels) ? channels : std::max(fits, int64_t(wanted) + 1);
   // Blocks of one size.
   const int64_t blocks = std::max<int64_t>(1, blocks_of(channels, block));
@@ -149,32 +150,29 @@ ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& tap
 
 ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block)
     : blocks(blocks_of(w.in, channels_a_block)),
-      first_(blocks * w.out * taps.segments + 1),
+      first_(blocks * w.out + 1),
       offset_memory_(sizeof(int32_t) * w.nonzeros()),
-      has_place_(!w.unstructured() || !w.packed || taps.segments > 1),
-      place_(has_place_ ? sizeof(int64_t) * w.nonzeros() : 0) {
-  const int64_t lists = taps.segments * blocks;  // of an output channel
-  const auto key = column_table(
-      w, [&](int64_t c, int64_t k) { return taps.segment[k] * blocks + c / channels_a_block; });
+      place_(w.unstructured() && w.packed ? 0 : w.nonzeros()) {
+  const auto block = column_table(w, [&](int64_t c, int64_t) { return c / channels_a_block; });
   const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
-    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first_[o * lists + key[column] + 1]; });
+    for_each_weight(w, begin, end,
+                    [&](int64_t o, int64_t column, int64_t) { ++first_[o * blocks + block[column] + 1]; });
   });
   accumulate(first_);
   std::vector<int32_t> next(first_.begin(), first_.end() - 1);
   // The kernel takes kConvGroup at a time: a block ends with a full group, and what is left goes to the next block.
-  for (int64_t i = 0; i < w.out * taps.segments; ++i)
+  for (int64_t o = 0; o < w.out; ++o)
     for (int64_t b = 1; b < blocks; ++b) {
-      const int32_t begin = first_[i * blocks];
-      first_[i * blocks + b] = begin + (first_[i * blocks + b] - begin) / kConvGroup * kConvGroup;
+      const int32_t begin = first_[o * blocks];
+      first_[o * blocks + b] = begin + (first_[o * blocks + b] - begin) / kConvGroup * kConvGroup;
     }
   int32_t* const offsets = offset_memory_.as<int32_t>();
-  int64_t* const places = place_.as<int64_t>();
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
-      const int64_t i = next[o * lists + key[column]]++, group = o / (w.out / w.groups);
+      const int64_t i = next[o * blocks + block[column]]++, group = o / (w.out / w.groups);
       offsets[i] = int32_t(group * w.in * taps.channel + offset[column]);
-      if (has_place_) places[i] = place;
+      if (!place_.empty()) place_[i] = place;
     });
   });
 }

@@ -35,7 +35,7 @@ struct ConvTaps {
   int64_t segments = 1;
 };
 
-// Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about ten
+// Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about twenty
 // nonzeros a destination channel, as a tile is loaded and stored once a block.
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels);
 
@@ -62,7 +62,7 @@ class ConvEntries {
   std::unique_ptr<Workspace> memory_;
 };
 
-// Offsets of the dot products: those of key (channel * segments + segment) * blocks + block are [first[key], first[key + 1]).
+// Offsets of the dot products: those of key channel * blocks + block are [first[key], first[key + 1]).
 class ConvPlaces {
  public:
   ConvPlaces(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block);
@@ -70,15 +70,14 @@ class ConvPlaces {
   const int32_t* first() const { return first_.data(); }
   const int32_t* offset() const { return offset_memory_.as<const int32_t>(); }
   // Index of the i-th one into the weight's storage.
-  int64_t place(int64_t i) const { return has_place_ ? place_.as<const int64_t>()[i] : i; }
+  int64_t place(int64_t i) const { return place_.empty() ? i : place_[i]; }
 
   const int64_t blocks;
 
  private:
   std::vector<int32_t> first_;
   Workspace offset_memory_;
-  const bool has_place_;  // else: the order of packed values
-  Workspace place_;
+  std::vector<int64_t> place_;  // empty: the order of packed values
 };
 
 }  // namespace uasparse

@@ -44,6 +44,13 @@ struct ConvProduct {
   int rows, vectors;
 };
 
+// What a shift by one column leaves: numbers[v] of lane l is all ones or zero, for the l-th number of vector v of a row
+// (csrc/cpu/conv_by_space.cpp) that came from its left, or from its right.
+template <typename T>
+struct ConvEdges {
+  const T *from_left, *from_right;
+};
+
 // grad[i] (+)= sum over rows and vectors of grad_output[c][r][x] * input[r][x + offset[i]], i over the entries of the
 // channels [begin, end).
 template <typename T>
@@ -70,13 +77,6 @@ struct ConvMove {
   T* packed;
 };
 
-// What a shift by one column leaves: numbers[v] of lane l is all ones or zero, for the l-th number of vector v of a row
-// (csrc/cpu/conv_by_space.cpp) that came from its left, or from its right.
-template <typename T>
-struct ConvEdges {
-  const T *from_left, *from_right;
-};
-
 // The product for planes without columns of padding: out[c][x] (+)= sum over the segments s and the entries of (c, s) of
 // value * source[x + offset], shifted by segment - zero columns to the left. Entries of (c, s): [first[c * segments + s],
 // first[c * segments + s + 1]).
@@ -93,23 +93,6 @@ struct ConvShiftedProduct {
   const T* bias;  // of each channel, or null
   ConvEdges<T> edges;
   int vectors;
-};
-
-// The dot products for such planes: grad_output is shifted to meet the input. Offsets of channel c and segment s are
-// [first[(c * segments + s) * first_stride], first[(c * segments + s) * first_stride + 1]).
-template <typename T>
-struct ConvShiftedSddmm {
-  const int32_t* offset;
-  const int32_t* first;
-  int64_t first_stride, segments, zero;
-  int64_t begin, end;
-  const T* input;
-  const T* grad_output;
-  int64_t grad_channel;
-  ConvEdges<T> edges;
-  int64_t vectors, vectors_a_row;
-  T* shifted;  // scratch of vectors
-  T* grad;
 };
 
 // Moves rows of `images` images that lie side by side in packed planes: packed[c][r][i][x] and image[i][c][r][x * step].
@@ -130,7 +113,6 @@ struct ConvKernels {
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
-  void (*shifted_sddmm)(const ConvShiftedSddmm<T>&);
   void (*pack_planes)(const ConvPlanes<T>&, const T* from, T* packed);
   void (*unpack_planes)(const ConvPlanes<T>&, const T* packed, T* to);
   void (*pack)(const ConvMove<T>&, const T* const* images);

@@ -3,10 +3,10 @@
 // product: a tile of rows x vectors output positions of one output channel stays in registers while the channel's
 //   entries stream by; an entry is one broadcast and one multiply-add with a memory operand a vector. The tile is as
 //   large as the registers allow, because the entry's own cost (two loads) is spread over it.
+// shifted_product: the same for planes without columns of padding, where the sums are shifted by whole columns once for all
+//   entries that need it, instead of the source once for each column of the kernel.
 // sddmm: kGroup entries of one output channel take the dot product of the same grad_output positions with their input
 //   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
-// shifted_product, shifted_sddmm: the same for planes without columns of padding, where the sums (or grad_output) are
-//   shifted by whole columns once for all entries that need it, instead of the source once for each column of the kernel.
 // pack, unpack: lanes x lanes transposes in registers between images and packed vectors.
 
 #include "cpu/vec.h"
@@ -142,6 +142,100 @@ UASPARSE_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
   }
 }
 
+// --- planes without columns of padding
+
+template <typename T>
+struct FromLeft {
+  static constexpr int of(int i) { return kLanes<T> - 1 + i; }
+};
+template <typename T>
+struct FromRight {
+  static constexpr int of(int i) { return 1 + i; }
+};
+
+// Keeps the numbers where `edge` is all ones.
+template <typename T>
+UASPARSE_INLINE Vec<T> inside(Vec<T> v, const T* edge) {
+  using Bits = Vec<typename SameSizeInt<T>::type>;
+  return Vec<T>(Bits(v) & Bits(load(edge)));
+}
+
+// One column to the right: each number takes the place of its right neighbour.
+template <typename T, int kVectors>
+UASPARSE_INLINE void shift_right(Vec<T> (&v)[kVectors], const T* from_left) {
+  for (int i = kVectors - 1; i >= 0; --i)
+    v[i] = inside<T>(shuffle<T, FromLeft<T>>(i > 0 ? v[i - 1] : Vec<T>{}, v[i]), from_left + i * kLanes<T>);
+}
+template <typename T, int kVectors>
+UASPARSE_INLINE void shift_left(Vec<T> (&v)[kVectors], const T* from_right) {
+  for (int i = 0; i < kVectors; ++i)
+    v[i] = inside<T>(shuffle<T, FromRight<T>>(v[i], i + 1 < kVectors ? v[i + 1] : Vec<T>{}), from_right + i * kLanes<T>);
+}
+
+template <typename T, int kVectors>
+UASPARSE_INLINE void add_entries(const ConvEntry<T>* entry, const ConvEntry<T>* end, const T* source,
+                                 Vec<T> (&sum)[kVectors]) {
+  for (; entry != end; ++entry) {
+    const T* from = source + entry->offset;
+    const Vec<T> value = broadcast<T>(entry->value);
+    for (int v = 0; v < kVectors; ++v) sum[v] += value * load(from + v * kLanes<T>);
+  }
+}
+
+template <typename T, int kVectors>
+void shifted_product_tile(const ConvShiftedProduct<T>& p) {
+  constexpr int L = kLanes<T>;
+  const int64_t zero = p.zero, segments = p.segments;
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const int32_t* const first = p.first + c * segments;
+    T* const out = p.out + c * p.out_channel;
+    if (!p.start && first[0] == first[segments]) continue;
+    // The next channel's place is in L2 or, where `out` is the output itself, farther away.
+    if (c + 1 < p.end)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + p.out_channel + v * L, 1);
+    const auto add = [&](int64_t s, Vec<T>(&sum)[kVectors]) UASPARSE_LAMBDA {
+      add_entries<T, kVectors>(p.entries + first[s], p.entries + first[s + 1], p.source, sum);
+    };
+    // Sources on the right of their outputs, the farthest first; then those on the left; then those in place.
+    T right[kVectors * L];
+    const bool has_right = first[zero + 1] != first[segments];
+    Vec<T> sum[kVectors] = {};
+    if (has_right) {
+      for (int64_t s = segments - 1; s > zero; --s) {
+        add(s, sum);
+        shift_left<T, kVectors>(sum, p.edges.from_right);
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        store(right + v * L, sum[v]);
+        sum[v] = Vec<T>{};
+      }
+    }
+    if (first[0] != first[zero])
+      for (int64_t s = 0; s < zero; ++s) {
+        add(s, sum);
+        shift_right<T, kVectors>(sum, p.edges.from_left);
+      }
+    if (p.start) {
+      const Vec<T> bias = broadcast<T>(p.bias ? p.bias[c] : T(0));
+      for (int v = 0; v < kVectors; ++v) sum[v] += bias;
+    } else {
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(out + v * L);
+    }
+    add(zero, sum);
+    if (has_right)
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(right + v * L);
+    for (int v = 0; v < kVectors; ++v) store(out + v * L, sum[v]);
+  }
+}
+
+template <typename T, int kVectors = kMaxVectors<T>>
+void shifted_product(const ConvShiftedProduct<T>& p) {
+  if constexpr (kVectors > 0) {
+    if (p.vectors == kVectors) return shifted_product_tile<T, kVectors>(p);
+    shifted_product<T, kVectors - 1>(p);
+  }
+}
+
 // --- sddmm
 
 // to[0 ... 3] += the numbers at from.
@@ -251,138 +345,6 @@ void sddmm(const ConvSddmm<T>& p) {
       case 2: sddmm_group<T, 2>(p, grad_output, p.offset + i, p.grad + i); break;
       case 1: sddmm_group<T, 1>(p, grad_output, p.offset + i, p.grad + i); break;
       default: break;
-    }
-  }
-}
-
-// --- planes without columns of padding
-
-template <typename T>
-struct FromLeft {
-  static constexpr int of(int i) { return kLanes<T> - 1 + i; }
-};
-template <typename T>
-struct FromRight {
-  static constexpr int of(int i) { return 1 + i; }
-};
-
-// Keeps the numbers where `edge` is all ones.
-template <typename T>
-UASPARSE_INLINE Vec<T> inside(Vec<T> v, const T* edge) {
-  using Bits = Vec<typename SameSizeInt<T>::type>;
-  return Vec<T>(Bits(v) & Bits(load(edge)));
-}
-
-// One column to the right: each number takes the place of its right neighbour.
-template <typename T, int kVectors>
-UASPARSE_INLINE void shift_right(Vec<T> (&v)[kVectors], const T* from_left) {
-  for (int i = kVectors - 1; i >= 0; --i)
-    v[i] = inside<T>(shuffle<T, FromLeft<T>>(i > 0 ? v[i - 1] : Vec<T>{}, v[i]), from_left + i * kLanes<T>);
-}
-template <typename T, int kVectors>
-UASPARSE_INLINE void shift_left(Vec<T> (&v)[kVectors], const T* from_right) {
-  for (int i = 0; i < kVectors; ++i)
-    v[i] = inside<T>(shuffle<T, FromRight<T>>(v[i], i + 1 < kVectors ? v[i + 1] : Vec<T>{}), from_right + i * kLanes<T>);
-}
-
-template <typename T, int kVectors>
-UASPARSE_INLINE void add_entries(const ConvEntry<T>* entry, const ConvEntry<T>* end, const T* source,
-                                 Vec<T> (&sum)[kVectors]) {
-  for (; entry != end; ++entry) {
-    const T* from = source + entry->offset;
-    const Vec<T> value = broadcast<T>(entry->value);
-    for (int v = 0; v < kVectors; ++v) sum[v] += value * load(from + v * kLanes<T>);
-  }
-}
-
-template <typename T, int kVectors>
-void shifted_product_tile(const ConvShiftedProduct<T>& p) {
-  constexpr int L = kLanes<T>;
-  const int64_t zero = p.zero, segments = p.segments;
-  for (int64_t c = p.begin; c < p.end; ++c) {
-    const int32_t* const first = p.first + c * segments;
-    T* const out = p.out + c * p.out_channel;
-    if (!p.start && first[0] == first[segments]) continue;
-    if (!p.start)
-      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + p.out_channel + v * L, 1);
-    const auto add = [&](int64_t s, Vec<T>(&sum)[kVectors]) UASPARSE_LAMBDA {
-      add_entries<T, kVectors>(p.entries + first[s], p.entries + first[s + 1], p.source, sum);
-    };
-    // Sources on the right of their outputs, the farthest first; then those on the left; then those in place.
-    T right[kVectors * L];
-    const bool has_right = first[zero + 1] != first[segments];
-    Vec<T> sum[kVectors] = {};
-    if (has_right) {
-      for (int64_t s = segments - 1; s > zero; --s) {
-        add(s, sum);
-        shift_left<T, kVectors>(sum, p.edges.from_right);
-      }
-      for (int v = 0; v < kVectors; ++v) {
-        store(right + v * L, sum[v]);
-        sum[v] = Vec<T>{};
-      }
-    }
-    if (first[0] != first[zero])
-      for (int64_t s = 0; s < zero; ++s) {
-        add(s, sum);
-        shift_right<T, kVectors>(sum, p.edges.from_left);
-      }
-    if (p.start) {
-      const Vec<T> bias = broadcast<T>(p.bias ? p.bias[c] : T(0));
-      for (int v = 0; v < kVectors; ++v) sum[v] += bias;
-    } else {
-      for (int v = 0; v < kVectors; ++v) sum[v] += load(out + v * L);
-    }
-    add(zero, sum);
-    if (has_right)
-      for (int v = 0; v < kVectors; ++v) sum[v] += load(right + v * L);
-    for (int v = 0; v < kVectors; ++v) store(out + v * L, sum[v]);
-  }
-}
-
-template <typename T, int kVectors = kMaxVectors<T>>
-void shifted_product(const ConvShiftedProduct<T>& p) {
-  if constexpr (kVectors > 0) {
-    if (p.vectors == kVectors) return shifted_product_tile<T, kVectors>(p);
-    shifted_product<T, kVectors - 1>(p);
-  }
-}
-
-// to = from shifted by one column, to the right (kRight) or left; may be the same place.
-template <typename T, bool kRight>
-UASPARSE_INLINE void shift_run(const T* from, T* to, int64_t vectors, int64_t vectors_a_row, const T* edge) {
-  constexpr int L = kLanes<T>;
-  Vec<T> last{};
-  for (int64_t i = 0, in_row = 0; i < vectors; ++i, in_row = in_row + 1 < vectors_a_row ? in_row + 1 : 0) {
-    const int64_t v = kRight ? i : vectors - 1 - i;
-    const Vec<T> here = load(from + v * L);
-    const Vec<T> moved = kRight ? shuffle<T, FromLeft<T>>(last, here) : shuffle<T, FromRight<T>>(here, last);
-    last = here;
-    store(to + v * L, inside<T>(moved, edge + (kRight ? in_row : vectors_a_row - 1 - in_row) * L));
-  }
-}
-
-template <typename T>
-void shifted_sddmm(const ConvShiftedSddmm<T>& p) {
-  for (int64_t c = p.begin; c < p.end; ++c) {
-    const T* const grad_output = p.grad_output + c * p.grad_channel;
-    const auto dots = [&](int64_t s, const T* grads) {
-      // One channel of the plain kernel.
-      sddmm<T>({p.offset, p.first + (c * p.segments + s) * p.first_stride, p.first_stride, 0, 1, p.input, 0, grads, 0, 0,
-                1, p.vectors, p.grad});
-    };
-    if (c + 1 < p.end)
-      for (int64_t v = 0; v < p.vectors; ++v) __builtin_prefetch(grad_output + p.grad_channel + v * kLanes<T>);
-    dots(p.zero, grad_output);
-    const T* grads = grad_output;
-    for (int64_t s = p.zero + 1; s < p.segments; ++s, grads = p.shifted) {
-      shift_run<T, true>(grads, p.shifted, p.vectors, p.vectors_a_row, p.edges.from_left);
-      dots(s, p.shifted);
-    }
-    grads = grad_output;
-    for (int64_t s = p.zero - 1; s >= 0; --s, grads = p.shifted) {
-      shift_run<T, false>(grads, p.shifted, p.vectors, p.vectors_a_row, p.edges.from_right);
-      dots(s, p.shifted);
     }
   }
 }
@@ -513,6 +475,18 @@ void unpack(const ConvMove<T>& m, S* const* images) {
 
 // --- planes
 
+// to[x * to_step] = from[x * from_step]; short rows of many lengths, so no call.
+template <typename T>
+UASPARSE_INLINE void copy_run(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t width) {
+  constexpr int64_t kChunk = 32 / sizeof(T);
+  if (from_step == 1 && to_step == 1 && width >= kChunk) {
+    for (int64_t x = 0; x + kChunk < width; x += kChunk) __builtin_memcpy(to + x, from + x, 32);
+    __builtin_memcpy(to + width - kChunk, from + width - kChunk, 32);
+  } else {
+    for (int64_t x = 0; x < width; ++x) to[x * to_step] = from[x * from_step];
+  }
+}
+
 template <typename T, int kStep, int kWidth>
 void pack_planes_as(const ConvPlanes<T>& p, const T* from, T* packed) {
   const int64_t step = kStep ? kStep : p.step, width = kWidth ? kWidth : p.width;
@@ -521,7 +495,7 @@ void pack_planes_as(const ConvPlanes<T>& p, const T* from, T* packed) {
       const T* row = from + c * p.channel + i * p.image;
       T* to = packed + c * p.packed_channel + i * p.packed_image;
       for (int64_t r = 0; r < p.rows; ++r, row += p.row, to += p.packed_row)
-        for (int64_t x = 0; x < width; ++x) to[x] = row[x * step];
+        copy_run<T>(row, step, to, 1, width);
     }
 }
 
@@ -542,7 +516,7 @@ void unpack_planes_as(const ConvPlanes<T>& p, const T* packed, T* to) {
       const T* from = packed + c * p.packed_channel + i * p.packed_image;
       T* row = to + c * p.channel + i * p.image;
       for (int64_t r = 0; r < p.rows; ++r, row += p.row, from += p.packed_row)
-        for (int64_t x = 0; x < width; ++x) row[x * step] = from[x];
+        copy_run<T>(from, 1, row, step, width);
     }
 }
 
@@ -558,7 +532,7 @@ void unpack_planes(const ConvPlanes<T>& p, const T* packed, T* to) {
 template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
     kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,
-    shifted_product<T>, shifted_sddmm<T>, pack_planes<T>, unpack_planes<T>,
+    shifted_product<T>, pack_planes<T>, unpack_planes<T>,
     pack<T, T>,    unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
