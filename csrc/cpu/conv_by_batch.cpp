@@ -25,6 +25,7 @@ struct Tiling {
     const int64_t strips = ceil_div(width, max_vectors);
     vectors = ceil_div(width, strips);
     rows = strips > 1 ? 1 : std::clamp<int64_t>(max_vectors / width, 1, std::min<int64_t>(4, height));
+    rows = ceil_div(height, ceil_div(height, rows));  // no small rest
     group = std::min(height, ceil_div(std::max(rows, ceil_div(kGroupPositions, width)), rows) * rows);
   }
 };

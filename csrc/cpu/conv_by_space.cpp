@@ -1,205 +1,405 @@
-// masked_conv2d with neighbouring positions of one image a vector: for wide images and stride 1.
+// masked_conv2d with neighbouring positions of a row a vector.
 //
-// A group of image rows is copied once for each column shift of the kernel, shifted and with zeros where the padding is,
-// to [channels][shifts][rows + reach][width]. Then every tap is a whole number of rows away from its output, so vectors are
-// read where the caches like them, and a group is one run of rows * width positions, which the products cut into register
-// tiles. Copies are plain (no transpose), and results go straight to their place in the output: where activations are
-// large and weights few, this is what counts.
+// A few images lie side by side, so that a row of them is a whole number of vectors: planes [channels][phases][rows][images *
+// columns], without columns of padding. A tap of the kernel is then a number of rows, which a vector is read away from its
+// output, and a shift by a few columns, which differs between the columns of the kernel alone. The kernels sum all entries
+// of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So nothing is packed more than once, packing is
+// a copy of rows (no transpose), and as many channels as possible fit L1. Where one image fills the vectors, results go
+// straight to their place.
 
-#include <cstdlib>
+#include <limits>
 
 #include "cpu/conv_pass.h"
 
 namespace uasparse {
 namespace {
 
-// A pass by space: destination row y reads source rows y + shift_y + origin_y, and likewise along x.
-struct SpacePass {
-  int64_t channels, height, width;  // of the source
-  int64_t rows, columns;            // of the destination
-  int64_t origin_y, reach;
-  std::vector<int64_t> shift_y, shift_x;  // of each kernel row and column; shift_x with its origin
-  int64_t group;                          // destination rows of a group
-  int64_t plane, channel;                 // strides of the copies
+constexpr int64_t kL2Bytes = 512 << 10;  // of it the packed source of a group of rows
+constexpr int64_t kMaxSegments = 9;
 
-  SpacePass(const AxisPass& y, const AxisPass& x, int64_t channels, int64_t group)
-      : channels(channels),
-        height(y.source.extent),
-        width(x.source.extent),
-        rows(y.destination.extent),
-        columns(x.destination.extent),
-        origin_y(y.source.origin),
-        reach(y.reach),
-        shift_y(y.shift),
-        shift_x(x.shift),
-        group(group),
-        plane((group + y.reach) * columns),
-        channel(int64_t(x.shift.size()) * plane) {
-    for (int64_t& shift : shift_x) shift += x.source.origin;
+int64_t ceil_quotient(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+// Image positions q * step + origin + remainder, for q in [begin, end).
+struct Run {
+  int64_t begin, end;
+};
+Run run_of(const Axis& axis, int64_t remainder, int64_t begin, int64_t end) {
+  const int64_t first = std::clamp(ceil_quotient(-axis.origin - remainder, axis.step), begin, end);
+  return {first, std::clamp(ceil_quotient(axis.extent - axis.origin - remainder, axis.step), first, end)};
+}
+
+// A pass over planes. For products, source and destination planes have rows of the same pitch.
+template <typename T>
+struct Planes {
+  AxisPass y, x;
+  std::vector<Run> columns;  // of the source's remainders
+  int64_t source_channels, width;
+  int64_t images, pitch, rows;  // side by side; of a row; of a register tile
+  int64_t group;                // rows of a group: what is packed together
+  bool copies = false;          // the source is there once for each column of the kernel (for dot products)
+  int64_t source_plane, source_channel, destination_plane;
+
+  Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t batch, const ConvKernels<T>& kernels)
+      : y(std::move(y_pass)), x(std::move(x_pass)), source_channels(source_channels), width(x.destination.length) {
+    for (int64_t r = 0; r < x.source.step; ++r) {
+      columns.push_back(run_of(x.source, r, 0, x.source.length));
+      width = std::max(width, columns.back().end - columns.back().begin);
+    }
+    const int64_t height = y.destination.length, lanes = kernels.lanes;
+    // The cheapest register tiles: a vector costs one, what comes with an entry about two.
+    double best = std::numeric_limits<double>::max();
+    images = pitch = rows = 0;
+    for (int64_t n = 1; n <= batch && n <= 4 * lanes; ++n) {
+      const int64_t vectors = ceil_div(n * width, lanes);
+      if (vectors > kernels.max_vectors) break;
+      const int64_t tiles = ceil_div(height, std::min(height, kernels.max_vectors / vectors));
+      const double cost = double(2 * tiles + height * vectors) / double(n);
+      if (cost < best) {
+        best = cost;
+        images = n;
+        pitch = vectors * lanes;
+        rows = ceil_div(height, tiles);
+      }
+    }
+    if (images == 0) return;
+    set_strides();
+  }
+
+  // The source of dot products: one image, copied for each column of the kernel, shifted to meet grad_output.
+  static Planes for_dots(AxisPass y, AxisPass x, int64_t source_channels, const ConvKernels<T>& kernels) {
+    Planes p(std::move(y), std::move(x), source_channels, 0, kernels);
+    const int64_t height = p.y.destination.length;
+    p.copies = true;
+    p.images = 1;
+    p.width = p.pitch = p.x.destination.length;
+    // Dot products of 16 vectors.
+    p.rows = ceil_div(height, ceil_div(height, std::clamp<int64_t>(16 * kernels.lanes / p.pitch, 1, height)));
+    p.set_strides();
+    return p;
+  }
+
+  int64_t column_planes() const { return copies ? int64_t(x.shift.size()) : x.source.phases(); }
+  int64_t source_planes() const { return y.source.phases() * column_planes(); }
+
+  void set_strides() {
+    const int64_t row_bytes = sizeof(T) * source_channels * source_planes() * pitch;
+    const int64_t fit = std::max<int64_t>(1, (kL2Bytes / row_bytes - y.reach) / rows);
+    group = std::min(ceil_div(y.destination.length, rows), fit) * rows;
+    source_plane = (group + y.reach) * pitch;
+    source_channel = source_planes() * source_plane;
     // Channels a multiple of 4096 bytes apart would share their sets of L1.
-    if (channel % 512 == 0) channel += 32;
+    if (source_channel % 512 == 0) source_channel += 2 * 16;
+    destination_plane = rows * pitch;
+  }
+
+  int64_t destination_phases() const { return y.destination.phases() * x.destination.phases(); }
+  int64_t column_shift(size_t k) const { return copies ? 0 : x.shift[k] - columns[x.source_phase[k]].begin; }
+  // The segment of entries that need no shift.
+  int64_t zero() const {
+    int64_t least = 0;
+    for (size_t k = 0; k < x.shift.size(); ++k) least = std::min(least, column_shift(k));
+    return -least;
+  }
+  int64_t segments() const {
+    int64_t largest = 0;
+    for (size_t k = 0; k < x.shift.size(); ++k) largest = std::max(largest, column_shift(k));
+    return zero() + largest + 1;
   }
 
   ConvTaps taps() const {
-    ConvTaps taps{channel, {}, {}, 1};
-    for (int64_t ky : shift_y)
-      for (size_t kx = 0; kx < shift_x.size(); ++kx) {
-        taps.offset.push_back(int64_t(kx) * plane + ky * columns);
-        taps.phase.push_back(0);
+    ConvTaps taps{source_channel, {}, {}, destination_phases(), {}, segments()};
+    for (size_t ky = 0; ky < y.shift.size(); ++ky)
+      for (size_t kx = 0; kx < x.shift.size(); ++kx) {
+        const int64_t plane = y.source_phase[ky] * column_planes() + (copies ? int64_t(kx) : x.source_phase[kx]);
+        taps.offset.push_back(plane * source_plane + y.shift[ky] * pitch);
+        taps.phase.push_back(y.destination_phase[ky] * x.destination.phases() + x.destination_phase[kx]);
+        taps.segment.push_back(zero() + column_shift(kx));
       }
     return taps;
   }
+
+  int64_t source_block(double nonzeros_a_channel, int64_t channels) const {
+    return channels_a_block(sizeof(T) * source_planes() * (rows + y.reach) * pitch, nonzeros_a_channel, channels);
+  }
 };
 
-// Rows of a group: enough for `vectors` vectors.
-int64_t group_rows(int64_t rows, int64_t columns, int64_t lanes, int64_t vectors) {
-  return std::min(rows, ceil_div(vectors * lanes, columns));
+// What a shift by a column leaves (ConvEdges), for a register tile.
+template <typename T>
+class Edges {
+ public:
+  Edges(const Planes<T>& p) : left_(p.rows * p.pitch), right_(p.rows * p.pitch) {
+    for (int64_t i = 0; i < p.rows * p.pitch; ++i) {
+      const int64_t place = i % p.pitch, column = place % p.width;
+      if (place >= p.images * p.width) continue;
+      if (column != 0) std::memset(&left_[i], -1, sizeof(T));
+      if (column != p.width - 1) std::memset(&right_[i], -1, sizeof(T));
+    }
+  }
+  ConvEdges<T> get() const { return {left_.data(), right_.data()}; }
+
+ private:
+  std::vector<T> left_, right_;
+};
+
+// Whether rows of a plane are where a kernel can take them.
+bool in_place(const Axis& y, const Axis& x, int64_t images, int64_t pitch) {
+  return images == 1 && y.step == 1 && x.step == 1 && x.extent == pitch;
 }
 
-// The copies of destination rows [begin, end) of one image's planes.
+// Packed rows [begin, end) of the images from `image` onwards. `to` is zero where nothing was packed yet.
 template <typename T>
-void copy_rows(const ConvKernels<T>& kernels, const SpacePass& p, const at::Tensor& images, int64_t n, int64_t begin,
-               int64_t end, T* to) {
-  const T* const data = images.const_data_ptr<T>();
-  const int64_t plane_stride = images.stride(1), plane = p.height * p.width;
-  const T* const last = data + (images.size(0) - 1) * images.stride(0) + (p.channels - 1) * plane_stride + plane;
-  const int64_t first = begin + p.origin_y, count = end - begin + p.reach;
-  const int64_t valid_begin = std::clamp<int64_t>(-first, 0, count);
-  const int64_t valid_end = std::clamp<int64_t>(p.height - first, valid_begin, count);
-  const int64_t valid = (valid_end - valid_begin) * p.columns, shifts = int64_t(p.shift_x.size());
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const T* const from = data + n * images.stride(0) + c * plane_stride + (first + valid_begin) * p.width;
-    // The next plane's rows are elsewhere, where the hardware does not look ahead.
-    for (int64_t i = 0; c + 1 < p.channels && i < valid; i += 64 / sizeof(T)) __builtin_prefetch(from + plane_stride + i);
-    T* const copy = to + c * p.channel + valid_begin * p.columns;
-    kernels.shift_rows({from, data, last, valid_end - valid_begin, p.width, p.shift_x.data(),
-                        shifts, copy, p.plane});
-    // Rows above and below the image.
-    for (int64_t k = 0; k < shifts && valid < count * p.columns; ++k) {
-      T* const rows = to + c * p.channel + k * p.plane;
-      std::fill(rows, rows + valid_begin * p.columns, T(0));
-      std::fill(rows + valid_end * p.columns, rows + count * p.columns, T(0));
+void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Tensor& t, int64_t image, int64_t begin,
+                 int64_t end, T* to) {
+  const int64_t images = std::min(p.images, t.size(0) - image);
+  if (images < p.images) std::fill_n(to, p.source_channels * p.source_channel, T(0));
+  const Axis &y = p.y.source, &x = p.x.source;
+  // Packed columns from `column` on, of a plane, are those of the run.
+  const auto pack = [&](int64_t plane_x, int64_t remainder_x, Run columns, int64_t column) {
+    for (int64_t ry = 0; ry < y.step; ++ry) {
+      if (y.phase[ry] < 0) continue;
+      T* const plane = to + (y.phase[ry] * p.column_planes() + plane_x) * p.source_plane;
+      const Run run = run_of(y, ry, begin, end);
+      for (int64_t c = 0; c < p.source_channels; ++c) {
+        T* const channel = plane + c * p.source_channel;
+        std::fill(channel, channel + (run.begin - begin) * p.pitch, T(0));
+        std::fill(channel + (run.end - begin) * p.pitch, channel + (end - begin) * p.pitch, T(0));
+      }
+      ConvPlanes<T> planes{p.source_channels, run.end - run.begin, images, columns.end - columns.begin, x.step,
+                           t.stride(0), t.stride(1), y.step * t.stride(2), p.width, p.source_channel, p.pitch};
+      if (p.images == 1 && planes.row == planes.width && planes.width == p.pitch) {
+        planes.width *= planes.rows;
+        planes.rows = 1;
+      }
+      kernels.pack_planes(planes,
+                          t.const_data_ptr<T>() + image * t.stride(0) + (run.begin * y.step + y.origin + ry) * t.stride(2) +
+                              columns.begin * x.step + x.origin + remainder_x,
+                          plane + (run.begin - begin) * p.pitch + column);
     }
+  };
+  if (p.copies) {
+    for (size_t k = 0; k < p.x.shift.size(); ++k)
+      for (int64_t rx = 0; rx < x.step; ++rx) {
+        if (x.phase[rx] != p.x.source_phase[k]) continue;
+        const int64_t shift = p.x.shift[k];
+        const Run columns = run_of(x, rx, shift, shift + p.pitch);
+        pack(int64_t(k), rx, columns, columns.begin - shift);
+      }
+  } else {
+    for (int64_t rx = 0; rx < x.step; ++rx)
+      if (x.phase[rx] >= 0) pack(x.phase[rx], rx, p.columns[rx], 0);
   }
 }
 
-template <typename T>
-int64_t source_block(const SpacePass& p, int64_t vectors, int64_t lanes, const ConvWeight& w, int64_t channels) {
-  const int64_t bytes = sizeof(T) * int64_t(p.shift_x.size()) * (vectors * lanes + p.reach * p.columns);
-  return channels_a_block(bytes, w.density() * double(w.taps), channels);
+// Calls move(planes, of the image, of the packed destination) for each phase of destination rows [begin, end).
+template <typename T, typename Move>
+void for_each_destination(const Planes<T>& p, const at::Tensor& t, int64_t channel_begin, int64_t channel_end,
+                          int64_t image, int64_t begin, int64_t end, Move move) {
+  const Axis &y = p.y.destination, &x = p.x.destination;
+  for (int64_t ry = 0; ry < y.step; ++ry)
+    for (int64_t rx = 0; rx < x.step; ++rx) {
+      const Run run = run_of(y, ry, begin, end), columns = run_of(x, rx, 0, x.length);
+      const int64_t phase = y.phase[ry] * x.phases() + x.phase[rx], phases = p.destination_phases();
+      move(ConvPlanes<T>{channel_end - channel_begin, run.end - run.begin, std::min(p.images, t.size(0) - image),
+                         columns.end - columns.begin, x.step, t.stride(0), t.stride(1), y.step * t.stride(2), p.width,
+                         phases * p.destination_plane, p.pitch},
+           image * t.stride(0) + channel_begin * t.stride(1) + (run.begin * y.step + ry) * t.stride(2) + rx,
+           (channel_begin * phases + phase) * p.destination_plane + (run.begin - begin) * p.pitch);
+    }
 }
 
-// Positions of a register tile, of `count` vectors.
-int64_t tile_vectors(int64_t count, int64_t max_vectors) { return ceil_div(count, ceil_div(count, max_vectors)); }
-
+// destination = product of the source with the weights of the lists.
 template <typename T>
-void run_product(const ConvKernels<T>& kernels, const ConvEntries<T>& lists, const T* source, T* destination,
-                 int64_t destination_channel, int64_t vectors, int64_t tile, int64_t begin, int64_t end, const T* bias) {
-  for (int64_t v = 0; v < vectors; v += tile)
-    for (int64_t b = 0; b < lists.blocks; ++b)
-      kernels.product({lists.entries(), lists.first(b), begin, end, source + v * kernels.lanes, 0,
-                       destination + v * kernels.lanes, 0, destination_channel, b == 0, bias, 1,
-                       int(std::min(tile, vectors - v))});
+void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvEntries<T>& lists, const at::Tensor& source,
+                  const at::Tensor& destination, const T* bias) {
+  const int64_t height = p.y.destination.length, channels = destination.size(1), phases = p.destination_phases();
+  const bool direct = in_place(p.y.destination, p.x.destination, p.images, p.pitch);
+  const Edges<T> edges(p);
+  const int64_t tiles = ceil_div(source.size(0), p.images), groups = ceil_div(height, p.group);
+  const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles * groups), 1, channels);
+  at::parallel_for(0, tiles * groups * parts, 1, [&](int64_t first, int64_t last) {
+    const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
+    const Workspace result(direct ? 0 : sizeof(T) * channels * phases * p.destination_plane);
+    std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t part = task % parts, image = task / parts / groups * p.images;
+      const int64_t begin = task / parts % groups * p.group, end = std::min(begin + p.group, height);
+      const int64_t channel_begin = channels * part / parts, channel_end = channels * (part + 1) / parts;
+      pack_source(kernels, p, source, image, begin, end + p.y.reach, packed.as<T>());
+      for (int64_t r = begin; r < end; r += p.rows) {
+        const int64_t stop = std::min(r + p.rows, end);
+        T* const to = destination.mutable_data_ptr<T>();
+        for (int64_t b = 0; b < lists.blocks; ++b)
+          kernels.shifted_product(
+              {lists.entries(), lists.first(b), lists.segments, p.zero(), channel_begin * phases, channel_end * phases,
+               packed.as<const T>() + (r - begin) * p.pitch,
+               direct ? to + image * destination.stride(0) + r * p.pitch : result.as<T>(),
+               direct ? destination.stride(1) : p.destination_plane, b == 0, bias, edges.get(),
+               int((stop - r) * p.pitch / kernels.lanes)});
+        if (direct) continue;
+        for_each_destination(p, destination, channel_begin, channel_end, image, r, stop,
+                             [&](const ConvPlanes<T>& planes, int64_t at, int64_t from) {
+                               kernels.unpack_planes(planes, result.as<const T>() + from, to + at);
+                             });
+      }
+    }
+  });
 }
 
-bool has_plain_planes(const at::Tensor& t) { return !t.defined() || (t.stride(3) == 1 && t.stride(2) == t.size(3)); }
+// sums = dot products of grad_output, where it is, with the input, over chunks of the batch.
+template <typename T>
+void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlaces& places, const at::Tensor& grad_output,
+              const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
+  const int64_t height = p.y.destination.length, channels = grad_output.size(1);
+  at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
+    const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
+    std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t chunk = task / parts, part = task % parts;
+      for (int64_t image = input.size(0) * chunk / sums.chunks; image < input.size(0) * (chunk + 1) / sums.chunks; ++image)
+        for (int64_t begin = 0; begin < height; begin += p.group) {
+          const int64_t end = std::min(begin + p.group, height);
+          pack_source(kernels, p, input, image, begin, end + p.y.reach, packed.as<T>());
+          for (int64_t r = begin; r < end; r += p.rows)
+            for (int64_t b = 0; b < places.blocks; ++b)
+              kernels.sddmm({places.offset(), places.first() + b, places.blocks, channels * part / parts,
+                             channels * (part + 1) / parts, packed.as<const T>() + (r - begin) * p.pitch, 0,
+                             grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + r * p.pitch, 0,
+                             grad_output.stride(1), 1, (std::min(r + p.rows, end) - r) * p.pitch / kernels.lanes,
+                             sums.weight(chunk)});
+        }
+    }
+  });
+}
+
+// The same for a kernel of one tap that takes each position once: nothing is packed, and several images share a dot product.
+template <typename T>
+void run_dots_in_place(const ConvKernels<T>& kernels, const ConvPlaces& places, const at::Tensor& grad_output,
+                       const at::Tensor& input, int64_t images, PartialSums<T>& sums, int64_t parts) {
+  const int64_t width = grad_output.size(3), channels = grad_output.size(1), batch = input.size(0);
+  const int64_t tiles = ceil_div(batch, images);
+  at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t chunk = task / parts, part = task % parts;
+      for (int64_t tile = tiles * chunk / sums.chunks; tile < tiles * (chunk + 1) / sums.chunks; ++tile)
+        kernels.sddmm({places.offset(), places.first(), places.blocks, channels * part / parts,
+                       channels * (part + 1) / parts, input.const_data_ptr<T>() + tile * images * input.stride(0),
+                       input.stride(0), grad_output.const_data_ptr<T>() + tile * images * grad_output.stride(0),
+                       grad_output.stride(0), grad_output.stride(1), std::min(images, batch - tile * images),
+                       width / kernels.lanes, sums.weight(chunk)});
+    }
+  });
+}
+
+template <typename T>
+void add_bias_gradient(const at::Tensor& grad_output, PartialSums<T>& sums) {
+  const int64_t batch = grad_output.size(0), positions = grad_output.size(2) * grad_output.size(3);
+  at::parallel_for(0, sums.chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk)
+      for (int64_t n = batch * chunk / sums.chunks; n < batch * (chunk + 1) / sums.chunks; ++n)
+        for (int64_t o = 0; o < grad_output.size(1); ++o)
+          sums.bias(chunk)[o] +=
+              sum_of(grad_output.const_data_ptr<T>() + n * grad_output.stride(0) + o * grad_output.stride(1), positions);
+  });
+}
+
+bool has_plain_planes(const at::Tensor& t) { return t.stride(3) == 1 && t.stride(2) == t.size(3); }
+
+// A kernel of one tap sees no rows: a plane is one run of positions, where a register tile can hold it.
+template <typename T>
+Geometry without_rows(Geometry g, const ConvKernels<T>& kernels) {
+  const int64_t positions = g.height * g.width;
+  const bool one_tap = g.kernel_h * g.kernel_w == 1 && g.out_height == g.height && g.out_width == g.width &&
+                       g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 && g.padding[1] == 0;
+  if (!one_tap || positions > kernels.max_vectors * kernels.lanes) return g;
+  g.height = g.out_height = 1;
+  g.width = g.out_width = positions;
+  return g;
+}
+at::Tensor without_rows(const at::Tensor& t, int64_t height, int64_t width) {
+  return t.size(2) == height
+             ? t
+             : t.as_strided({t.size(0), t.size(1), height, width}, {t.stride(0), t.stride(1), width, 1});
+}
+
+// Whether the planes can be had, and are worth it: where they overflow L2, or their rows must be dealt to phases, by_batch is
+// quicker.
+template <typename T>
+bool fits(const Planes<T>& p) {
+  return p.images > 0 && p.y.source.step == 1 && p.x.source.step == 1 && p.destination_phases() == 1 &&
+         int64_t(sizeof(T)) * p.source_channels * p.source_channel <= kL2Bytes + kL2Bytes / 4 && p.segments() <= kMaxSegments &&
+         p.source_channels * p.source_channel < std::numeric_limits<int32_t>::max();
+}
 
 }  // namespace
 
 template <typename T>
-bool goes_by_space(const Geometry& g, const ConvWeight&, std::initializer_list<at::Tensor> activations) {
-  if (g.stride[0] != 1 || g.stride[1] != 1) return false;
-  if (!std::all_of(activations.begin(), activations.end(), has_plain_planes)) return false;
-  static const char* way = std::getenv("CONV_WAY");
-  if (way && *way == 'b') return false;
-  const int64_t lanes = conv_kernels<T>().lanes;
-  return g.width == g.out_width && g.width % lanes == 0;
-}
-
-template <typename T>
-void forward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
+  if (!has_plain_planes(input) || !has_plain_planes(output)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
-  const int64_t lanes = kernels.lanes, group = group_rows(g.out_height, g.out_width, lanes, kernels.max_vectors);
-  const SpacePass pass(g.forward_y(), g.forward_x(), g.in, group);
-  const int64_t tile = tile_vectors(group * pass.columns / lanes, kernels.max_vectors);
-  const auto lists = ConvEntries<T>::forward(w, pass.taps(), source_block<T>(pass, tile, lanes, w, w.in),
-                                             weight.const_data_ptr<T>());
-  T* const to = output.mutable_data_ptr<T>();
-  const int64_t groups = ceil_div(pass.rows, group);
-  at::parallel_for(0, g.batch * groups, 1, [&](int64_t first, int64_t last) {
-    const Workspace copies(sizeof(T) * g.in * pass.channel);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t image = task / groups, y = task % groups * group, end = std::min(y + group, pass.rows);
-      copy_rows(kernels, pass, input, image, y, end, copies.as<T>());
-      run_product(kernels, lists, copies.as<const T>(), to + image * output.stride(0) + y * pass.columns,
-                  output.stride(1), (end - y) * pass.columns / lanes, tile, 0, g.out,
-                  bias.empty() ? nullptr : bias.data());
-    }
-  });
+  const Geometry g = without_rows(geometry, kernels);
+  const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
+  if (!fits(planes)) return false;
+  const auto lists =
+      ConvEntries<T>::forward(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in),
+                              weight.const_data_ptr<T>());
+  run_products(kernels, planes, lists, without_rows(input, g.height, g.width),
+               without_rows(output, g.out_height, g.out_width), bias.empty() ? nullptr : bias.data());
+  return true;
 }
 
 template <typename T>
-void backward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
-                       const at::Tensor& weight, const ConvGradients& gradients) {
+bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad_output,
+                             const at::Tensor& weight, const at::Tensor& grad_input) {
+  if (!has_plain_planes(grad_output) || !has_plain_planes(grad_input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
-  const int64_t lanes = kernels.lanes;
-  const bool wants_input = gradients.input.defined(), wants_weight = gradients.weight.defined();
-  const SpacePass pass(g.backward_y(), g.backward_x(), g.out,
-                       group_rows(g.height, g.width, lanes, kernels.max_vectors));
-  const SpacePass forward(g.forward_y(), g.forward_x(), g.in,
-                          group_rows(g.out_height, g.out_width, lanes, kernels.max_vectors));
-  const int64_t tile = tile_vectors(pass.group * pass.columns / lanes, kernels.max_vectors);
-  const NoWeight none(w);
-  const ConvWeight& w_input = wants_input ? w : none.weight;
-  const ConvWeight& w_weight = wants_weight ? w : none.weight;
-  const auto lists =
-      ConvEntries<T>::backward(w_input, pass.taps(), source_block<T>(pass, tile, lanes, w, w.out / w.groups),
-                               weight.const_data_ptr<T>());
-  const ConvPlaces places(w_weight, forward.taps(),
-                          source_block<T>(forward, forward.group * forward.columns / lanes, lanes, w, w.in));
-  PartialSums<T> sums(g.batch, w_weight.nonzeros(), g.out);
-  const int64_t parts = sums.parts(g);
-  const T* const from = grad_output.const_data_ptr<T>();
-  at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
-    const Workspace grad_copies(wants_input ? sizeof(T) * g.out * pass.channel : 0);
-    const Workspace copies(wants_weight ? sizeof(T) * g.in * forward.channel : 0);
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t chunk = task / parts, part = task % parts;
-      const int64_t in_begin = g.in * part / parts, in_end = g.in * (part + 1) / parts;
-      const int64_t out_begin = g.out * part / parts, out_end = g.out * (part + 1) / parts;
-      for (int64_t image = g.batch * chunk / sums.chunks; image < g.batch * (chunk + 1) / sums.chunks; ++image) {
-        const T* const grad = from + image * grad_output.stride(0);
-        for (int64_t y = 0; wants_input && y < pass.rows; y += pass.group) {
-          const int64_t end = std::min(y + pass.group, pass.rows);
-          copy_rows(kernels, pass, grad_output, image, y, end, grad_copies.as<T>());
-          T* const to = gradients.input.mutable_data_ptr<T>() + image * gradients.input.stride(0) + y * pass.columns;
-          run_product(kernels, lists, grad_copies.as<const T>(), to, gradients.input.stride(1),
-                      (end - y) * pass.columns / lanes, tile, in_begin, in_end, static_cast<const T*>(nullptr));
-        }
-        for (int64_t y = 0; wants_weight && y < forward.rows; y += forward.group) {
-          const int64_t end = std::min(y + forward.group, forward.rows);
-          copy_rows(kernels, forward, input, image, y, end, copies.as<T>());
-          for (int64_t b = 0; b < places.blocks; ++b)
-            kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, copies.as<const T>(),
-                           0, grad + y * forward.columns, 0, grad_output.stride(1), 1,
-                           (end - y) * forward.columns / lanes, sums.weight(chunk)});
-        }
-        if (gradients.bias.defined())
-          for (int64_t o = out_begin; o < out_end; ++o)
-            sums.bias(chunk)[o] += sum_of(grad + o * grad_output.stride(1), g.out_height * g.out_width);
-      }
-    }
-  });
-  sums.template finish<T>(places, gradients);
+  const Geometry g = without_rows(geometry, kernels);
+  const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
+  if (!fits(planes)) return false;
+  const double nonzeros = w.density() * double(w.taps) / double(planes.destination_phases());
+  const auto lists = ConvEntries<T>::backward(w, planes.taps(), planes.source_block(nonzeros, w.out / w.groups),
+                                              weight.const_data_ptr<T>());
+  run_products(kernels, planes, lists, without_rows(grad_output, g.out_height, g.out_width),
+               without_rows(grad_input, g.height, g.width), static_cast<const T*>(nullptr));
+  return true;
 }
 
-#define INSTANTIATE(T)                                                                                                \
-  template bool goes_by_space<T>(const Geometry&, const ConvWeight&, std::initializer_list<at::Tensor>);                            \
-  template void forward_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,        \
+template <typename T>
+bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad, const at::Tensor& input,
+                              const ConvGradients& gradients) {
+  if (!has_plain_planes(grad) || !has_plain_planes(input)) return false;
+  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const Geometry g = without_rows(geometry, kernels);
+  if (g.out_width % kernels.lanes != 0) return false;
+  Planes<T> planes = Planes<T>::for_dots(g.forward_y(), g.forward_x(), g.in, kernels);
+  const at::Tensor grad_output = without_rows(grad, g.out_height, g.out_width);
+  // Images that share a dot product, of 32 vectors.
+  int64_t images = 1;
+  const bool in_place = g.out_height == 1 && g.height == 1 && planes.pitch == g.width && w.taps == 1;
+  if (in_place) {
+    planes.source_channel = input.stride(1);
+    images = std::clamp<int64_t>(32 * kernels.lanes / g.width, 1, g.batch);
+  }
+  if (!fits(planes)) return false;
+  const int64_t block = in_place ? w.in : planes.source_block(w.density() * double(w.taps), w.in);
+  const ConvPlaces places(w, planes.taps(), block);
+  PartialSums<T> sums(ceil_div(g.batch, images), w.nonzeros(), g.out);
+  if (in_place)
+    run_dots_in_place(kernels, places, grad_output, without_rows(input, g.height, g.width), images, sums, sums.parts(g));
+  else
+    run_dots(kernels, planes, places, grad_output, input, sums, sums.parts(g));
+  if (gradients.bias.defined()) add_bias_gradient(grad_output, sums);
+  sums.template finish<T>(places, gradients);
+  return true;
+}
+
+#define INSTANTIATE(T)                                                                                               \
+  template bool forward_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,        \
                                     const std::vector<T>&, const at::Tensor&);                                       \
-  template void backward_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,       \
-                                     const at::Tensor&, const ConvGradients&);
+  template bool input_gradient_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&, \
+                                           const at::Tensor&);                                                       \
+  template bool weight_gradient_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&,                   \
+                                            const at::Tensor&, const ConvGradients&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

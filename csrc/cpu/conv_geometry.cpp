@@ -68,7 +68,7 @@ Pass::Pass(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t de
       destination(y.destination, x.destination, destination_channels, lanes) {}
 
 ConvTaps Pass::conv_taps(int64_t lanes) const {
-  ConvTaps taps{source.channel, {}, {}, destination_phases()};
+  ConvTaps taps{source.channel, {}, {}, destination_phases(), std::vector<int64_t>(y.shift.size() * x.shift.size())};
   for (size_t ky = 0; ky < y.shift.size(); ++ky)
     for (size_t kx = 0; kx < x.shift.size(); ++kx) {
       const int64_t phase = y.source_phase[ky] * x.source.phases() + x.source_phase[kx];

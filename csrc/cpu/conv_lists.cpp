@@ -68,9 +68,10 @@ inline float number(BFloat16 x) {
 }  // namespace
 
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels) {
-  constexpr int64_t kL1Bytes = 24 << 10;
+  constexpr int64_t kL1Bytes = 32 << 10;
+  constexpr double kNonzeros = 20;
   const int64_t fits = std::max<int64_t>(1, kL1Bytes / channel_bytes);
-  const double wanted = nonzeros_a_channel > 0 ? 10 / nonzeros_a_channel : 1e9;
+  const double wanted = nonzeros_a_channel > 0 ? kNonzeros / nonzeros_a_channel : 1e9;
   const int64_t block = wanted > double(channels) ? channels : std::max(fits, int64_t(wanted) + 1);
   // Blocks of one size.
   const int64_t blocks = std::max<int64_t>(1, blocks_of(channels, block));
@@ -78,10 +79,11 @@ int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64
 }
 
 template <typename T>
-ConvEntries<T>::ConvEntries(int64_t channels, int64_t blocks, int64_t nonzeros)
+ConvEntries<T>::ConvEntries(int64_t channels, int64_t blocks, int64_t segments, int64_t nonzeros)
     : channels(channels),
       blocks(blocks),
-      first_(blocks * channels + 1),
+      segments(segments),
+      first_(blocks * channels * segments + 1),
       memory_(std::make_unique<Workspace>(sizeof(ConvEntry<T>) * nonzeros)) {}
 
 template <typename T>
@@ -89,13 +91,15 @@ template <typename S>
 ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
                                        const S* values) {
   using Offset = decltype(ConvEntry<T>::offset);
-  ConvEntries lists(w.out, blocks_of(w.in, channels_a_block), w.nonzeros());
-  const auto key = column_table(w, [&](int64_t c, int64_t) { return c / channels_a_block * lists.channels; });
+  const int64_t segments = taps.segments;
+  ConvEntries lists(w.out, blocks_of(w.in, channels_a_block), segments, w.nonzeros());
+  const auto key = column_table(
+      w, [&](int64_t c, int64_t k) { return c / channels_a_block * lists.channels * segments + taps.segment[k]; });
   const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
   // An output channel's keys are its own, so threads share the output channels.
   std::vector<int32_t>& first = lists.first_;
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
-    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first[key[column] + o + 1]; });
+    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first[key[column] + o * segments + 1]; });
   });
   accumulate(first);
   std::vector<int32_t> next(first.begin(), first.end() - 1);
@@ -103,7 +107,7 @@ ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
       const int64_t group = o / (w.out / w.groups);
-      to[next[key[column] + o]++] = {number(values[place]), Offset(group * w.in * taps.channel + offset[column])};
+      to[next[key[column] + o * segments]++] = {number(values[place]), Offset(group * w.in * taps.channel + offset[column])};
     });
   });
   return lists;
@@ -115,8 +119,10 @@ ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& tap
                                         const S* values) {
   using Offset = decltype(ConvEntry<T>::offset);
   const int64_t out_a_group = w.out / w.groups, blocks = blocks_of(out_a_group, channels_a_block);
-  ConvEntries lists(w.groups * w.in * taps.phases, blocks, w.nonzeros());
-  const auto key = column_table(w, [&](int64_t c, int64_t k) { return c * taps.phases + taps.phase[k]; });
+  const int64_t segments = taps.segments;
+  ConvEntries lists(w.groups * w.in * taps.phases, blocks, segments, w.nonzeros());
+  const auto key = column_table(
+      w, [&](int64_t c, int64_t k) { return (c * taps.phases + taps.phase[k]) * segments + taps.segment[k]; });
   const auto offset = column_table(w, [&](int64_t, int64_t k) { return taps.offset[k]; });
   std::vector<int32_t>& first = lists.first_;
   // A block of output channels of a group has keys of its own, so threads share these.
@@ -126,7 +132,7 @@ ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& tap
       for (int64_t i = begin; i < end; ++i) {
         const int64_t group = i / blocks, block = i % blocks;
         const int64_t o = group * out_a_group + block * channels_a_block;
-        const int64_t base = block * lists.channels + group * w.in * taps.phases;
+        const int64_t base = (block * lists.channels + group * w.in * taps.phases) * segments;
         for_each_weight(w, o, std::min(o + channels_a_block, (group + 1) * out_a_group),
                         [&](int64_t out, int64_t column, int64_t place) { visit(base + key[column], out, column, place); });
       }
@@ -155,6 +161,12 @@ ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channe
   });
   accumulate(first_);
   std::vector<int32_t> next(first_.begin(), first_.end() - 1);
+  // The kernel takes kConvGroup at a time: a block ends with a full group, and what is left goes to the next block.
+  for (int64_t o = 0; o < w.out; ++o)
+    for (int64_t b = 1; b < blocks; ++b) {
+      const int32_t begin = first_[o * blocks];
+      first_[o * blocks + b] = begin + (first_[o * blocks + b] - begin) / kConvGroup * kConvGroup;
+    }
   int32_t* const offsets = offset_memory_.as<int32_t>();
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {

@@ -31,13 +31,15 @@ struct ConvTaps {
   std::vector<int64_t> offset;  // of each tap
   std::vector<int64_t> phase;   // of the destination, of each tap
   int64_t phases;
+  std::vector<int64_t> segment;  // of each tap: which shift its sums need
+  int64_t segments = 1;
 };
 
-// Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about ten
+// Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about twenty
 // nonzeros a destination channel, as a tile is loaded and stored once a block.
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels);
 
-// Entries of a product: those of key block * channels + channel are [first[key], first[key + 1]).
+// Entries of a product: those of key (block * channels + channel) * segments + segment are [first[key], first[key + 1]).
 template <typename T>
 class ConvEntries {
  public:
@@ -49,13 +51,13 @@ class ConvEntries {
   static ConvEntries backward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block,
                               const S* values);
 
-  const int32_t* first(int64_t block) const { return first_.data() + block * channels; }
+  const int32_t* first(int64_t block) const { return first_.data() + block * channels * segments; }
   const ConvEntry<T>* entries() const { return memory_->template as<const ConvEntry<T>>(); }
 
-  int64_t channels, blocks;
+  int64_t channels, blocks, segments;
 
  private:
-  ConvEntries(int64_t channels, int64_t blocks, int64_t nonzeros);
+  ConvEntries(int64_t channels, int64_t blocks, int64_t segments, int64_t nonzeros);
   std::vector<int32_t> first_;
   std::unique_ptr<Workspace> memory_;
 };

@@ -153,14 +153,16 @@ template <typename T, typename S>
 void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
                        const at::Tensor& weight, const ConvGradients& gradients);
 
-// Whether a pass over these activations (undefined ones do not count) can go by_space, and should.
+// These return false, and do nothing, where they cannot do it: for rows that are not contiguous or too long. The last one
+// also adds the bias gradient.
 template <typename T>
-bool goes_by_space(const Geometry& g, const ConvWeight& w, std::initializer_list<at::Tensor> activations);
-template <typename T>
-void forward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+bool forward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output);
 template <typename T>
-void backward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
-                       const at::Tensor& weight, const ConvGradients& gradients);
+bool input_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
+                             const at::Tensor& weight, const at::Tensor& grad_input);
+template <typename T>
+bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
+                              const at::Tensor& input, const ConvGradients& gradients);
 
 }  // namespace uasparse

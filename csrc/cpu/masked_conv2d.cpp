@@ -90,7 +90,7 @@ at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
       for (int64_t o = 0; o < g.out; ++o)
         biases.push_back(to_number(static_cast<const S*>(bias_values.const_data_ptr())[o]));
     if constexpr (std::is_same_v<T, S>)
-      if (goes_by_space<T>(g, w, {input, output})) return forward_by_space<T>(g, w, input, values, biases, output);
+      if (forward_by_space<T>(g, w, input, values, biases, output)) return;
     forward_by_batch<T, S>(g, w, input, values, biases, output);
   });
   return output;
@@ -116,10 +116,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
   if (output_mask[1]) gradients.weight = w.packed ? at::empty(weight.sizes(), plain) : at::zeros(weight.sizes(), plain);
   if (output_mask[2]) gradients.bias = at::empty({g.out}, plain);
   dispatch(input.scalar_type(), [&]<typename T, typename S>() {
-    if constexpr (std::is_same_v<T, S>)
-      if (goes_by_space<T>(g, w, {grad_output, gradients.input, output_mask[1] ? input : at::Tensor()}))
-        return backward_by_space<T>(g, w, grad_output, input, values, gradients);
-    backward_by_batch<T, S>(g, w, grad_output, input, values, gradients);
+    ConvGradients rest = gradients;
+    if constexpr (std::is_same_v<T, S>) {
+      if (rest.input.defined() && input_gradient_by_space<T>(g, w, grad_output, values, gradients.input)) rest.input = at::Tensor();
+      if (rest.weight.defined() && weight_gradient_by_space<T>(g, w, grad_output, input, gradients))
+        rest.weight = rest.bias = at::Tensor();
+    }
+    if (rest.input.defined() || rest.weight.defined() || rest.bias.defined())
+      backward_by_batch<T, S>(g, w, grad_output, input, values, rest);
   });
   const auto or_empty = [&](const at::Tensor& t) { return t.defined() ? t : at::empty({0}, plain); };
   return {or_empty(gradients.input), or_empty(gradients.weight), or_empty(gradients.bias)};

@@ -44,6 +44,13 @@ struct ConvProduct {
   int rows, vectors;
 };
 
+// What a shift by one column leaves: numbers[v] of lane l is all ones or zero, for the l-th number of vector v of a row
+// (csrc/cpu/conv_by_space.cpp) that came from its left, or from its right.
+template <typename T>
+struct ConvEdges {
+  const T *from_left, *from_right;
+};
+
 // grad[i] (+)= sum over rows and vectors of grad_output[c][r][x] * input[r][x + offset[i]], i over the entries of the
 // channels [begin, end).
 template <typename T>
@@ -70,19 +77,34 @@ struct ConvMove {
   T* packed;
 };
 
-// Copies `rows` rows of `width` (a multiple of lanes) numbers, once for each shift: to[k][r][x] = from[r][x + shift[k]], or
-// zero where that is left or right of the row. May read next to a row, within [begin, end).
+// The product for planes without columns of padding: out[c][x] (+)= sum over the segments s and the entries of (c, s) of
+// value * source[x + offset], shifted by segment - zero columns to the left. Entries of (c, s): [first[c * segments + s],
+// first[c * segments + s + 1]).
 template <typename T>
-struct ConvShift {
-  const T *from, *begin, *end;
-  int64_t rows, width;
-  const int64_t* shift;
-  int64_t shifts;
-  T* to;
-  int64_t copy;  // from a copy to the next
+struct ConvShiftedProduct {
+  const ConvEntry<T>* entries;
+  const int32_t* first;
+  int64_t segments, zero;
+  int64_t begin, end;
+  const T* source;
+  T* out;
+  int64_t out_channel;
+  bool start;     // begin with the bias (or zero) instead of what `out` holds
+  const T* bias;  // of each channel, or null
+  ConvEdges<T> edges;
+  int vectors;
+};
+
+// Moves rows of `images` images that lie side by side in packed planes: packed[c][r][i][x] and image[i][c][r][x * step].
+template <typename T>
+struct ConvPlanes {
+  int64_t channels, rows, images, width, step;
+  int64_t image, channel, row;                       // strides of the image
+  int64_t packed_image, packed_channel, packed_row;  // of the packed planes
 };
 
 constexpr int kMaxLanes = 16;
+constexpr int kConvGroup = 8;  // dot products that sddmm takes together
 
 template <typename T>
 struct ConvKernels {
@@ -90,7 +112,9 @@ struct ConvKernels {
   int max_vectors;  // accumulators of one tile
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
-  void (*shift_rows)(const ConvShift<T>&);
+  void (*shifted_product)(const ConvShiftedProduct<T>&);
+  void (*pack_planes)(const ConvPlanes<T>&, const T* from, T* packed);
+  void (*unpack_planes)(const ConvPlanes<T>&, const T* packed, T* to);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

@@ -3,9 +3,10 @@
 // product: a tile of rows x vectors output positions of one output channel stays in registers while the channel's
 //   entries stream by; an entry is one broadcast and one multiply-add with a memory operand a vector. The tile is as
 //   large as the registers allow, because the entry's own cost (two loads) is spread over it.
+// shifted_product: the same for planes without columns of padding, where the sums are shifted by whole columns once for all
+//   entries that need it, instead of the source once for each column of the kernel.
 // sddmm: kGroup entries of one output channel take the dot product of the same grad_output positions with their input
 //   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
-// shift_rows: unaligned loads, aligned stores; lanes beyond the row are masked.
 // pack, unpack: lanes x lanes transposes in registers between images and packed vectors.
 
 #include "cpu/vec.h"
@@ -15,7 +16,7 @@ namespace uasparse::UASPARSE_ISA {
 template <typename T>
 constexpr int kMaxVectors = UASPARSE_VECTOR_BYTES == 64 ? 16 : UASPARSE_VECTOR_BYTES == 32 ? 12 : 8;
 constexpr int kMaxRows = 4;
-constexpr int kGroup = 8;
+constexpr int kGroup = kConvGroup;
 
 // --- product
 
@@ -141,14 +142,121 @@ UASPARSE_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
   }
 }
 
+// --- planes without columns of padding
+
+template <typename T>
+struct FromLeft {
+  static constexpr int of(int i) { return kLanes<T> - 1 + i; }
+};
+template <typename T>
+struct FromRight {
+  static constexpr int of(int i) { return 1 + i; }
+};
+
+// Keeps the numbers where `edge` is all ones.
+template <typename T>
+UASPARSE_INLINE Vec<T> inside(Vec<T> v, const T* edge) {
+  using Bits = Vec<typename SameSizeInt<T>::type>;
+  return Vec<T>(Bits(v) & Bits(load(edge)));
+}
+
+// One column to the right: each number takes the place of its right neighbour.
+template <typename T, int kVectors>
+UASPARSE_INLINE void shift_right(Vec<T> (&v)[kVectors], const T* from_left) {
+  for (int i = kVectors - 1; i >= 0; --i)
+    v[i] = inside<T>(shuffle<T, FromLeft<T>>(i > 0 ? v[i - 1] : Vec<T>{}, v[i]), from_left + i * kLanes<T>);
+}
+template <typename T, int kVectors>
+UASPARSE_INLINE void shift_left(Vec<T> (&v)[kVectors], const T* from_right) {
+  for (int i = 0; i < kVectors; ++i)
+    v[i] = inside<T>(shuffle<T, FromRight<T>>(v[i], i + 1 < kVectors ? v[i + 1] : Vec<T>{}), from_right + i * kLanes<T>);
+}
+
+template <typename T, int kVectors>
+UASPARSE_INLINE void add_entries(const ConvEntry<T>* entry, const ConvEntry<T>* end, const T* source,
+                                 Vec<T> (&sum)[kVectors]) {
+  for (; entry != end; ++entry) {
+    const T* from = source + entry->offset;
+    const Vec<T> value = broadcast<T>(entry->value);
+    for (int v = 0; v < kVectors; ++v) sum[v] += value * load(from + v * kLanes<T>);
+  }
+}
+
+template <typename T, int kVectors>
+void shifted_product_tile(const ConvShiftedProduct<T>& p) {
+  constexpr int L = kLanes<T>;
+  const int64_t zero = p.zero, segments = p.segments;
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const int32_t* const first = p.first + c * segments;
+    T* const out = p.out + c * p.out_channel;
+    if (!p.start && first[0] == first[segments]) continue;
+    // The next channel's place is in L2 or, where `out` is the output itself, farther away.
+    if (c + 1 < p.end)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + p.out_channel + v * L, 1);
+    const auto add = [&](int64_t s, Vec<T>(&sum)[kVectors]) UASPARSE_LAMBDA {
+      add_entries<T, kVectors>(p.entries + first[s], p.entries + first[s + 1], p.source, sum);
+    };
+    // Sources on the right of their outputs, the farthest first; then those on the left; then those in place.
+    T right[kVectors * L];
+    const bool has_right = first[zero + 1] != first[segments];
+    Vec<T> sum[kVectors] = {};
+    if (has_right) {
+      for (int64_t s = segments - 1; s > zero; --s) {
+        add(s, sum);
+        shift_left<T, kVectors>(sum, p.edges.from_right);
+      }
+      for (int v = 0; v < kVectors; ++v) {
+        store(right + v * L, sum[v]);
+        sum[v] = Vec<T>{};
+      }
+    }
+    if (first[0] != first[zero])
+      for (int64_t s = 0; s < zero; ++s) {
+        add(s, sum);
+        shift_right<T, kVectors>(sum, p.edges.from_left);
+      }
+    if (p.start) {
+      const Vec<T> bias = broadcast<T>(p.bias ? p.bias[c] : T(0));
+      for (int v = 0; v < kVectors; ++v) sum[v] += bias;
+    } else {
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(out + v * L);
+    }
+    add(zero, sum);
+    if (has_right)
+      for (int v = 0; v < kVectors; ++v) sum[v] += load(right + v * L);
+    for (int v = 0; v < kVectors; ++v) store(out + v * L, sum[v]);
+  }
+}
+
+template <typename T, int kVectors = kMaxVectors<T>>
+void shifted_product(const ConvShiftedProduct<T>& p) {
+  if constexpr (kVectors > 0) {
+    if (p.vectors == kVectors) return shifted_product_tile<T, kVectors>(p);
+    shifted_product<T, kVectors - 1>(p);
+  }
+}
+
 // --- sddmm
+
+// to[0 ... 3] += the numbers at from.
+template <typename T>
+UASPARSE_INLINE void add_four(const T* from, T* to) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  Four a, b;
+  __builtin_memcpy(&a, from, sizeof a);
+  __builtin_memcpy(&b, to, sizeof b);
+  a += b;
+  __builtin_memcpy(to, &a, sizeof a);
+}
 
 // to[i] += sum of the lanes of v[i], i < count.
 template <typename T>
 UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
+  static_assert(kGroup == 8);
   constexpr int L = kLanes<T>;
-  T sums[kGroup];
-  if constexpr (sizeof(T) == 4 && L >= 4) {
+  T lanes[2 * kGroup];
+  constexpr int kUpper = sizeof(T) == 4 && L > 8 ? L / 2 : 4;  // where the sums of v[4 ... 7] begin
+  if constexpr (sizeof(T) == 4) {
     for (int g = 0; g < kGroup; g += 4) {
       for (int i = 0; i < 2; ++i) {
         interleave<T, 4, 1>(v[g + i], v[g + i + 2]);
@@ -158,25 +266,28 @@ UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
       v[g] += v[g + 1];  // in each 128 bits a partial sum of v[g] ... v[g + 3]
     }
     if constexpr (L == 4) {
-      store(sums, v[0]);
-      store(sums + 4, v[4]);
+      store(lanes, v[0]);
+      store(lanes + 4, v[4]);
     } else {
       interleave<T, L, L / 2>(v[0], v[4]);
       v[0] += v[4];
-      T lanes[L];
       if constexpr (L == 16) {
-        // Two pairs of partial sums are left: [v0-3, v0-3, v4-7, v4-7].
+        // Two partial sums are left of each: [v0-3, v0-3, v4-7, v4-7].
         v[1] = v[0];
         interleave<T, L / 2, 4>(v[0], v[1]);
         v[0] += v[1];
       }
       store(lanes, v[0]);
-      for (int i = 0; i < kGroup; ++i) sums[i] = lanes[i % 4 + i / 4 * (L / 2)];
     }
   } else {
-    for (int i = 0; i < kGroup; ++i) sums[i] = sum<T>(v[i]);
+    for (int i = 0; i < kGroup; ++i) lanes[i] = sum<T>(v[i]);
   }
-  for (int i = 0; i < count; ++i) to[i] += sums[i];
+  if (count == kGroup) {
+    add_four(lanes, to);
+    add_four(lanes + kUpper, to + 4);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] += lanes[i < 4 ? i : i - 4 + kUpper];
+  }
 }
 
 template <typename T, int kCount>
@@ -213,6 +324,15 @@ void sddmm(const ConvSddmm<T>& p) {
   static_assert(kGroup == 8);
   for (int64_t c = p.begin; c < p.end; ++c) {
     const T* grad_output = p.grad_output + c * p.grad_channel;
+    if (c + 1 < p.end) {
+      // What the next channel needs comes from L2 or beyond, as other channels passed since.
+      const int64_t next = p.first[(c + 1) * p.first_stride];
+      __builtin_prefetch(p.offset + next);
+      __builtin_prefetch(p.grad + next, 1);
+      for (int64_t r = 0; r < p.rows; ++r)
+        for (int64_t x = 0; x < p.vectors * kLanes<T>; x += 64 / sizeof(T))
+          __builtin_prefetch(grad_output + p.grad_channel + r * p.grad_row + x);
+    }
     int64_t i = p.first[c * p.first_stride];
     const int64_t end = p.first[c * p.first_stride + 1];
     for (; i + kGroup <= end; i += kGroup) sddmm_group<T, kGroup>(p, grad_output, p.offset + i, p.grad + i);
@@ -353,35 +473,66 @@ void unpack(const ConvMove<T>& m, S* const* images) {
   all_present<T>(images) ? unpack_lanes<T, S, true>(m, images) : unpack_lanes<T, S, false>(m, images);
 }
 
+// --- planes
+
+// to[x * to_step] = from[x * from_step]; short rows of many lengths, so no call.
 template <typename T>
-void shift_rows(const ConvShift<T>& s) {
-  constexpr int L = kLanes<T>;
-  using Bits = typename SameSizeInt<T>::type;
-  const T *const begin = s.begin, *const end = s.end - L;
-  const int64_t width = s.width, rows = s.rows;
-  Vec<Bits> lane;
-  for (int l = 0; l < L; ++l) lane[l] = l;
-  for (int64_t k = 0; k < s.shifts; ++k) {
-    for (int64_t x = 0; x < width; x += L) {
-      // A column of vectors: all have the same lanes inside the row.
-      const Vec<Bits> column = lane + Bits(x + s.shift[k]);
-      const Vec<Bits> inside = (column >= Bits(0)) & (column < Bits(width));
-      const T* from = s.from + x + s.shift[k];
-      T* to = s.to + k * s.copy + x;
-      for (int64_t r = 0; r < rows; ++r, from += width, to += width) {
-        if (from >= begin && from <= end) {
-          store(to, Vec<T>(Vec<Bits>(load(from)) & inside));
-        } else {
-          for (int l = 0; l < L; ++l) to[l] = inside[l] ? from[l] : T(0);
-        }
-      }
-    }
+UASPARSE_INLINE void copy_run(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t width) {
+  constexpr int64_t kChunk = 32 / sizeof(T);
+  if (from_step == 1 && to_step == 1 && width >= kChunk) {
+    for (int64_t x = 0; x + kChunk < width; x += kChunk) __builtin_memcpy(to + x, from + x, 32);
+    __builtin_memcpy(to + width - kChunk, from + width - kChunk, 32);
+  } else {
+    for (int64_t x = 0; x < width; ++x) to[x * to_step] = from[x * from_step];
   }
+}
+
+template <typename T, int kStep, int kWidth>
+void pack_planes_as(const ConvPlanes<T>& p, const T* from, T* packed) {
+  const int64_t step = kStep ? kStep : p.step, width = kWidth ? kWidth : p.width;
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t i = 0; i < p.images; ++i) {
+      const T* row = from + c * p.channel + i * p.image;
+      T* to = packed + c * p.packed_channel + i * p.packed_image;
+      for (int64_t r = 0; r < p.rows; ++r, row += p.row, to += p.packed_row)
+        copy_run<T>(row, step, to, 1, width);
+    }
+}
+
+template <typename T>
+void pack_planes(const ConvPlanes<T>& p, const T* from, T* packed) {
+  if (p.step == 2) return pack_planes_as<T, 2, 0>(p, from, packed);
+  if (p.step != 1) return pack_planes_as<T, 0, 0>(p, from, packed);
+  if (p.width == 4) return pack_planes_as<T, 1, 4>(p, from, packed);
+  if (p.width == 8) return pack_planes_as<T, 1, 8>(p, from, packed);
+  pack_planes_as<T, 1, 0>(p, from, packed);
+}
+
+template <typename T, int kStep, int kWidth>
+void unpack_planes_as(const ConvPlanes<T>& p, const T* packed, T* to) {
+  const int64_t step = kStep ? kStep : p.step, width = kWidth ? kWidth : p.width;
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t i = 0; i < p.images; ++i) {
+      const T* from = packed + c * p.packed_channel + i * p.packed_image;
+      T* row = to + c * p.channel + i * p.image;
+      for (int64_t r = 0; r < p.rows; ++r, row += p.row, from += p.packed_row)
+        copy_run<T>(from, 1, row, step, width);
+    }
+}
+
+template <typename T>
+void unpack_planes(const ConvPlanes<T>& p, const T* packed, T* to) {
+  if (p.step == 2) return unpack_planes_as<T, 2, 0>(p, packed, to);
+  if (p.step != 1) return unpack_planes_as<T, 0, 0>(p, packed, to);
+  if (p.width == 4) return unpack_planes_as<T, 1, 4>(p, packed, to);
+  if (p.width == 8) return unpack_planes_as<T, 1, 8>(p, packed, to);
+  unpack_planes_as<T, 1, 0>(p, packed, to);
 }
 
 template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
-    kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,          shift_rows<T>,
+    kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,
+    shifted_product<T>, pack_planes<T>, unpack_planes<T>,
     pack<T, T>,    unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 

@@ -188,23 +188,3 @@ def _empty_like(input, size):
     return torch.empty(
         size, dtype=input.dtype, device=input.device, memory_format=torch._prims_common.suggest_memory_format(input)
     )
-
-
-def _setup_context(ctx, inputs, output):
-    input, weight, _bias, *pattern = inputs[:8]
-    ctx.geometry = inputs[8:]
-    # Only what some gradient needs is kept alive.
-    ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight, *pattern)
-    ctx.input_shape = input.shape
-
-
-def _backward(ctx, grad_output):
-    input, weight, *pattern = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    if input is None:
-        input = grad_output.new_empty(1).expand(ctx.input_shape)
-    grads = torch.ops.uasparse.masked_conv2d_backward(grad_output, input, weight, *pattern, *ctx.geometry, mask)
-    return (*(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), *[None] * 11)
-
-
-_library.register_autograd("masked_conv2d", _backward, _setup_context)
