@@ -69,12 +69,7 @@ def row(case: Case, sparsity: float, seconds: float) -> dict[str, Any]:
 
 
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
-    rows = []
-    for case in CASES:
-        for sparsity in (*LOW_SPARSITIES, *SPARSITIES):
-            rows.append(row(case, sparsity, seconds))
-            harness.show(rows[-1])
-    return rows
+    return harness.rows(row(case, sparsity, seconds) for case in CASES for sparsity in (*LOW_SPARSITIES, *SPARSITIES))
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)

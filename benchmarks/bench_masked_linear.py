@@ -58,13 +58,12 @@ def row(batch: int, inputs: int, outputs: int, sparsity: float, *, training: boo
 
 
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
-    rows = []
-    for training, shapes in ((True, TRAINING), (False, INFERENCE)):
-        for shape in shapes:
-            for sparsity in (*LOW_SPARSITIES, *SPARSITIES):
-                rows.append(row(*shape, sparsity, training=training, seconds=seconds))
-                harness.show(rows[-1])
-    return rows
+    return harness.rows(
+        row(*shape, sparsity, training=training, seconds=seconds)
+        for training, shapes in ((True, TRAINING), (False, INFERENCE))
+        for shape in shapes
+        for sparsity in (*LOW_SPARSITIES, *SPARSITIES)
+    )
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)

@@ -1,9 +1,11 @@
 """Memory of a training step: bytes of parameters, gradients and momentum, and the peak of a process that takes a
-step."""
+step.
+
+python -m benchmarks memory      pytest benchmarks/bench_memory.py
+"""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 import uasparse_kernels as ua
-from benchmarks.harness import save
+from benchmarks import harness
 
 SIZE, BATCH, SPARSITY = 4096, 128, 0.9
 
@@ -53,7 +55,7 @@ def peak_bytes(kind: str, size: int = SIZE, sparsity: float = SPARSITY) -> int:
     return int(result.stdout) * 1024
 
 
-def run() -> list[dict[str, Any]]:
+def run(seconds: float = 0.0) -> list[dict[str, Any]]:
     rows = []
     for kind in ("dense", "packed"):
         rows.append({"layer": f"{SIZE}x{SIZE}", "sparsity": 0.0 if kind == "dense" else SPARSITY, "storage": kind})
@@ -62,16 +64,10 @@ def run() -> list[dict[str, Any]]:
         row["values_of_dense"] = row["value_bytes"] / rows[0]["value_bytes"]
         row["all_of_dense"] = (row["value_bytes"] + row["index_bytes"]) / rows[0]["value_bytes"]
         row["peak_of_dense"] = row["peak_bytes"] / rows[0]["peak_bytes"]
-    return rows
+    return harness.rows(rows)
 
 
 def test_values_shrink_with_the_active_weights(benchmark):
     dense = step_bytes("dense", 512)
     packed = benchmark.pedantic(step_bytes, ("packed", 512), rounds=1)
     assert packed["value_bytes"] <= 0.12 * dense["value_bytes"]
-
-
-if __name__ == "__main__":
-    rows = run()
-    print(json.dumps(rows, indent=1))
-    print(save("memory", rows))

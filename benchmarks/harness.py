@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of a call of each variant, all called in turn so that the machine's moods meet them alike.
+    """Median seconds of a call of each variant, all called in turn so that the machine's moods meet them alike. Before
+    each timed call goes one that is not, for the other variants have filled the caches.
 
     Args:
         seconds: time to spend on each variant, about.
@@ -33,10 +34,11 @@ def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.
         start = time.perf_counter()
         call()
         slowest = max(slowest, time.perf_counter() - start)
-    rounds = max(rounds, min(1000, int(seconds / max(slowest, 1e-6))))
+    rounds = max(rounds, min(1000, int(seconds / max(2 * slowest, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
+            call()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
@@ -68,11 +70,11 @@ def forward_call(layer: nn.Module, input: torch.Tensor) -> Callable[[], Any]:
     return call
 
 
-def compare(times: Mapping[str, float], flops: float) -> dict[str, Any]:
+def compare(times: Mapping[str, float], flops: float | None = None) -> dict[str, Any]:
     """What a row says of the times of its variants, in seconds; names that begin with "dense" are one rival.
 
     Args:
-        flops: floating-point operations on nonzeros.
+        flops: floating-point operations on nonzeros, where that is one number.
     """
     dense = min(value for name, value in times.items() if name.startswith("dense"))
     rivals = {"dense": dense} | {
@@ -81,18 +83,32 @@ def compare(times: Mapping[str, float], flops: float) -> dict[str, Any]:
     return {
         "ms": {name: 1e3 * value for name, value in times.items()},
         "speedup_over": {name: value / times["ours"] for name, value in rivals.items()},
-        "gflops": flops / times["ours"] / 1e9,
-    }
+    } | ({"gflops": flops / times["ours"] / 1e9} if flops else {})
+
+
+def rows(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a suite, each printed as it comes."""
+    kept = []
+    for row in found:
+        kept.append(row)
+        show(row)
+    return kept
 
 
 def show(row: Mapping[str, Any]) -> None:
-    """Prints a row as it comes."""
-    facts = " ".join(str(value) for name, value in row.items() if not isinstance(value, (dict, float)))
-    speedups = "  ".join(f"{value:.2f}x {name}" for name, value in row["speedup_over"].items())
-    sparsity = f"{row['sparsity']:.0%}" if "sparsity" in row else ""
-    print(
-        f"{facts:40s} {sparsity:>4s}  {row['ms']['ours']:9.3f} ms  {row['gflops']:6.1f} GFLOP/s  {speedups}", flush=True
-    )
+    """Prints a row: names and numbers, then times and ratios."""
+    parts = [
+        f"{name} {value:.3g}" if isinstance(value, float) else str(value)
+        for name, value in row.items()
+        if not isinstance(value, Mapping)
+    ]
+    parts += [
+        f"{value:.4g} {'ms ' if name == 'ms' else 'x '}{key}"
+        for name, values in row.items()
+        if isinstance(values, Mapping)
+        for key, value in values.items()
+    ]
+    print("  ".join(parts), flush=True)
 
 
 def matmul_roof() -> float:
@@ -116,7 +132,7 @@ def machine() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "processor": _processor(),
+        "processor": info["cpu"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": info["cpu_isa"],
@@ -133,13 +149,3 @@ def save(suite: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **facts
     path = folder / f"{suite}.json"
     path.write_text(json.dumps({"suite": suite, "machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
     return path
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
-    name = fields.get("model name", platform.machine())
-    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})" if name == "AMD EPYC" else name

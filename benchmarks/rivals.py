@@ -66,5 +66,8 @@ def _csr(crow: Tensor, col: Tensor, values: Tensor, shape: tuple[int, ...]) -> T
 
 def sparselab_linear(in_features: int, out_features: int, sparsity: float) -> nn.Module:
     import sparselab
+    from sparselab import ops
 
+    # It caches transposes by the identity of a weight, which a later weight may take over.
+    ops._clear_transpose_cache()
     return sparselab.SparseLinear(in_features, out_features, sparsity=sparsity)

@@ -1,9 +1,15 @@
 """Shared by all tests: fixed seeds, and random patterns and weights of odd sizes."""
 
+import os
+import tempfile
+
 import pytest
 import torch
 
 import uasparse_kernels as ua
+
+# What was tuned on this machine is not for the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 
 
 @pytest.fixture(autouse=True)

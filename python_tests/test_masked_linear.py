@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import uasparse_kernels as ua
 from uasparse_kernels import SparsityPattern, ops
 from uasparse_kernels.ops._common import Choice, pattern_tensors
 
@@ -284,7 +285,8 @@ def test_results_survive_free_workspaces():
     pattern = _pattern(64, 64, 0.2)
     input, weight, bias, _ = _problem(pattern, (100,), torch.float32, True)
     first = _op(input, weight, pattern, bias)
-    torch.ops.uasparse.free_workspaces()
+    assert 0 < ua.free_workspaces() <= 256 << 20
+    assert ua.free_workspaces() == 0
     assert torch.equal(first, _op(input, weight, pattern, bias))
 
 

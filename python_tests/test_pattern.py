@@ -200,3 +200,20 @@ def test_a_corrupt_state_dict_changes_nothing():
     with pytest.raises(RuntimeError, match="columns in"):
         pattern.load_state_dict(state)
     assert pattern.equal(before)
+
+
+@pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((37, 91), (1, 1)), ((12, 9), (4, 1)), ((15, 20), (5, 5)), ((9, 7, 3, 2), (1, 1)), ((8, 6, 3, 3), (2, 2))],
+)
+@pytest.mark.parametrize("density", [0.05, 0.6, 1.0])
+def test_keep_active(shape, block, density, dtype):
+    pattern = SparsityPattern.random(shape, density, block=block)
+    dense = torch.randn(shape).to(dtype)
+    expected = dense * pattern.to_mask()
+    torch.ops.uasparse.keep_active_(dense, pattern.crow, pattern.col, block)
+    assert torch.equal(dense, expected)
+    with pytest.raises(ValueError, match="contiguous"):
+        torch.ops.uasparse.keep_active_(torch.ones(*shape, 2)[..., 0], pattern.crow, pattern.col, block)

@@ -1,11 +1,13 @@
 """Fast dynamic sparse training for PyTorch, with networks that say when an input is of a kind that they never saw."""
 
 from uasparse_kernels import nn, ops, topology
+from uasparse_kernels._library import free_workspaces
 from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.topology import DynamicSparsity
+from uasparse_kernels.tune import tune
 
 __all__ = [
     "DynamicSparsity",
@@ -16,8 +18,10 @@ __all__ = [
     "backend_info",
     "densify",
     "explain",
+    "free_workspaces",
     "nn",
     "ops",
     "sparsify",
     "topology",
+    "tune",
 ]

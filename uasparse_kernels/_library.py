@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import ModuleType
 
@@ -33,12 +34,22 @@ def has_kernel(op: str, tensor: torch.Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def has_kernel_for(op: str, device_type: str) -> bool:
     """As :func:`has_kernel`, by device type."""
+    return _has_kernel_for(op, device_type)
+
+
+@functools.cache
+def _has_kernel_for(op: str, device_type: str) -> bool:
     if compiled is None:
         return False
     # A meta tensor goes where fakes go: to the op, whose fake knows the shape.
     if device_type == "meta":
         return True
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"uasparse::{op}", device_type.upper())
+
+
+def free_workspaces() -> int:
+    """Gives back the memory that the CPU kernels keep for their next call, at most 256 MiB; returns its bytes."""
+    return torch.ops.uasparse.free_workspaces() if compiled is not None else 0
 
 
 def register_fake(op: str):

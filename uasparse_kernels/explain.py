@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from uasparse_kernels import _library
-from uasparse_kernels.ops import _common
+from uasparse_kernels.ops import _common, _cpu
 
 OPS = ("masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss")
 
@@ -82,6 +82,7 @@ def backend_info() -> dict[str, Any]:
         "cpu_isa": compiled.cpu_isa() if hasattr(compiled, "cpu_isa") else None,
         "cpu_isa_forced": os.environ.get("UASPARSE_CPU_ISA"),
         "threads": torch.get_num_threads(),
+        "cpu": _cpu.processor(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {op: {device: _backend(op, device) for device in devices} for op in OPS},
     }

@@ -110,7 +110,7 @@ class SparsityPattern(nn.Module):
     @property
     def num_blocks(self) -> int:
         """Number of active blocks."""
-        return self.col.numel()
+        return self._buffers["col"].shape[0]
 
     @property
     def nnz(self) -> int:

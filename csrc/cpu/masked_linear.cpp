@@ -47,7 +47,7 @@ namespace {
 
 // Outputs of a task, over all its panels: they stay in a core's L2 cache, as do the weights of one column block, which
 // all panels of a task share.
-constexpr int64_t kTaskOutputs = 1024;
+constexpr int64_t kTaskOutputs = 512;
 constexpr int64_t kTaskPanels = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -89,14 +89,14 @@ struct Panels {
   }
 };
 
-// Grid columns taken together: enough of them for ~25 blocks a row, for less does not pay for loading and storing the
+// Grid columns taken together: enough of them for ~40 blocks a row, for less does not pay for loading and storing the
 // row's outputs, and no fewer than what L1 and a part of L2 hold. Narrow panels (batch <= 16) are
 // bound by the weights instead, which are read in order if no columns are set apart.
 int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column, int64_t width_bytes) {
   const double density = static_cast<double>(grid.blocks) / static_cast<double>(grid.rows * grid.columns);
   const int64_t near = std::max<int64_t>(1, (width_bytes <= kLaneBytes ? 512 : 48) * 1024 /
                                                  (inputs_per_column * width_bytes));
-  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(25 / density, 1e9)) : columns;
+  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(40 / density, 1e9)) : columns;
   return std::clamp<int64_t>(std::max(near, wanted), 1, columns);
 }
 
@@ -187,26 +187,15 @@ void forward(const at::Tensor& input, const T* values, const T* bias, const Grid
   run_product(p, grid.rows, panels, output);
 }
 
-// Values in the order by columns. Single values are read in order and written at the end of their column, which needs
-// no `perm` and touches one cache line a column; a thread that starts at a later row finds the places by bisection.
+// Values in the order by columns.
 template <typename T>
 void transpose_values(const T* values, const Grid& grid, T* to) {
   const int64_t size = grid.bh * grid.bw;
-  if (size > 1) {
-    at::parallel_for(0, grid.blocks, 4096, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, grid.blocks, 16384, [&](int64_t begin, int64_t end) {
+    if (size == 1)
+      for (int64_t i = begin; i < end; ++i) to[i] = values[grid.perm[i]];
+    else
       for (int64_t i = begin; i < end; ++i) std::copy_n(values + grid.perm[i] * size, size, to + i * size);
-    });
-    return;
-  }
-  const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
-  at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
-    const Workspace places(sizeof(int32_t) * grid.columns);
-    int32_t* place = places.as<int32_t>();
-    for (int64_t c = 0; c < grid.columns; ++c) {
-      const int32_t *first = grid.row + grid.ccol[c], *last = grid.row + grid.ccol[c + 1];
-      place[c] = static_cast<int32_t>((begin == 0 ? first : std::lower_bound(first, last, begin)) - grid.row);
-    }
-    for (int64_t i = grid.crow[begin]; i < grid.crow[end]; ++i) to[place[grid.col[i]]++] = values[i];
   });
 }
 

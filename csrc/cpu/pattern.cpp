@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 
 #include "checks.h"
@@ -45,6 +46,45 @@ int64_t positions_of(at::IntArrayRef shape) {
   int64_t positions = 1;
   for (size_t i = 2; i < shape.size(); ++i) positions *= shape[i];
   return positions;
+}
+
+void keep_active(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef block) {
+  check_csr(crow, col, dense.sizes(), block);
+  const at::Tensor work = dense.contiguous();  // itself, but for gradients of channels_last convolutions
+  const int64_t bh = block[0], bw = block[1], channels = dense.size(1), positions = positions_of(dense.sizes());
+  const int64_t columns = channels / bw * positions;
+  AT_DISPATCH_ALL_TYPES_AND3(at::kBFloat16, at::kHalf, at::kBool, dense.scalar_type(), "keep_active_", [&] {
+    scalar_t* to = work.mutable_data_ptr<scalar_t>();
+    const int32_t *rows = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
+    at::parallel_for(0, crow.size(0) - 1, 64, [&](int64_t begin, int64_t end) {
+      const bool single = bh == 1 && bw == 1;
+      const std::unique_ptr<scalar_t[]> scratch(new scalar_t[single ? columns : 0]);
+      for (int64_t r = begin; r < end; ++r) {
+        scalar_t* row = to + r * bh * channels * positions;
+        if (single) {
+          // Single weights are taken out and put back: to clear the gaps between them would mispredict at each.
+          const int32_t* __restrict c = cols + rows[r];
+          scalar_t* __restrict kept = scratch.get();
+          const int64_t count = rows[r + 1] - rows[r];
+          for (int64_t i = 0; i < count; ++i) kept[i] = row[c[i]];
+          std::fill_n(row, columns, scalar_t(0));
+          for (int64_t i = 0; i < count; ++i) row[c[i]] = kept[i];
+          continue;
+        }
+        int64_t next = 0;
+        for (int64_t i = rows[r]; i <= rows[r + 1]; ++i) {
+          const int64_t stop = i < rows[r + 1] ? cols[i] : columns;
+          for (int64_t c = next; c < stop; ++c) {
+            scalar_t* corner = row + c / positions * bw * positions + c % positions;
+            for (int64_t y = 0; y < bh; ++y)
+              for (int64_t x = 0; x < bw; ++x) corner[(y * channels + x) * positions] = scalar_t(0);
+          }
+          next = stop + 1;
+        }
+      }
+    });
+  });
+  if (!dense.is_contiguous()) dense.copy_(work);
 }
 
 }  // namespace
@@ -96,6 +136,7 @@ at::Tensor unpack(const at::Tensor& values, const at::Tensor& crow, const at::Te
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
   m.impl("pack", &pack);
   m.impl("unpack", &unpack);
+  m.impl("keep_active_", &keep_active);
 }
 
 }  // namespace uasparse

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -79,16 +80,16 @@ Workspace::~Workspace() {
   std::free(data_);
 }
 
-void free_workspaces() {
+size_t free_workspaces() {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   for (const Buffer& buffer : p.free) std::free(buffer.data);
   p.free.clear();
-  p.bytes = 0;
+  return std::exchange(p.bytes, 0);
 }
 
 TORCH_LIBRARY_FRAGMENT(uasparse, m) {
-  m.def("free_workspaces() -> ()", [] { free_workspaces(); });
+  m.def("free_workspaces() -> int", [] { return static_cast<int64_t>(free_workspaces()); });
 }
 
 }  // namespace uasparse

@@ -29,6 +29,7 @@ class Workspace {
   size_t capacity_ = 0;
 };
 
-void free_workspaces();
+// Returns the bytes given back.
+size_t free_workspaces();
 
 }  // namespace uasparse

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from uasparse_kernels import ops
 from uasparse_kernels.ops._common import replace_data_
+from uasparse_kernels.ops._cpu import crossover
 from uasparse_kernels.pattern import SparsityPattern
 
 # Above this sparsity a packed unstructured weight beats the dense tensor-core path on a GPU; below, dense storage does.
@@ -42,7 +43,7 @@ class SparseLayer(nn.Module):
         storage: str,
     ) -> None:
         self.pattern = _resolve_pattern(shape, sparsity, pattern, block).to(device or torch.get_default_device())
-        packed = _resolve_storage(storage, self.pattern) == "packed"
+        packed = _resolve_storage(storage, self.pattern, dtype) == "packed"
         size = self.pattern.packed_shape if packed else self.pattern.shape
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         if bias:
@@ -137,8 +138,9 @@ class SparseLinear(SparseLayer):
         sparsity: share of absent weights in [0, 1); a uniformly random pattern with an exact count is drawn.
         pattern: the pattern itself, of shape ``[out, in]`` (instead of ``sparsity``); it is copied.
         block: block of the random pattern, (1, 1), (r, 1) or (b, b).
-        storage: "packed", "dense", or "auto": packed on the CPU, for blocks, and for unstructured weights beyond 97 %
-            sparsity on a GPU.
+        storage: "packed", "dense", or "auto". On the CPU, auto is packed up to the density at which the dense kernel
+            becomes faster (:func:`uasparse_kernels.tune`); on a GPU it is packed for blocks, and for unstructured
+            weights beyond 97 % sparsity.
 
     Raises:
         ValueError: if both or neither of sparsity and pattern are given, or they do not fit the layer.
@@ -359,11 +361,15 @@ def _resolve_pattern(shape, sparsity, pattern, block) -> SparsityPattern:
     return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)
 
 
-def _resolve_storage(storage: str, pattern: SparsityPattern) -> str:
+def _resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype | None) -> str:
     if storage not in ("auto", "packed", "dense"):
         raise ValueError(f'Expected storage "auto", "packed" or "dense", got {storage!r}.')
     if storage != "auto":
         return storage
-    on_gpu = pattern.device.type == "cuda"
-    small = 1 - pattern.density > _GPU_UNSTRUCTURED_CROSSOVER
-    return "packed" if pattern.block != (1, 1) or not on_gpu or small else "dense"
+    if pattern.device.type == "cuda":
+        small = 1 - pattern.density > _GPU_UNSTRUCTURED_CROSSOVER
+        return "packed" if pattern.block != (1, 1) or small else "dense"
+    op = "masked_linear" if len(pattern.shape) == 2 else "masked_conv2d"
+    structure = "1x1" if pattern.block == (1, 1) else "blocks"
+    limit, _ = crossover(op, dtype or torch.get_default_dtype(), structure, ">16")
+    return "packed" if pattern.density <= limit else "dense"

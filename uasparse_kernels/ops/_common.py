@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,15 +24,33 @@ class Choice(NamedTuple):
 listeners: list[Callable[[str, Choice], None]] = []
 
 
+_forced: str | None = None
+
+
 def announce(op: str, choice: Choice) -> str:
     """Tells the listeners of a choice; returns its kernel."""
+    if _forced is not None:
+        choice = Choice(_forced, "forced")
     for listener in listeners:
         listener(op, choice)
     return choice.kernel
 
 
+@contextlib.contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """Every call is served by ``kernel``, whatever would be chosen: for measurements and tests."""
+    global _forced
+    before, _forced = _forced, kernel
+    try:
+        yield
+    finally:
+        _forced = before
+
+
 def pattern_tensors(pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return pattern.crow, pattern.col, pattern.ccol, pattern.row, pattern.perm
+    """``crow, col, ccol, row, perm``; not as attributes, which nn.Module looks up slowly."""
+    buffers: Any = pattern._buffers
+    return buffers["crow"], buffers["col"], buffers["ccol"], buffers["row"], buffers["perm"]
 
 
 class _MaskedGradient(torch.autograd.Function):
@@ -58,6 +77,8 @@ def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """The weight as a dense tensor for a vendor's kernel; the gradient comes back masked, in the weight's storage."""
     if pattern.is_packed(weight):
         return pattern.unpack(weight)
+    if pattern.density == 1:
+        return weight
     return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
 
 
@@ -74,9 +95,9 @@ def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     return flat.index_put((pattern.indices().view(-1),), weight.reshape(-1)).view(pattern.shape)
 
 
-def autocast(*tensors: Tensor | None) -> Any:
+def autocast(*tensors: Any) -> Any:
     """The tensors in the dtype of torch.autocast where it is on, as torch casts them for its own matmul."""
-    device = next(t.device.type for t in tensors if t is not None)
+    device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -19,6 +19,7 @@ from uasparse_kernels.ops._common import (
     pattern_tensors,
     reference_weight,
 )
+from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -117,14 +118,12 @@ def choose(
     """
     if not _library.has_kernel_for("masked_conv2d", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
+    if device_type == "cuda" and groups != 1:
+        return Choice("dense", "no block kernel for groups")
+    pixels = input_shape[0] * math.prod(output_size(input_shape, pattern.shape, stride, padding, dilation))
     if device_type == "cuda":
-        if groups != 1:
-            return Choice("dense", "no block kernel for groups")
-        pixels = input_shape[0] * math.prod(output_size(input_shape, pattern.shape, stride, padding, dilation))
         return choose_cuda("masked_conv2d", dtype, pattern, pixels * math.prod(pattern.shape), packed=packed)
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        return Choice("dense", f"no sparse kernel for {dtype}")
-    return Choice("cpu", f"sparse kernel at density {pattern.density:.3g}")
+    return choose_cpu("masked_conv2d", dtype, pattern, pixels, packed=packed)
 
 
 def as_pair(value: IntPair) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from uasparse_kernels.ops._common import (
     pattern_tensors,
     reference_weight,
 )
+from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -72,9 +73,7 @@ def choose(
     if device_type == "cuda":
         work = math.prod(input_shape[:-1]) * math.prod(pattern.shape)
         return choose_cuda("masked_linear", dtype, pattern, work, packed=packed)
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        return Choice("dense", f"no sparse kernel for {dtype}")
-    return Choice("cpu", f"sparse kernel at density {pattern.density:.3g}")
+    return choose_cpu("masked_linear", dtype, pattern, math.prod(input_shape[:-1]), packed=packed)
 
 
 def _check(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:

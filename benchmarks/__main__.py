@@ -1,0 +1,63 @@
+"""Runs suites of benchmarks: prints a table of each, and writes its JSON and its plot.
+
+python -m benchmarks                    all suites of the CPU
+python -m benchmarks linear conv        some of them
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks import harness, plots
+
+SUITES = {
+    "linear": "bench_masked_linear",
+    "conv": "bench_masked_conv2d",
+    "step": "bench_step",
+    "memory": "bench_memory",
+    "threads": "bench_threads",
+    "prune-grow": "bench_prune_grow",
+    "loss": "bench_unknown_aware_loss",
+}
+
+
+def main(
+    suites: Annotated[list[str] | None, typer.Argument(help="Of: " + ", ".join(SUITES))] = None,
+    seconds: Annotated[float, typer.Option(help="Time for each variant of a row, about.")] = 1.0,
+    threads: Annotated[int, typer.Option(help="Threads, except in the suite of that name.")] = 1,
+    folder: Annotated[Path, typer.Option(help="Where JSON and plots go.")] = harness.RESULTS,
+) -> None:
+    unknown = sorted(set(suites or ()) - SUITES.keys())
+    if unknown:
+        raise typer.BadParameter(f"Expected suites of {', '.join(SUITES)}, got {', '.join(unknown)}.")
+    for suite in suites or SUITES:
+        _pin(None if suite == "threads" else threads)
+        torch.set_num_threads(threads)
+        print(f"\n{suite}, {threads} thread{'s' if threads > 1 else ''}", flush=True)
+        roofs = {"matmul_gflops": harness.matmul_roof(), "copy_gb_per_s": harness.copy_roof()}
+        rows: list[dict[str, Any]] = import_module(f"benchmarks.{SUITES[suite]}").run(seconds)
+        for row in rows:
+            if "gflops" in row:
+                row["of_roof"] = row["gflops"] / roofs["matmul_gflops"]
+        path = harness.save(suite, rows, folder, roofs=roofs)
+        plots.table(suite, rows)
+        print("written:", path, *plots.draw(suite, rows, folder))
+
+
+def _pin(count: int | None) -> None:
+    """Keeps the process on the first cores, where the system lets it choose, so that it is not moved about."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(_CORES)
+        os.sched_setaffinity(0, cores[:count])
+
+
+_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,83 @@
+"""Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Rows = Sequence[dict[str, Any]]
+
+
+def table(suite: str, rows: Rows) -> None:
+    """Prints the rows: time, speed-up over each rival, GFLOP/s on nonzeros, percent of the roof."""
+    compared = [row for row in rows if "speedup_over" in row]
+    if not compared:
+        return
+    rivals = list(dict.fromkeys(name for row in compared for name in row["speedup_over"]))
+    shown = Table(title=suite)
+    for name in ("shape", "pass", "sparsity", "ms", *(f"x {rival}" for rival in rivals), "GFLOP/s", "% of roof"):
+        shown.add_column(name, justify="left" if name in ("shape", "pass") else "right")
+    for row in compared:
+        speedups = (f"{row['speedup_over'][r]:.2f}" if r in row["speedup_over"] else "" for r in rivals)
+        rates = (f"{row['gflops']:.0f}", f"{row['of_roof']:.0%}") if "gflops" in row else ("", "")
+        shown.add_row(
+            row["shape"], row["pass"], f"{row['sparsity']:.0%}", f"{row['ms']['ours']:.3g}", *speedups, *rates
+        )
+    Console(width=140).print(shown)
+
+
+def draw(suite: str, rows: Rows, folder: Path) -> list[Path]:
+    """Speed-up over dense against sparsity, a panel for each shape and a line for each rival, where there are several
+    sparsities a shape; returns the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "speedup_over" in row:
+            panels.setdefault((row["shape"], row["pass"]), []).append(row)
+    panels = {key: found for key, found in panels.items() if len(found) > 2}
+    if not panels:
+        return []
+    columns = 4
+    lines = -(-len(panels) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.4 * columns, 2.9 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, ((shape, kind), found) in zip(axes.flat, panels.items(), strict=False):
+        found = sorted(found, key=lambda row: row["sparsity"])
+        names = [n for n in found[-1]["ms"] if not n.startswith("dense")]
+        for name in sorted(names, key=lambda n: n != "ours"):
+            points = [(_place(row), _dense(row) / row["ms"][name]) for row in found if name in row["ms"]]
+            style = {"linewidth": 2.2, "color": "black"} if name == "ours" else {"linewidth": 1.2}
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, **style)
+        axis.axhline(1, color="gray", linewidth=0.8, linestyle="--")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}x")
+        ticks = {_place(row): f"{row['sparsity']:.0%}" for row in found}
+        axis.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+        axis.set_title(f"{shape}, {kind}", fontsize=9)
+    axes[0, 0].legend(fontsize=7)
+    figure.supxlabel("sparsity (active weights halve at equal steps)", fontsize=9)
+    figure.supylabel("speed-up over dense", fontsize=9)
+    figure.tight_layout()
+    path = folder / f"{suite}.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return [path]
+
+
+def _place(row: dict[str, Any]) -> float:
+    import math
+
+    return -math.log2(1 - row["sparsity"])
+
+
+def _dense(row: dict[str, Any]) -> float:
+    return min(ms for name, ms in row["ms"].items() if name.startswith("dense"))

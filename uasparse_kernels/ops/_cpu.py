@@ -1,0 +1,77 @@
+"""Which kernel serves a masked product on the CPU: the densities up to which the sparse one is faster than dense."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+import torch
+
+from uasparse_kernels import _crossovers
+from uasparse_kernels.ops._common import Choice
+from uasparse_kernels.pattern import SparsityPattern
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+# The density up to which the sparse kernel is faster than unpacking, the vendor's dense kernel and packing gradients:
+# by op, dtype, structure and how many vectors the weight meets (forward alone up to 16, else a training step).
+# Measured by uasparse_kernels.tune() on an AMD EPYC of the Zen 4 generation (AVX-512), one thread, torch 2.14.
+DEFAULT: _crossovers.Table = {
+    "masked_linear": {
+        "float32": {"1x1": {"1": 0.98, "2-16": 0.98, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
+        "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.42, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.39}},
+    },
+    "masked_conv2d": {
+        "float32": {"1x1": {">16": 0.67}, "blocks": {">16": 0.61}},
+        "bfloat16": {"1x1": {">16": 0.3}, "blocks": {">16": 0.3}},
+    },
+}
+
+
+def choose_cpu(op: str, dtype: torch.dtype, pattern: SparsityPattern, vectors: int, *, packed: bool) -> Choice:
+    """ "cpu" (the compiled sparse kernel) or "dense".
+
+    Args:
+        vectors: that the weight is multiplied with: the batch of a linear layer, batch times positions of a conv.
+    """
+    if dtype not in DTYPES:
+        return Choice("dense", f"no sparse kernel for {dtype}")
+    width = ">16" if vectors > 16 or op == "masked_conv2d" else "2-16" if vectors > 1 else "1"
+    if not packed and width != ">16":
+        return Choice("dense", "dense-stored: packing the weight would cost as much as the product")
+    limit, source = crossover(op, dtype, "1x1" if pattern.block == (1, 1) else "blocks", width)
+    density = pattern.density
+    if density > limit:
+        return Choice("dense", f"density {density:.3g} over the crossover of {limit:.3g} ({source})")
+    return Choice("cpu", f"sparse kernel: density {density:.3g} up to the crossover of {limit:.3g} ({source})")
+
+
+@torch.compiler.assume_constant_result
+def crossover(op: str, dtype: torch.dtype, structure: str, width: str) -> tuple[float, str]:
+    """The density up to which the sparse kernel is faster, and where that is known from."""
+    return _crossover(op, "bfloat16" if dtype == torch.bfloat16 else "float32", structure, width)
+
+
+@functools.lru_cache
+def _crossover(op: str, dtype: str, structure: str, width: str) -> tuple[float, str]:
+    found = _crossovers.load(processor())
+    if found is not None:
+        return found[op][dtype][structure][width], "measured on this machine"
+    return DEFAULT[op][dtype][structure][width], "default; uasparse_kernels.tune() measures this machine's"
+
+
+_crossovers.on_change(_crossover.cache_clear)
+
+
+@functools.cache
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
+    name = fields.get("model name", platform.machine())
+    # Some virtual machines hide the model's name.
+    return f"{name} (family {fields.get('cpu family')}, model {fields.get('model')})" if name == "AMD EPYC" else name

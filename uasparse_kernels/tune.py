@@ -1,0 +1,112 @@
+"""Measures where sparse kernels stop paying on this machine, and keeps it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from uasparse_kernels import _crossovers, _library
+from uasparse_kernels.ops import _common, _cpu
+from uasparse_kernels.pattern import SparsityPattern
+
+# What a cell is measured on: vectors of a linear layer of _SIZE x _SIZE; a 3x3 conv of 128 channels at 16 x 16.
+_VECTORS = {"1": 1, "2-16": 8, ">16": 256}
+_SIZE = 1024
+_STEPS = 5
+
+
+def tune(*, verbose: bool = True) -> _crossovers.Table:
+    """Measures the densities at which the dense kernels become faster than the sparse ones on this CPU.
+
+    It takes about a minute on an idle machine, with the current number of threads. The densities are kept in a file of
+    the platform's cache folder, for this process and later ones.
+
+    Args:
+        verbose: prints each density as it is found.
+
+    Returns:
+        ``table[op][dtype][structure][vectors]``, densities in (0, 1]; 1 where the sparse kernel is faster at all of
+        them. ``structure`` is "1x1" or "blocks", ``vectors`` how many the weight is multiplied with.
+
+    Raises:
+        RuntimeError: if the package was built without compiled kernels.
+    """
+    if _library.compiled is None:
+        raise RuntimeError("tune() measures compiled kernels, and there are none: install with a C++ compiler present.")
+    table: _crossovers.Table = {}
+    for op, dtypes in _cpu.DEFAULT.items():
+        for dtype, structures in dtypes.items():
+            for structure, widths in structures.items():
+                for width in widths:
+                    density = _measure(op, getattr(torch, dtype), structure, width)
+                    table.setdefault(op, {}).setdefault(dtype, {}).setdefault(structure, {})[width] = density
+                    if verbose:
+                        print(f"{op} {dtype} {structure}, {width} vectors: {density:.2f}", flush=True)
+    file = _crossovers.save(_cpu.processor(), table)
+    if verbose:
+        print(f"kept in {file}")
+    return table
+
+
+def _measure(op: str, dtype: torch.dtype, structure: str, width: str) -> float:
+    """The crossover of a cell by bisection: 2 ** -_STEPS is its resolution."""
+    low, high = 0.0, 1.0
+    if _sparse_is_faster(op, dtype, structure, width, 1.0):
+        return 1.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if _sparse_is_faster(op, dtype, structure, width, middle):
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _sparse_is_faster(op: str, dtype: torch.dtype, structure: str, width: str, density: float) -> bool:
+    sparse, dense = (_call(op, dtype, structure, width, density, kernel) for kernel in ("cpu", "dense"))
+    times: dict[Callable[[], None], list[float]] = {sparse: [], dense: []}
+    for call in times:
+        call()
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end or len(times[dense]) < 5:
+        for call, taken in times.items():
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return statistics.median(times[sparse]) < statistics.median(times[dense])
+
+
+def _call(op: str, dtype: torch.dtype, structure: str, width: str, density: float, kernel: str) -> Callable[[], None]:
+    """A layer's forward, with its backward for a wide input, by the given kernel."""
+    from uasparse_kernels.nn import SparseConv2d, SparseLinear
+
+    block = (1, 1) if structure == "1x1" else (8, 1)
+    layer: nn.Module
+    if op == "masked_linear":
+        pattern = SparsityPattern.random((_SIZE, _SIZE), density, block=block)
+        layer = SparseLinear(_SIZE, _SIZE, bias=False, pattern=pattern, dtype=dtype, storage="packed")
+        x = torch.randn(_VECTORS[width], _SIZE, dtype=dtype)
+    else:
+        pattern = SparsityPattern.random((128, 128, 3, 3), density, block=block)
+        layer = SparseConv2d(128, 128, 3, padding=1, bias=False, pattern=pattern, dtype=dtype, storage="packed")
+        x = torch.randn(16, 128, 16, 16, dtype=dtype)
+    if width != ">16":
+
+        def infer() -> None:
+            with _common.forced(kernel), torch.inference_mode():
+                layer(x)
+
+        return infer
+    x.requires_grad_()
+    grad = torch.randn_like(layer(x))
+
+    def step() -> None:
+        x.grad = layer.weight.grad = None
+        with _common.forced(kernel):
+            layer(x).backward(grad)
+
+    return step
