@@ -47,7 +47,10 @@ def main(
                 row["of_roof"] = row["gflops"] / roofs["matmul_gflops"]
         path = harness.save(suite, rows, folder, roofs=roofs)
         plots.table(suite, rows)
-        print("written:", path, *plots.draw(suite, rows, folder))
+        written = [path, *plots.draw(suite, rows, folder)]
+        if folder == harness.RESULTS:
+            written += [page for page in harness.PAGES if plots.insert(suite, plots.markdown(rows), page)]
+        print("written:", *written)
 
 
 def _pin(count: int | None) -> None:

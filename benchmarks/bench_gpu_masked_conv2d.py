@@ -1,21 +1,19 @@
 """Suite gpu-conv: masked_conv2d, forward and forward with backward, beside cuDNN dense and convolution by w * m.
 
-    python -m benchmarks.bench_gpu_masked_conv2d [--seconds 100] [--folder DIR]
+    python -m benchmarks.bench_gpu_masked_conv2d [--seconds 100] [--only KIND BLOCK] [--folder DIR]
 
 3x3 convolutions of ResNet's sizes, batch 256, channels_last; results are kept after each cell.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu, harness
+from benchmarks import gpu
 from benchmarks.bench_gpu_masked_linear import DTYPES, show, step
 from uasparse_kernels import SparsityPattern
 from uasparse_kernels.ops._common import dense_form, pattern_tensors
@@ -32,14 +30,12 @@ class Cell(NamedTuple):
 
 
 def cells() -> Iterator[Cell]:
-    layers = [(256, 14, 1), (128, 28, 1), (512, 7, 1), (64, 56, 1), (256, 28, 2)]
-    for channels, size, stride in layers:
+    for channels, size, stride in [(256, 14, 1), (128, 28, 1), (512, 7, 1), (64, 56, 1), (256, 28, 2)]:
         for with_backward in (False, True):
             for density in (0.1, 0.05):
                 yield Cell(channels, size, stride, "bf16", density, 64, with_backward)
-    for block in (32, 128):
-        yield Cell(256, 14, 1, "bf16", 0.1, block, True)
-    yield Cell(256, 14, 1, "tf32", 0.1, 64, True)
+    for kind, block in (("bf16", 32), ("bf16", 128), ("tf32", 64), ("fp32", 64)):
+        yield Cell(256, 14, 1, kind, 0.1, block, True)
 
 
 def measure(cell: Cell, clock: gpu.Clock, roof: dict[str, float], batch: int = 256) -> dict[str, Any]:
@@ -62,8 +58,11 @@ def measure(cell: Cell, clock: gpu.Clock, roof: dict[str, float], batch: int = 2
         "dense": (lambda x, w: F.conv2d(x, w, None, *geometry), dense),
         "masked by w * m": (lambda x, w: F.conv2d(x, w * mask, None, *geometry), dense),
         "ours, dense-stored": (lambda x, w: F.conv2d(x, dense_form(w, pattern), None, *geometry), dense),
-        "ours, blocks": (blocks, values),
+        "ours": (blocks, values),
     }
+    compiled = torch.compile(lambda x, w: F.conv2d(x, w * mask, None, *geometry))
+    if gpu.DEVICE == "cuda" and not cell.step and cell.density == 0.1:
+        functions["masked, torch.compile"] = (compiled, dense)
     dy = torch.randn_like(functions["dense"][0](x, dense))
     variants: dict[str, Callable[[], Any]] = {}
     for name, (function, weight) in functions.items():
@@ -81,30 +80,13 @@ def measure(cell: Cell, clock: gpu.Clock, roof: dict[str, float], batch: int = 2
         "ms": ms,
         "roof_ms": roof_ms,
         "times_dense": {name: ms["dense"] / value for name, value in ms.items()},
-        "of_roof": roof_ms / ms["ours, blocks"],
+        "of_roof": roof_ms / ms["ours"],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=100)
-    parser.add_argument("--folder", type=Path, default=harness.RESULTS)
-    arguments = parser.parse_args()
-    clock = gpu.Clock()
-    roof = gpu.roofs(clock)
-    rows: list[dict[str, Any]] = []
-    budget = gpu.Budget(arguments.seconds)
-    for cell in cells():
-        if not budget.left():
-            print(f"gpu-conv: out of time after {len(rows)} cells")
-            break
-        try:
-            rows.append(measure(cell, clock, roof))
-        except Exception as error:
-            print(f"{cell}: {type(error).__name__}: {error}", flush=True)
-            continue
-        show(rows[-1])
-        harness.save("gpu-conv", rows, arguments.folder, roofs=roof)
+    arguments = gpu.parser(__doc__).parse_args()
+    gpu.run_suite("gpu-conv", gpu.only(cells(), arguments), measure, show, arguments)
 
 
 if __name__ == "__main__":

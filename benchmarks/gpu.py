@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import harness
+
 DEVICE = "cuda"
+# Bytes a clock that a multiprocessor's shared memory gives, and the clock that it is reckoned with (H100 SXM, at work).
+SHARED_BYTES, CLOCK_HZ = 128, 1.755e9
 
 
 class Clock:
@@ -72,19 +78,55 @@ def roofs(clock: Clock) -> dict[str, float]:
     source = torch.randn(1 << 29, device=DEVICE)
     target = torch.empty_like(source)
     ms = clock.medians_ms({"copy": lambda: target.copy_(source)}, rounds=10)["copy"]
-    return found | {"copy_gbs": 2 * source.nbytes / ms / 1e6}
+    processors = torch.cuda.get_device_properties(DEVICE).multi_processor_count
+    unstructured = 2 * processors * SHARED_BYTES / 4 * CLOCK_HZ / 1e12
+    return found | {"copy_gbs": 2 * source.nbytes / ms / 1e6, "unstructured_tflops": unstructured}
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that the GPU suites share."""
+    found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--seconds", type=float, default=150, help="about; the cells come in order of importance")
+    found.add_argument("--folder", type=Path, default=harness.RESULTS)
+    found.add_argument("--only", nargs=2, metavar=("KIND", "BLOCK"), help="cells of this kind and block")
+    found.add_argument("--steps", action="store_true", help="cells with a backward only")
+    return found
+
+
+def only(cells: Iterable[Any], arguments: argparse.Namespace) -> Iterator[Any]:
+    """The cells that were asked for."""
+    for cell in cells:
+        if arguments.only in (None, [cell.kind, str(cell.block)]) and (cell.step or not arguments.steps):
+            yield cell
+
+
+def run_suite(
+    suite: str,
+    cells: Iterable[Any],
+    measure: Callable[[Any, Clock, dict[str, float]], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+    arguments: argparse.Namespace,
+) -> None:
+    """Measures cell after cell until the time is up, and keeps the rows after each; a cell that fails leaves a line."""
+    end = time.monotonic() + arguments.seconds
+    clock, rows = Clock(), []
+    roof = roofs(clock)
+    print(roof)
+    for cell in cells:
+        if rows and time.monotonic() > end:
+            print(f"{suite}: out of time after {len(rows)} cells")
+            break
+        try:
+            rows.append(measure(cell, clock, roof))
+        except Exception as error:
+            print(f"{cell}: {type(error).__name__}: {error}", flush=True)
+            continue
+        show(rows[-1])
+        harness.save(suite, rows, arguments.folder, roofs=roof)
+    if not rows:
+        raise SystemExit(f"{suite}: no cell could be measured")
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Norm of the error relative to the norm of ``want`` (float64)."""
     return float((got.double() - want).norm() / want.norm())
-
-
-class Budget:
-    """Seconds that a suite may take; its cells come in order of importance."""
-
-    def __init__(self, seconds: float):
-        self.end = time.monotonic() + seconds
-
-    def left(self) -> bool:
-        return time.monotonic() < self.end

@@ -1,8 +1,9 @@
 """All that needs a GPU, in one command of less than ten minutes: ``make gpu-check`` (PYTHON=python3 OUT=folder).
 
 Stages, each with its own limit, each leaving its log and results in the folder before the next begins: facts of the
-machine, build, tests marked cuda, compute-sanitizer, benchmarks. Nothing is fetched: it runs with the Python, torch and
-Triton that are installed. A failed stage does not stop the later ones, but fails the whole.
+machine, build, tests marked cuda, compute-sanitizer, kernels compiled, suites, crossovers, plots. Nothing is fetched:
+it runs with the Python, torch and Triton that are installed. A failed stage does not stop the later ones, but fails the
+whole.
 """
 
 from __future__ import annotations
@@ -50,15 +51,19 @@ def stages(folder: Path) -> list[Stage]:
     if sanitizer := shutil.which("compute-sanitizer"):
         # Without torch's allocator, which hides accesses past the end of a tensor in its own blocks.
         few = "test_triton and ((matches and float32 and (16 or 64)) or uneven or keep_active or geometries)"
+        few = f"({few}) or (test_cuda_masked_linear and (matches or strides))"
         command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *tests, "-k", few]
         found.append(Stage("sanitizer", command, 70, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    found.append(Stage("warm", [python, "-m", "benchmarks.gpu_warm"], 60))
     for suite, module, seconds in (
         ("gpu-linear", "bench_gpu_masked_linear", 80),
-        ("gpu-step", "bench_gpu_masked_linear", 80),
-        ("gpu-conv", "bench_gpu_masked_conv2d", 50),
+        ("gpu-conv", "bench_gpu_masked_conv2d", 40),
+        ("gpu-step", "bench_gpu_step", 30),
+        ("crossovers", "gpu_crossovers", 30),
     ):
         command = [python, "-m", f"benchmarks.{module}", "--seconds", str(seconds), "--folder", str(folder)]
-        found.append(Stage(suite, command + (["--suite", suite] if "linear" in module else []), seconds + 20))
+        found.append(Stage(suite, command, seconds + 25))
+    found.append(Stage("plots", [python, "-m", "benchmarks.gpu_plots", "--folder", str(folder)], 30))
     return found
 
 

@@ -18,6 +18,8 @@ from torch import nn
 import uasparse_kernels as ua
 
 RESULTS = Path(__file__).parent / "results"
+# Where the tables of the results are shown.
+PAGES = (Path(__file__).parents[1] / "README.md", Path(__file__).parents[1] / "docs" / "cpu-kernels.md")
 
 
 def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:

@@ -30,6 +30,33 @@ def table(suite: str, rows: Rows) -> None:
     Console(width=140).print(shown)
 
 
+def markdown(rows: Rows) -> str:
+    """Speed-up over dense (and over each other rival) by shape and sparsity, as the README shows it."""
+    compared = [row for row in rows if "speedup_over" in row and row["sparsity"] >= 0.5]
+    levels = sorted({row["sparsity"] for row in compared})
+    lines = ["| | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    for shape, kind in dict.fromkeys((row["shape"], row["pass"]) for row in compared):
+        cells = {}
+        for row in compared:
+            if (row["shape"], row["pass"]) == (shape, kind):
+                dense, *others = row["speedup_over"].values()
+                more = f" ({', '.join(f'{value:.1f}' for value in others)})" if others else ""
+                cells[row["sparsity"]] = f"**{dense:.1f}**{more}"
+        lines.append(f"| {shape} {kind} | " + " | ".join(cells.get(level, "") for level in levels) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(suite: str, text: str, page: Path) -> bool:
+    """Puts a table between the marks of its suite in a page, where it has them; whether it has."""
+    start, end = f"<!-- {suite} -->\n", f"<!-- end of {suite} -->"
+    content = page.read_text()
+    if start not in content or end not in content:
+        return False
+    before, rest = content.split(start, 1)
+    page.write_text(before + start + text + end + rest.split(end, 1)[1])
+    return True
+
+
 def draw(suite: str, rows: Rows, folder: Path) -> list[Path]:
     """Speed-up over dense against sparsity, a panel for each shape and a line for each rival, where there are several
     sparsities a shape; returns the files written."""

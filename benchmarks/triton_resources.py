@@ -1,14 +1,19 @@
 """Registers, spills and shared memory of every Triton kernel and tile, compiled ahead of time; no GPU is needed.
 
-    python -m benchmarks.triton_resources [--quick] [--out benchmarks/results/triton_resources.json]
+    python -m benchmarks.triton_resources [--all]
 
-A kernel fails where it spills or needs more shared memory than a block may have. --quick takes one tile a kernel and
-dtype (what the tests do); the full set takes about half an hour on one core, and less where Triton's cache holds it.
+brings benchmarks/results/triton_resources.json up to date: what is new or changed since it was written is compiled,
+with --all everything (about half an hour on one core). It fails where a kernel spills, or needs more registers or
+shared memory than there are. Rows are known by a hash of the kernel's source, its arguments and its tile, so that the
+tests find a table that does not cover what the package has today (test_triton_resources.py), and compile a part anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
+import inspect
 import json
 import re
 import subprocess
@@ -23,9 +28,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.harness import RESULTS
 from uasparse_kernels.triton import masked_conv2d, masked_linear, pattern
 from uasparse_kernels.triton._launch import Config
 
+TABLE = RESULTS / "triton_resources.json"
+ARCHITECTURES = (80, 90)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 BLOCKS = (16, 32, 64, 128)
 # dtype, precision of a float32 product.
@@ -216,35 +224,77 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([command, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def table(quick: bool, architectures: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    for case in cases(quick):
-        for arch in architectures:
-            row: dict[str, Any] = {"kernel": case.kernel, "arch": arch, "what": case.label, **case.config._asdict()}
-            row |= resources(compile_case(case, arch))
-            row["ok"] = row["spill_bytes"] == 0 and row["shared_bytes"] <= SHARED_LIMIT_BYTES[arch]
-            yield row
+def key(case: Case, arch: int) -> str:
+    """A hash of all that a compilation depends on but for Triton's version."""
+    facts = (_source_hash(case.function.fn.__module__), *case[2:5], *case.config, arch)
+    return hashlib.sha256(repr((case.kernel, case.function.fn.__name__, *facts)).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _source_hash(module: str) -> str:
+    """Of all jitted functions of a module, since they call each other."""
+    functions = [f for f in vars(sys.modules[module]).values() if isinstance(f, triton.JITFunction)]
+    return hashlib.sha256("".join(inspect.getsource(f.fn) for f in functions).encode()).hexdigest()
+
+
+def measure(case: Case, arch: int) -> dict[str, Any]:
+    """A row of the table."""
+    row: dict[str, Any] = {"key": key(case, arch), "kernel": case.kernel, "arch": arch, "what": case.label}
+    return {**row, **case.config._asdict(), **resources(compile_case(case, arch))}
+
+
+def fits(row: dict[str, Any]) -> bool:
+    """Whether a kernel has no spills and keeps to the registers and the shared memory that there are."""
+    registers = row["registers"] * 32 * row["warps"]
+    return row["spill_bytes"] == 0 and row["shared_bytes"] <= SHARED_LIMIT_BYTES[row["arch"]] and registers <= 65536
+
+
+def read_table() -> dict[str, dict[str, Any]]:
+    """The rows that are kept, by key."""
+    return {row["key"]: row for row in json.loads(TABLE.read_text())["rows"]} if TABLE.exists() else {}
+
+
+def table_version() -> str:
+    """Triton's version that the table was made with."""
+    return json.loads(TABLE.read_text())["versions"]["triton"]
+
+
+def cuda_kernels(library: str) -> dict[str, int]:
+    """Bytes of stack and local memory a thread (spills) of the kernels in a compiled file, by mangled name."""
+    found = re.findall(
+        r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump("--dump-resource-usage", library)
+    )
+    worst: dict[str, int] = {}
+    for name, stack, local in found:
+        worst[name] = max(worst.get(name, 0), int(stack) + int(local))
+    return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--only", default="", help="kernels whose name and label hold this text")
-    parser.add_argument("--out", type=Path, help="write JSON here too")
+    parser.add_argument("--all", action="store_true", help="compile what is known too")
     arguments = parser.parse_args()
-    rows = []
-    for row in table(arguments.quick, tuple(arguments.arch)):
-        rows.append(row)
-        if len(rows) == 1:
-            print("  ".join(row))
-        print("  ".join(str(value) for value in row.values()), flush=True)
-        if arguments.out is not None:
-            versions = {"torch": torch.__version__, "triton": triton.__version__}
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps({"versions": versions, "kernels": rows}, indent=1) + "\n")
-    bad = [row for row in rows if not row["ok"]]
-    print(f"{len(rows)} kernels, {len(bad)} spill or need too much shared memory")
+    wanted = {key(case, arch): (case, arch) for case in cases() for arch in ARCHITECTURES}
+    known = {} if arguments.all else {k: row for k, row in read_table().items() if k in wanted}
+    for k, (case, arch) in wanted.items():
+        if k in known:
+            continue
+        known[k] = measure(case, arch)
+        print("  ".join(str(value) for value in known[k].values()), "" if fits(known[k]) else "TOO MUCH", flush=True)
+        _write([known[k] for k in wanted if k in known])
+    rows = [known[k] for k in wanted]
+    _write(rows)
+    bad = [row for row in rows if not fits(row)]
+    print(f"{len(rows)} kernels, {len(bad)} spill or need too many registers or too much shared memory")
     sys.exit(bool(bad))
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    """One row a line."""
+    versions = json.dumps({"torch": torch.__version__, "triton": triton.__version__})
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text(f'{{"versions": {versions},\n"rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

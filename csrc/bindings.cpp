@@ -29,6 +29,10 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("masked_linear(Tensor input, Tensor weight, Tensor? bias, " PATTERN ") -> Tensor");
   m.def("masked_linear_backward(Tensor grad_output, Tensor input, Tensor weight, " PATTERN
         ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  // Its products with unstructured weights on a GPU. The weight is given by rows (offsets, index, values [nnz]), or the
+  // transpose of it: x [tokens, columns] @ W^T + bias into out [tokens, rows]; dy^T x at the active entries [nnz].
+  m.def("sparse_product_out(Tensor x, Tensor values, Tensor? bias, Tensor offsets, Tensor index, Tensor(a!) out) -> ()");
+  m.def("sparse_sampled_product(Tensor dy, Tensor x, Tensor offsets, Tensor index) -> Tensor");
   m.def("masked_conv2d(Tensor input, Tensor weight, Tensor? bias, " PATTERN ", " CONVOLUTION ") -> Tensor");
   m.def("masked_conv2d_backward(Tensor grad_output, Tensor input, Tensor weight, " PATTERN ", " CONVOLUTION
         ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)");

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from uasparse_kernels import SparsityPattern
+from uasparse_kernels import SparsityPattern, _crossovers, _library
 from uasparse_kernels.ops import _cuda
 from uasparse_kernels.triton import available, settings
 
@@ -29,8 +29,36 @@ def test_blocks_up_to_the_crossover():
     assert _choose(0.1, (16, 16)).kernel == "dense" and _choose(0.02, (16, 16)).kernel == "triton"
 
 
+def test_unstructured():
+    """In float32 up to more density than on tensor cores; convolutions by 1x1 only."""
+    if not _library.has_kernel_for("sparse_product_out", "cuda"):
+        assert "not built" in _choose(0.001, (1, 1)).reason
+        return
+    assert _choose(0.005, (1, 1)).kernel == "cuda" and _choose(0.05, (1, 1)).kernel == "dense"
+    assert "over the crossover" in _choose(0.05, (1, 1)).reason
+    assert _choose(0.05, (1, 1), torch.float32).kernel == "cuda"
+    assert _choose(0.3, (1, 1), torch.float32).kernel == "dense"
+    assert _choose(0.05, (1, 1), torch.float64).kernel == "dense"
+    for kernel, more, expected in ((1, {}, "cuda"), (1, {"padding": (1, 1)}, "dense"), (3, {}, "dense")):
+        pattern = SparsityPattern.random((64, 64, kernel, kernel), 0.005)
+        choice = conv2d.choose((64, 64, 14, 14), torch.bfloat16, "cuda", pattern, packed=True, **more)
+        assert choice.kernel == expected and ("no unstructured kernel" in choice.reason) == (expected == "dense")
+
+
+def test_storage_by_default():
+    for shape, block, density, packed in (
+        ((64, 64), (1, 1), 0.1, False),
+        ((64, 64), (1, 1), 0.005, True),
+        ((64, 64, 1, 1), (1, 1), 0.005, True),
+        ((64, 64, 3, 3), (1, 1), 0.005, False),
+        ((64, 64), (16, 16), 0.5, True),
+    ):
+        pattern = SparsityPattern.random(shape, density, block=block)
+        op = "masked_linear" if len(shape) == 2 else "masked_conv2d"
+        assert _cuda.is_packed_by_default(op, pattern) == packed
+
+
 def test_what_blocks_do_not_serve():
-    assert "unstructured" in _choose(0.01, (1, 1)).reason
     assert _choose(0.01, (16, 1)).kernel == "dense" and _choose(0.01, (8, 8)).kernel == "dense"
     assert _choose(0.1, (64, 64), torch.float64).kernel == "dense"
 
@@ -43,22 +71,23 @@ def test_small_dense_stored_problems_go_to_the_vendor():
 
 def test_float32_follows_its_precision(monkeypatch):
     monkeypatch.setattr(settings, "float32_precision", "tf32")
-    assert _cuda.arithmetic("masked_linear", torch.float32) == "tensor cores"
+    assert _cuda.arithmetic("masked_linear", torch.float32) == "tf32"
     monkeypatch.setattr(settings, "float32_precision", "ieee")
-    assert _cuda.arithmetic("masked_linear", torch.float32) == "cores"
+    assert _cuda.arithmetic("masked_linear", torch.float32) == "fp32"
     monkeypatch.setattr(settings, "float32_precision", None)
     before = torch.backends.cuda.matmul.fp32_precision
     try:
-        for precision, expected in (("tf32", "tensor cores"), ("ieee", "cores")):
+        for precision, expected in (("tf32", "tf32"), ("ieee", "fp32")):
             torch.backends.cuda.matmul.fp32_precision = precision
             assert _cuda.arithmetic("masked_linear", torch.float32) == expected
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_measured_crossovers_come_first(monkeypatch):
+def test_measured_crossovers_come_first(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     _cuda._crossover.cache_clear()
-    monkeypatch.setitem(_cuda.MEASURED, "Some GPU", {"masked_linear": {"tensor cores": {64: 0.5}}})
+    monkeypatch.setitem(_cuda.MEASURED, "Some GPU", {"masked_linear": {"half": {"64": 0.5}}})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
@@ -66,6 +95,9 @@ def test_measured_crossovers_come_first(monkeypatch):
         choice = _choose(0.4, (64, 64))
         assert choice.kernel == "triton" and "measured on Some GPU" in choice.reason
         assert _choose(0.4, (32, 32)).kernel == "dense"
+        _crossovers.save("Some GPU", {"masked_linear": {"half": {"64": 0.3}}})
+        choice = _choose(0.4, (64, 64))
+        assert choice.kernel == "dense" and "measured on this machine" in choice.reason
     finally:
         _cuda._crossover.cache_clear()
 
@@ -77,4 +109,4 @@ def test_convolutions():
         return conv2d.choose((64, 256, 14, 14), torch.bfloat16, "cuda", pattern, packed=True, **more)
 
     assert choose(padding=(1, 1)).kernel == "triton"
-    assert choose(groups=2) == ("dense", "no block kernel for groups")
+    assert choose(groups=2) == ("dense", "no sparse kernel for groups")

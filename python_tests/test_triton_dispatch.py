@@ -90,42 +90,6 @@ def test_second_derivatives_through_the_dense_form(device):
     assert second.isfinite().all() and second.any()
 
 
-class _Once:
-    """In place of a clock: the first variants are called, and must give the dense one's result.
-
-    The others are torch's own kernels, which run on a GPU only.
-    """
-
-    def __init__(self, same: int):
-        self.same = same
-
-    def medians_ms(self, variants):
-        results = {}
-        for name in list(variants)[: self.same]:
-            result = variants[name]()
-            results[name] = result if isinstance(result, torch.Tensor) else result[0]
-            torch.testing.assert_close(results[name], results["dense"], rtol=1e-3, atol=1e-3)
-        return dict.fromkeys(variants, 1.0)
-
-
-def test_benchmarks_run(device, monkeypatch):
-    """The GPU suites on tiny problems, so that no minute of a GPU goes to a mistake in them."""
-    from benchmarks import bench_gpu_masked_conv2d, bench_gpu_masked_linear, gpu
-
-    monkeypatch.setattr(gpu, "DEVICE", device)
-    roofs = {"fp32_tflops": 1.0, "copy_gbs": 1.0}
-    for suite in ("gpu-linear", "gpu-step"):
-        cell = bench_gpu_masked_linear.Cell(64, 32, 2048 if suite == "gpu-linear" else 20, "fp32", 0.5, 16)
-        row = bench_gpu_masked_linear.measure(cell, suite, _Once(4), roofs)
-        bench_gpu_masked_linear.show(row)
-        assert row["of_roof"] > 0 and row.get("error", 0) < 1e-6
-    for stride in (1, 2):
-        cell = bench_gpu_masked_conv2d.Cell(32, 5, stride, "fp32", 0.5, 16, stride == 1)
-        bench_gpu_masked_linear.show(bench_gpu_masked_conv2d.measure(cell, _Once(4), roofs, batch=2))
-    assert all(cell.out % cell.block == 0 for cell in bench_gpu_masked_linear.cells())
-    assert all(cell.channels % cell.block == 0 for cell in bench_gpu_masked_conv2d.cells())
-
-
 def test_layer_trains(device):
     layer = ua.SparseLinear(32, 32, sparsity=0.5, block=(16, 16), device=device)
     input = torch.randn(8, 32, device=device)

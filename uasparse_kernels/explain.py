@@ -90,8 +90,9 @@ def backend_info() -> dict[str, Any]:
 
 def _backend(op: str, device: str) -> str:
     if _library.has_kernel_for("topk_indices" if op == "prune_grow" else op, device):
-        in_triton = device == "cuda" and op in ("masked_linear", "masked_conv2d")
-        return "Triton" if in_triton else {"cpu": "C++", "cuda": "CUDA"}[device]
+        if device == "cuda" and op in ("masked_linear", "masked_conv2d"):
+            return "Triton, CUDA" if _library.has_kernel_for("sparse_product_out", device) else "Triton"
+        return {"cpu": "C++", "cuda": "CUDA"}[device]
     return "reference (eager torch)"
 
 

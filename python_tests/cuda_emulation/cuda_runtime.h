@@ -69,6 +69,12 @@ struct Barrier {
   char order[2];  // what ThreadSanitizer knows it by, one for each of two generations that may overlap
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, zeros;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -76,12 +82,14 @@ struct Fiber {
   bool done = false;
   const Barrier* waits_for = nullptr;
   uint64_t generation = 0;
+  std::vector<Copy> copies;  // asynchronous ones that have not happened yet
+  std::vector<size_t> commits;
   void* sanitizer = nullptr;  // the fibre as ThreadSanitizer knows it, or AddressSanitizer's fake stack
 };
 
 struct Warp {
   Barrier barrier;
-  uint64_t slots[kWarpSize];
+  uint64_t slots[2][kWarpSize];  // in turn: who reads one operation's meets nobody who writes the next one's
 };
 
 struct Block {
@@ -89,6 +97,8 @@ struct Block {
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::function<void()> kernel;
+  void* shared = nullptr;
+  size_t shared_bytes = 0;
   Fiber scheduler;
 };
 
@@ -188,9 +198,12 @@ UASPARSE_UNSEEN inline void run_block() {
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random);
+  if (block->shared_bytes) std::memset(block->shared, 0xff, block->shared_bytes);
   for (const unsigned t : order) {
     block->fibers[t]->done = false;
     block->fibers[t]->waits_for = nullptr;
+    block->fibers[t]->copies.clear();
+    block->fibers[t]->commits.clear();
   }
   happens_before(block);
   for (unsigned left = threads; left > 0;) {
@@ -210,9 +223,14 @@ UASPARSE_UNSEEN inline void run_block() {
   happens_after(block);
 }
 
+template <typename T>
+T* dynamic_shared() {
+  return static_cast<T*>(block->shared);
+}
+
 inline unsigned lane() { return current->thread.x % kWarpSize; }
 
-// Gives every lane the values of all: read(slots) between two barriers.
+// Gives every lane the values of all: read(slots) after a barrier.
 template <typename T, typename Read>
 auto exchange(unsigned mask, T value, Read read) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
@@ -221,18 +239,19 @@ auto exchange(unsigned mask, T value, Read read) {
     std::abort();
   }
   Warp& warp = block->warps[current->thread.x / kWarpSize];
-  std::memcpy(&warp.slots[lane()], &value, sizeof value);
+  uint64_t* const slots = warp.slots[warp.barrier.generation % 2];
+  std::memcpy(&slots[lane()], &value, sizeof value);
   wait(warp.barrier);
-  auto result = read([&warp](unsigned from) {
+  return read([slots](unsigned from) {
     T got;
-    std::memcpy(&got, &warp.slots[from], sizeof got);
+    std::memcpy(&got, &slots[from], sizeof got);
     return got;
   });
-  wait(warp.barrier);
-  return result;
 }
 
 }  // namespace emulation
+
+using std::min;
 
 #define threadIdx (emulation::current->thread)
 
@@ -276,6 +295,17 @@ inline unsigned __float_as_uint(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return result;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline long long __double_as_longlong(double x) {
   long long bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -292,6 +322,9 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
   return cudaSuccess;
 }
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
   const unsigned threads = config->blockDim.x, blocks = config->gridDim.x;
@@ -299,6 +332,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::make_fibers(threads);
   emulation::block->warps.resize(threads / emulation::kWarpSize);
   emulation::block->kernel = [&] { kernel(arguments...); };
+  const std::unique_ptr<void, void (*)(void*)> shared(
+      config->dynamicSmemBytes ? std::aligned_alloc(128, config->dynamicSmemBytes) : nullptr, std::free);
+  emulation::block->shared = shared.get();
+  emulation::block->shared_bytes = config->dynamicSmemBytes;
   ::blockDim = config->blockDim;
   ::gridDim = config->gridDim;
   std::vector<unsigned> order(blocks);

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from uasparse_kernels import ops
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops._cpu import crossover
+from uasparse_kernels.ops._cuda import is_packed_by_default
 from uasparse_kernels.pattern import SparsityPattern
-
-# Above this sparsity a packed unstructured weight beats the dense tensor-core path on a GPU; below, dense storage does.
-_GPU_UNSTRUCTURED_CROSSOVER = 0.97
 
 
 class SparseLayer(nn.Module):
@@ -140,7 +138,7 @@ class SparseLinear(SparseLayer):
         block: block of the random pattern, (1, 1), (r, 1) or (b, b).
         storage: "packed", "dense", or "auto". On the CPU, auto is packed up to the density at which the dense kernel
             becomes faster (:func:`uasparse_kernels.tune`); on a GPU it is packed for blocks, and for unstructured
-            weights beyond 97 % sparsity.
+            weights of so few entries that a sparse kernel beats tensor cores (about 1 %).
 
     Raises:
         ValueError: if both or neither of sparsity and pattern are given, or they do not fit the layer.
@@ -366,10 +364,9 @@ def _resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype 
         raise ValueError(f'Expected storage "auto", "packed" or "dense", got {storage!r}.')
     if storage != "auto":
         return storage
-    if pattern.device.type == "cuda":
-        small = 1 - pattern.density > _GPU_UNSTRUCTURED_CROSSOVER
-        return "packed" if pattern.block != (1, 1) or small else "dense"
     op = "masked_linear" if len(pattern.shape) == 2 else "masked_conv2d"
+    if pattern.device.type == "cuda":
+        return "packed" if is_packed_by_default(op, pattern) else "dense"
     structure = "1x1" if pattern.block == (1, 1) else "blocks"
     limit, _ = crossover(op, dtype or torch.get_default_dtype(), structure, ">16")
     return "packed" if pattern.density <= limit else "dense"

@@ -6,28 +6,34 @@ import functools
 
 import torch
 
+from uasparse_kernels import _crossovers, _library
 from uasparse_kernels.ops._common import Choice
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.triton import settings
 
 BLOCKS = (16, 32, 64, 128)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# The densities up to which the block kernel is taken before the vendor's dense one, by op, arithmetic and block.
+# The densities up to which the sparse kernel of a block (1: unstructured) is taken before the vendor's dense one, by
+# op, arithmetic and block. Keys are strings throughout, as in the file that keeps what was measured.
 #
-# PREDICTED, not measured: 60 % of the roofline of a training step (docs/gpu-kernels.md), against dense bf16. "cores" is
-# float32 without tensor cores, where both sides are bound by arithmetic.
-PREDICTED: dict[str, dict[str, dict[int, float]]] = {
+# PREDICTED, not measured: 60 to 65 % of the roofline of a training step (docs/gpu-kernels.md), against the vendor's
+# dense kernel of the same arithmetic. In "fp32" (no tensor cores) arithmetic bounds both sides of the block kernels.
+PREDICTED: _crossovers.Table = {
     "masked_linear": {
-        "tensor cores": {16: 0.05, 32: 0.10, 64: 0.20, 128: 0.35},
-        "cores": {16: 0.15, 32: 0.25, 64: 0.30, 128: 0.30},
+        "half": {"1": 0.008, "16": 0.05, "32": 0.10, "64": 0.20, "128": 0.35},
+        "tf32": {"1": 0.012, "16": 0.05, "32": 0.10, "64": 0.20, "128": 0.35},
+        "fp32": {"1": 0.13, "16": 0.15, "32": 0.25, "64": 0.30, "128": 0.30},
     },
+    # Unstructured: 1x1 kernels, which are linear layers of the pixels.
     "masked_conv2d": {
-        "tensor cores": {16: 0.04, 32: 0.08, 64: 0.15, 128: 0.25},
-        "cores": {16: 0.10, 32: 0.20, 64: 0.25, 128: 0.25},
+        "half": {"1": 0.008, "16": 0.04, "32": 0.08, "64": 0.15, "128": 0.25},
+        "tf32": {"1": 0.012, "16": 0.04, "32": 0.08, "64": 0.15, "128": 0.25},
+        "fp32": {"1": 0.13, "16": 0.10, "32": 0.20, "64": 0.25, "128": 0.25},
     },
 }
-# The same by device name, from benchmarks/results/; none yet.
-MEASURED: dict[str, dict[str, dict[str, dict[int, float]]]] = {}
+# The same by device name, from benchmarks/results/; none yet. Cells may be missing.
+MEASURED: dict[str, _crossovers.Table] = {}
 # Multiply-adds of the dense product below which a dense-stored weight goes to the vendor's kernel: it ends before a
 # Python launcher has packed the weight. Predicted too.
 LAUNCH_FLOOR = 2**32
@@ -35,42 +41,74 @@ LAUNCH_FLOOR = 2**32
 
 @torch.compiler.assume_constant_result
 def crossover(op: str, arithmetic: str, block: int) -> tuple[float, str]:
-    """The density up to which blocks are faster on the current device, and where that is known from."""
-    return _crossover(op, arithmetic, block, torch.cuda.current_device() if torch.cuda.is_available() else None)
+    """The density up to which the sparse kernel is faster on the current device, and where that is known from."""
+    return _crossover(op, arithmetic, str(block), torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
 @functools.lru_cache
-def _crossover(op: str, arithmetic: str, block: int, device: int | None) -> tuple[float, str]:
-    name = torch.cuda.get_device_name(device) if device is not None else ""
-    found = MEASURED.get(name, {}).get(op, {}).get(arithmetic, {}).get(block)
-    return (PREDICTED[op][arithmetic][block], "predicted") if found is None else (found, f"measured on {name}")
+def _crossover(op: str, arithmetic: str, block: str, device: int | None) -> tuple[float, str]:
+    """What was measured on this machine, then what is known of the device's kind, then the prediction."""
+    if device is not None:
+        name = torch.cuda.get_device_name(device)
+        for table, source in (
+            (_crossovers.load(name), "measured on this machine"),
+            (MEASURED.get(name), f"measured on {name}"),
+        ):
+            found = (table or {}).get(op, {}).get(arithmetic, {}).get(block)
+            if found is not None:
+                return found, source
+    return PREDICTED[op][arithmetic][block], "predicted"
+
+
+_crossovers.on_change(_crossover.cache_clear)
 
 
 @torch.compiler.assume_constant_result
 def arithmetic(op: str, dtype: torch.dtype) -> str:
+    """ "half" (16-bit types), "tf32" (tensor cores on float32) or "fp32"."""
     if dtype != torch.float32:
-        return "tensor cores"
-    return "cores" if settings.resolve_float32_precision(op) == "ieee" else "tensor cores"
+        return "half"
+    return "fp32" if settings.resolve_float32_precision(op) == "ieee" else "tf32"
 
 
-def choose_cuda(op: str, dtype: torch.dtype, pattern: SparsityPattern, work: int, *, packed: bool) -> Choice:
-    """ "triton" (block kernel; a dense-stored weight is packed for it) or "dense".
+def is_packed_by_default(op: str, pattern: SparsityPattern) -> bool:
+    """Whether a layer on a GPU keeps packed values where nobody said how.
+
+    Blocks do. Unstructured weights do where their kernel serves them in every arithmetic, since a layer cannot know
+    under which autocast it will be called; elsewhere they are dense-stored, and what that costs the unstructured
+    kernel, a gather of its values, is little.
+    """
+    if pattern.block != (1, 1):
+        return True
+    return pattern.shape[2:] in ((), (1, 1)) and pattern.density <= crossover(op, "half", 1)[0]
+
+
+def choose_cuda(
+    op: str, dtype: torch.dtype, pattern: SparsityPattern, work: int, *, packed: bool, linear: bool = True
+) -> Choice:
+    """ "triton" (block kernel), "cuda" (unstructured kernel), for which a dense-stored weight is packed, or "dense".
 
     Args:
         work: multiply-adds of the dense product.
+        linear: whether the op is a product of matrices: a linear layer, or a convolution by a 1x1 kernel.
     """
     rows, columns = pattern.block
     how = "decoded to the vendor's kernel" if packed else "vendor's kernel on the masked weight"
-    if rows != columns or rows not in BLOCKS:
-        structure = "unstructured weights" if pattern.block == (1, 1) else f"{rows}x{columns} blocks"
-        return Choice("dense", f"{how}: no tensor-core kernel for {structure}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return Choice("dense", f"{how}: no block kernel for {dtype}")
+    if pattern.block == (1, 1):
+        kernel, name = "cuda", "unstructured kernel"
+        if not linear:
+            return Choice("dense", f"{how}: no unstructured kernel for convolutions but by 1x1")
+        if not _library.has_kernel_for("sparse_product_out", "cuda"):
+            return Choice("dense", f"{how}: the unstructured kernel was not built (no nvcc)")
+    elif rows == columns and rows in BLOCKS:
+        kernel, name = "triton", "block kernel"
+    else:
+        return Choice("dense", f"{how}: no tensor-core kernel for {rows}x{columns} blocks")
+    if dtype not in DTYPES:
+        return Choice("dense", f"{how}: no {name} for {dtype}")
     limit, source = crossover(op, arithmetic(op, dtype), rows)
     if pattern.density > limit:
         return Choice("dense", f"{how}: density {pattern.density:.3g} over the crossover of {limit:.3g} ({source})")
     if not packed and work < LAUNCH_FLOOR:
         return Choice("dense", f"{how}: {work:.2g} multiply-adds are fewer than pay for packing (predicted)")
-    return Choice(
-        "triton", f"block kernel: density {pattern.density:.3g} up to the crossover of {limit:.3g} ({source})"
-    )
+    return Choice(kernel, f"{name}: density {pattern.density:.3g} up to the crossover of {limit:.3g} ({source})")

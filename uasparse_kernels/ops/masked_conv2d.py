@@ -71,7 +71,7 @@ def masked_conv2d(
         return masked_conv2d_reference(input, weight, pattern, bias, stride, padding, dilation, groups)
     if kernel == "dense":
         return F.conv2d(input, dense_form(weight, pattern), bias, stride, padding, dilation, groups)
-    if kernel == "triton":
+    if kernel in ("triton", "cuda"):
         weight = packed_form(weight, pattern)
     return torch.ops.uasparse.masked_conv2d(
         input,
@@ -113,16 +113,18 @@ def choose(
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "dense" (the vendor's, on the dense
-    form) or "reference".
+    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "cuda" (unstructured 1x1 kernels on
+    a GPU), "dense" (the vendor's, on the dense form) or "reference".
     """
     if not _library.has_kernel_for("masked_conv2d", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
     if device_type == "cuda" and groups != 1:
-        return Choice("dense", "no block kernel for groups")
+        return Choice("dense", "no sparse kernel for groups")
     pixels = input_shape[0] * math.prod(output_size(input_shape, pattern.shape, stride, padding, dilation))
     if device_type == "cuda":
-        return choose_cuda("masked_conv2d", dtype, pattern, pixels * math.prod(pattern.shape), packed=packed)
+        work = pixels * math.prod(pattern.shape)
+        linear = pattern.shape[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0)
+        return choose_cuda("masked_conv2d", dtype, pattern, work, packed=packed, linear=linear)
     return choose_cpu("masked_conv2d", dtype, pattern, pixels, packed=packed)
 
 

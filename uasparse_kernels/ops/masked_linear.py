@@ -48,7 +48,7 @@ def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias:
         return masked_linear_reference(input, weight, pattern, bias)
     if kernel == "dense":
         return F.linear(input, dense_form(weight, pattern), bias)
-    if kernel == "triton":
+    if kernel in ("triton", "cuda"):
         weight = packed_form(weight, pattern)
     return torch.ops.uasparse.masked_linear(
         input, weight, bias, *pattern_tensors(pattern), pattern.shape, pattern.block
@@ -65,8 +65,8 @@ def masked_linear_reference(
 def choose(
     input_shape: tuple[int, ...], dtype: torch.dtype, device_type: str, pattern: SparsityPattern, *, packed: bool
 ) -> Choice:
-    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "dense" (the vendor's, on the dense
-    form) or "reference".
+    """The kernel for a call: "cpu" (compiled, sparse), "triton" (blocks on a GPU), "cuda" (unstructured on a GPU),
+    "dense" (the vendor's, on the dense form) or "reference".
     """
     if not _library.has_kernel_for("masked_linear", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")

@@ -17,7 +17,8 @@ pixels of one phase and passes over the blocks of others.
 Sampled product (grad-weight): a program makes one block [b, b] from a range of output pixels, as the linear kernel does
 from a range of rows; the number of ranges fills the device, since a layer has few blocks.
 
-A 1x1 convolution without stride and padding is the linear kernel on the pixels.
+A 1x1 convolution without stride and padding is the linear kernel on the pixels, and the only one that serves
+unstructured weights.
 """
 
 from __future__ import annotations
@@ -244,7 +245,9 @@ class _Geometry:
         return self.channels, self.out_channels, self.positions, self.stride, _launch.size_class(self.pixels)
 
 
-def _check_sizes(op: str, input: Tensor, geometry: _Geometry, shape: list[int], groups: int) -> None:
+def _check_sizes(op: str, input: Tensor, geometry: _Geometry, shape: list[int], block: list[int], groups: int) -> None:
+    if block[0] == 1 and not geometry.is_linear:
+        raise ValueError(f"{op} on CUDA: expected square blocks, or a 1x1 kernel without stride and padding.")
     if groups != 1:
         raise ValueError(f"{op} on CUDA: expected groups=1, got {groups}.")
     if input.shape[1] != shape[1] or min(geometry.out_height, geometry.out_width) < 1:
@@ -341,18 +344,19 @@ def masked_conv2d(
     perm: Tensor, shape: list[int], block: list[int], stride: list[int], padding: list[int], dilation: list[int],
     groups: int,
 ) -> Tensor:  # fmt: skip
-    """``uasparse::masked_conv2d`` for packed weights of square blocks, without groups."""
+    """``uasparse::masked_conv2d`` for packed weights of square blocks (by 1x1: unstructured too), without groups."""
     linear.check_op("masked_conv2d", input, weight, col, block)
     size = _Geometry(input.shape, shape, stride, padding, dilation)
-    _check_sizes("masked_conv2d", input, size, shape, groups)
+    _check_sizes("masked_conv2d", input, size, shape, block, groups)
     image, y = _image_like(input, (size.images, shape[0], size.out_height, size.out_width))
     if size.pixels == 0:
         return image
-    x, weight = _pixels(input), weight.contiguous()
+    x = _pixels(input)
     if size.is_linear:
-        linear.product(x, weight, bias, crow, col, None, block[0], "masked_conv2d", out=y)
+        linear.forward(x, weight, bias, crow, col, block[0], "masked_conv2d", y)
     else:
-        _product(x, weight, bias, crow, col, y, block[0], size)
+        bias = None if bias is None else bias.contiguous()
+        _product(x, weight.contiguous(), bias, crow, col, y, block[0], size)
     return _deliver(image, y)
 
 
@@ -361,10 +365,10 @@ def masked_conv2d_backward(
     perm: Tensor, shape: list[int], block: list[int], stride: list[int], padding: list[int], dilation: list[int],
     groups: int, output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``uasparse::masked_conv2d_backward`` for packed weights of square blocks, without groups."""
+    """``uasparse::masked_conv2d_backward`` for the same weights."""
     linear.check_op("masked_conv2d_backward", input, weight, col, block)
     size = _Geometry(input.shape, shape, stride, padding, dilation)
-    _check_sizes("masked_conv2d_backward", input, size, shape, groups)
+    _check_sizes("masked_conv2d_backward", input, size, shape, block, groups)
     expected = (size.images, shape[0], size.out_height, size.out_width)
     if tuple(grad_output.shape) != expected or grad_output.dtype != input.dtype:
         raise ValueError(
@@ -379,14 +383,14 @@ def masked_conv2d_backward(
             grad_input.zero_()
         else:
             if size.is_linear:
-                linear.product(dy, weight.contiguous(), None, ccol, row, perm, block[0], "masked_conv2d", out=dx)
+                linear.input_gradient(dy, weight, ccol, row, perm, block[0], "masked_conv2d", dx)
             else:
                 _transposed(dy, weight.contiguous(), col, ccol, row, perm, dx, block[0], size)
             grad_input = _deliver(grad_input, dx)
     if output_mask[1]:
         x = _pixels(input)
         if size.is_linear:
-            grad_weight = linear.sampled_product(dy, x, col, row, perm, block[0], "masked_conv2d")
+            grad_weight = linear.weight_gradient(dy, x, crow, col, row, perm, block[0], "masked_conv2d")
         else:
             grad_weight = _sampled(dy, x, col, row, perm, block[0], size)
     if output_mask[2]:

@@ -1,4 +1,7 @@
-"""Block-sparse linear layer on tensor cores: X [T, in] by packed weights [blocks, b, b], b = 16, 32, 64 or 128.
+"""Sparse linear layer on CUDA devices: block-sparse kernels on tensor cores, and the way to the unstructured ones.
+
+Unstructured weights go to the kernels of csrc/cuda/masked_linear.cu. The others are X [T, in] by packed weights
+[blocks, b, b], b = 16, 32, 64 or 128.
 
 Product (forward Y = X W^T + bias, and grad-input dX = dY W): a program makes a tile [TILE rows of X, b columns of Y] in
 float32 and walks the active blocks of one row of the grid of blocks (forward: crow, col) or one column of it
@@ -253,10 +256,11 @@ def _matrix(tensor: Tensor) -> Tensor:
 def check_op(op: str, input: Tensor, weight: Tensor, col: Tensor, block: list[int]) -> None:
     """Raises for what the kernels do not serve, so that a direct call of an op reads nothing out of bounds."""
     b = block[0]
-    if block[1] != b or b not in BLOCKS:
-        raise ValueError(f"{op} on CUDA: expected square blocks of {BLOCKS}, got {tuple(block)}.")
-    if tuple(weight.shape) != (col.numel(), b, b):
-        raise ValueError(f"{op} on CUDA: expected a weight {(col.numel(), b, b)} (packed), got {tuple(weight.shape)}.")
+    if block[1] != b or b not in (1, *BLOCKS):
+        raise ValueError(f"{op} on CUDA: expected blocks of 1x1 or squares of {BLOCKS}, got {tuple(block)}.")
+    size = (col.numel(),) if b == 1 else (col.numel(), b, b)
+    if tuple(weight.shape) != size:
+        raise ValueError(f"{op} on CUDA: expected a weight {size} (packed), got {tuple(weight.shape)}.")
     if input.dtype != weight.dtype or input.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(
             f"{op} on CUDA: expected input and weight of float32, bfloat16 or float16, got {input.dtype} and "
@@ -266,15 +270,54 @@ def check_op(op: str, input: Tensor, weight: Tensor, col: Tensor, block: list[in
         raise TypeError(f"{op}: expected int32 pattern tensors, got {col.dtype}.")
 
 
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, crow: Tensor, col: Tensor, block: int,
+    op: str = "masked_linear", out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``x @ W^T + bias`` of a packed weight, unstructured (``block`` 1) or of blocks."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    if block > 1:
+        return product(x, weight, bias, crow, col, None, block, op, out)
+    return _unstructured(x, weight, bias, crow, col, out)
+
+
+def input_gradient(
+    dy: Tensor, weight: Tensor, ccol: Tensor, row: Tensor, perm: Tensor, block: int,
+    op: str = "masked_linear", out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``dy @ W``, by the columns of the weight."""
+    if block > 1:
+        return product(dy, weight.contiguous(), None, ccol, row, perm, block, op, out)
+    # The kernel reads four values at once for every tile of tokens: gathered once, they are neighbours.
+    return _unstructured(dy, weight.index_select(0, perm), None, ccol, row, out)
+
+
+def weight_gradient(
+    dy: Tensor, x: Tensor, crow: Tensor, col: Tensor, row: Tensor, perm: Tensor, block: int, op: str = "masked_linear"
+) -> Tensor:
+    """``dy^T x`` at the active entries, packed."""
+    if block > 1:
+        return sampled_product(dy, x, col, row, perm, block, op)
+    return torch.ops.uasparse.sparse_sampled_product(dy, x, crow, col)
+
+
+def _unstructured(
+    x: Tensor, values: Tensor, bias: Tensor | None, offsets: Tensor, index: Tensor, out: Tensor | None
+) -> Tensor:
+    y = x.new_empty(x.shape[0], offsets.numel() - 1) if out is None else out
+    torch.ops.uasparse.sparse_product_out(x, values, bias, offsets, index, y)
+    return y
+
+
 def masked_linear(
     input: Tensor, weight: Tensor, bias: Tensor | None, crow: Tensor, col: Tensor, ccol: Tensor, row: Tensor,
     perm: Tensor, shape: list[int], block: list[int],
 ) -> Tensor:  # fmt: skip
-    """``uasparse::masked_linear`` for packed weights of square blocks."""
+    """``uasparse::masked_linear`` for packed weights, unstructured or of square blocks."""
     check_op("masked_linear", input, weight, col, block)
     if input.shape[-1] != shape[1]:
         raise ValueError(f"masked_linear: expected an input [..., {shape[1]}], got {tuple(input.shape)}.")
-    y = product(_matrix(input), weight.contiguous(), bias, crow, col, None, block[0])
+    y = forward(_matrix(input), weight, bias, crow, col, block[0])
     return y.view(*input.shape[:-1], shape[0])
 
 
@@ -282,7 +325,7 @@ def masked_linear_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, crow: Tensor, col: Tensor, ccol: Tensor, row: Tensor,
     perm: Tensor, shape: list[int], block: list[int], output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``uasparse::masked_linear_backward`` for packed weights of square blocks."""
+    """``uasparse::masked_linear_backward`` for packed weights, unstructured or of square blocks."""
     check_op("masked_linear_backward", input, weight, col, block)
     if input.shape[-1] != shape[1] or grad_output.shape != (*input.shape[:-1], shape[0]):
         raise ValueError(
@@ -290,12 +333,11 @@ def masked_linear_backward(
             f"{tuple(grad_output.shape)} and {tuple(input.shape)}."
         )
     dy = _matrix(grad_output)
-    empty = grad_output.new_empty(0)
-    grad_input = grad_weight = grad_bias = empty
+    grad_input = grad_weight = grad_bias = grad_output.new_empty(0)
     if output_mask[0]:
-        grad_input = product(dy, weight.contiguous(), None, ccol, row, perm, block[0]).view(input.shape)
+        grad_input = input_gradient(dy, weight, ccol, row, perm, block[0]).view(input.shape)
     if output_mask[1]:
-        grad_weight = sampled_product(dy, _matrix(input), col, row, perm, block[0])
+        grad_weight = weight_gradient(dy, _matrix(input), crow, col, row, perm, block[0])
     if output_mask[2]:
         grad_bias = dy.sum(0)
     return grad_input, grad_weight, grad_bias

@@ -1,0 +1,76 @@
+"""The benchmarks run, on the smallest problems, and what the pages show is what was stored."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import bench_masked_conv2d, bench_masked_linear, bench_step, bench_threads, harness, plots
+
+ROW = {"shape": "a", "pass": "step", "sparsity": 0.9, "gflops": 3.0, "of_roof": 0.5}
+ROW |= harness.compare({"dense": 4.0, "dense [in, out]": 3.0, "ours": 1.0, "torch CSR": 2.0})
+
+
+def test_compare_takes_the_faster_dense_layout():
+    assert ROW["speedup_over"] == {"dense": 3.0, "torch CSR": 2.0}
+
+
+def test_interleave_calls_each_variant_alike():
+    calls = []
+    times = harness.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, seconds=0, rounds=3)
+    assert times.keys() == {"a", "b"} and calls.count("a") == calls.count("b")
+
+
+def test_every_variant_of_a_linear_layer_runs():
+    row = bench_masked_linear.row(20, 48, 32, 0.9, training=True, seconds=0)
+    assert {"dense", "torch CSR"} <= row["speedup_over"].keys() and row["gflops"] > 0
+
+
+def test_the_rival_computes_the_same():
+    layer = bench_masked_linear.rivals.CsrLinear(pattern := harness.ua.SparsityPattern.random((32, 48), 0.2))
+    sparse = harness.ua.SparseLinear(48, 32, pattern=pattern)
+    sparse.weight.data, sparse.bias.data = layer.weight.data, layer.bias.data
+    x = torch.randn(5, 48, requires_grad=True)
+    grads = []
+    for module in (layer, sparse):
+        out = module(x)
+        grads.append(torch.autograd.grad(out.square().sum(), [x, module.weight, module.bias]))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_every_variant_of_a_convolution_runs():
+    row = bench_masked_conv2d.row(bench_masked_conv2d.Case(8, 8, 8, batch=2), 0.9, seconds=0)
+    assert row["speedup_over"]["dense"] > 0
+
+
+@pytest.mark.parametrize("case", [case for case in bench_step.CASES if case.name.startswith(("MLP", "ViT"))], ids=str)
+def test_steps_run(case):
+    assert bench_step.row(case, seconds=0)["ms"].keys() == {"dense", "ours"}
+
+
+def test_threads_are_set_back():
+    before = torch.get_num_threads()
+    row = bench_threads.row("x", {"ours": lambda: torch.ones(3).sum()}, 0.0)
+    assert torch.get_num_threads() == before and "ours" in row["two_threads_over_one"]
+
+
+def test_tables_and_plots(tmp_path, capsys):
+    rows = [ROW | {"sparsity": s} for s in (0.5, 0.8, 0.9)]
+    plots.table("linear", rows)
+    assert "3.00" in capsys.readouterr().out
+    assert [path.stat().st_size > 1000 for path in plots.draw("linear", rows, tmp_path)] == [True]
+    assert plots.draw("linear", rows[:1], tmp_path) == []
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- end of x -->\nb")
+    assert plots.insert("x", plots.markdown(rows), page) and not plots.insert("y", "", page)
+    assert "| a step | **3.0** (2.0) | **3.0** (2.0) | **3.0** (2.0) |\n<!-- end of x -->\nb" in page.read_text()
+
+
+@pytest.mark.parametrize("page", harness.PAGES, ids=lambda page: page.name)
+def test_pages_show_what_was_stored(page, tmp_path):
+    text = page.read_text()
+    copy = tmp_path / page.name
+    copy.write_text(text)
+    for file in harness.RESULTS.glob("*.json"):
+        plots.insert(file.stem, plots.markdown(json.loads(file.read_text()).get("rows", [])), copy)
+    assert copy.read_text() == text
