@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from uasparse_kernels import _crossovers, _library
-from uasparse_kernels.ops import _common, _cpu
+from uasparse_kernels.ops import _common, _cpu, _cuda_crossovers
 from uasparse_kernels.pattern import SparsityPattern
 
 # What a cell is measured on: vectors of a linear layer of _SIZE x _SIZE; a 3x3 conv of 128 channels at 16 x 16.
@@ -19,25 +19,33 @@ _SIZE = 1024
 _STEPS = 5
 
 
-def tune(*, verbose: bool = True) -> _crossovers.Table:
-    """Measures the densities at which the dense kernels become faster than the sparse ones on this CPU.
+def tune(device: torch.device | str = "cpu", *, verbose: bool = True) -> _crossovers.Table:
+    """Measures the densities at which the dense kernels become faster than the sparse ones on a device.
 
-    It takes about a minute on an idle machine, with the current number of threads. The densities are kept in a file of
-    the platform's cache folder, for this process and later ones.
+    It takes about a minute on an idle machine; the CPU is measured with the current number of threads. The densities
+    are kept in a file of the platform's cache folder, for this process and later ones.
 
     Args:
-        verbose: prints each density as it is found.
+        device: the CPU, or a CUDA device.
+        verbose: prints each density as it is found (of a CUDA device the whole table).
 
     Returns:
-        ``table[op][dtype][structure][vectors]``, densities in (0, 1]; 1 where the sparse kernel is faster at all of
-        them. ``structure`` is "1x1" or "blocks", ``vectors`` how many the weight is multiplied with.
+        Of the CPU, ``table[op][dtype][structure][vectors]``; of a CUDA device, ``table[op][arithmetic][block]``.
+        Densities in (0, 1]; 1 where the sparse kernel is faster at all of them. ``structure`` is "1x1" or "blocks",
+        ``vectors`` how many the weight is multiplied with, ``arithmetic`` "half", "tf32" or "fp32".
 
     Raises:
         RuntimeError: if the package was built without compiled kernels.
     """
     if _library.compiled is None:
         raise RuntimeError("tune() measures compiled kernels, and there are none: install with a C++ compiler present.")
-    table: _crossovers.Table = {}
+    device = torch.device(device)
+    if device.type == "cuda":
+        table = _cuda_crossovers.measure_crossovers(device)
+        if verbose:
+            print(table)
+        return _keep(torch.cuda.get_device_name(device), table, verbose)
+    table = {}
     for op, dtypes in _cpu.DEFAULT.items():
         for dtype, structures in dtypes.items():
             for structure, widths in structures.items():
@@ -46,7 +54,11 @@ def tune(*, verbose: bool = True) -> _crossovers.Table:
                     table.setdefault(op, {}).setdefault(dtype, {}).setdefault(structure, {})[width] = density
                     if verbose:
                         print(f"{op} {dtype} {structure}, {width} vectors: {density:.2f}", flush=True)
-    file = _crossovers.save(_cpu.processor(), table)
+    return _keep(_cpu.processor(), table, verbose)
+
+
+def _keep(name: str, table: _crossovers.Table, verbose: bool) -> _crossovers.Table:
+    file = _crossovers.save(name, table)
     if verbose:
         print(f"kept in {file}")
     return table
