@@ -1,11 +1,13 @@
-// masked_conv2d with neighbouring positions of a row a vector.
+// masked_conv2d with neighbouring positions of a row a vector: for stride 1, and planes that fit L2.
 //
 // A few images lie side by side, so that a row of them is a whole number of vectors: planes [channels][rows][images *
-// columns], without columns of padding. A tap of the kernel is then a number of rows, which a vector is read away from its
-// output, and a shift by a few columns, which differs between the columns of the kernel alone. The kernels sum all entries
-// of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So nothing is packed more than once, packing is
-// a copy of rows (no transpose), and as many channels as possible fit L1. Where one image fills the vectors, results go
-// straight to their place. For stride 1, and planes that fit L2.
+// columns], without columns of padding. A tap of the kernel is then a number of rows, which a vector is read away from
+// its output, and a shift by a few columns, which the entries of one column of the kernel share.
+//   products      sum the entries of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So a source is
+//                 packed once, by copying rows (no transpose), and as many channels as possible fit L1. Where one image
+//                 fills the vectors, results go straight to their place.
+//   dot products  take the source copied once for each column of the kernel, already shifted: here lists by shift would be
+//                 short, and a branch mispredicted for each costs more than the copies.
 
 #include <limits>
 
@@ -175,8 +177,8 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
 
 // destination = product of the source with the weights of the lists.
 template <typename T>
-void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvEntries<T>& lists, const at::Tensor& source,
-                  const at::Tensor& destination, const T* bias) {
+void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvEntries<T>& lists,
+                  const at::Tensor& source, const at::Tensor& destination, const T* bias) {
   const int64_t height = p.y.destination.length, channels = destination.size(1);
   const bool direct = in_place(p.x.destination, p.images, p.pitch);
   const Edges<T> edges(p);
@@ -215,15 +217,15 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvE
 
 // sums = dot products of grad_output, where it is, with the input, over chunks of the batch.
 template <typename T>
-void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlaces& places, const at::Tensor& grad_output,
-              const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
-  const int64_t height = p.y.destination.length, channels = grad_output.size(1);
+void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlaces& places,
+              const at::Tensor& grad_output, const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
+  const int64_t height = p.y.destination.length, channels = grad_output.size(1), batch = input.size(0);
   at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
     const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
     std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
     for (int64_t task = first; task < last; ++task) {
       const int64_t chunk = task / parts, part = task % parts;
-      for (int64_t image = input.size(0) * chunk / sums.chunks; image < input.size(0) * (chunk + 1) / sums.chunks; ++image)
+      for (int64_t image = batch * chunk / sums.chunks; image < batch * (chunk + 1) / sums.chunks; ++image)
         for (int64_t begin = 0; begin < height; begin += p.group) {
           const int64_t end = std::min(begin + p.group, height);
           pack_source(kernels, p, input, image, begin, end + p.y.reach, packed.as<T>());
@@ -239,7 +241,7 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
   });
 }
 
-// The same for a kernel of one tap that takes each position once: nothing is packed, and several images share a dot product.
+// The same for a kernel of one tap that takes each position once: nothing is packed; several images share a dot product.
 template <typename T>
 void run_dots_in_place(const ConvKernels<T>& kernels, const ConvPlaces& places, const at::Tensor& grad_output,
                        const at::Tensor& input, int64_t images, PartialSums<T>& sums, int64_t parts) {
@@ -314,16 +316,16 @@ bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, cons
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
   if (!fits(planes)) return false;
-  const auto lists = ConvEntries<T>::backward(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.out / w.groups),
-                                              weight.const_data_ptr<T>());
+  const int64_t block = planes.source_block(w.density() * double(w.taps), w.out / w.groups);
+  const auto lists = ConvEntries<T>::backward(w, planes.taps(), block, weight.const_data_ptr<T>());
   run_products(kernels, planes, lists, without_rows(grad_output, g.out_height, g.out_width),
                without_rows(grad_input, g.height, g.width), static_cast<const T*>(nullptr));
   return true;
 }
 
 template <typename T>
-bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad, const at::Tensor& input,
-                              const at::Tensor& grad_weight) {
+bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad,
+                              const at::Tensor& input, const at::Tensor& grad_weight) {
   if (!is_plain(geometry, grad, input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
@@ -342,7 +344,8 @@ bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, con
   const ConvPlaces places(w, planes.taps(), block);
   PartialSums<T> sums(ceil_div(g.batch, images), w.nonzeros(), 0);
   if (in_place)
-    run_dots_in_place(kernels, places, grad_output, without_rows(input, g.height, g.width), images, sums, sums.parts(g));
+    run_dots_in_place(kernels, places, grad_output, without_rows(input, g.height, g.width), images, sums,
+                      sums.parts(g));
   else
     run_dots(kernels, planes, places, grad_output, input, sums, sums.parts(g));
   sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
