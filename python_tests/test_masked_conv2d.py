@@ -88,6 +88,38 @@ def test_matches_reference(seed, dtype):
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "batch,size,shape,padding,dilation",
+    [
+        (3, (32, 32), (6, 9, 3, 3), (1, 1), (1, 1)),
+        (17, (16, 16), (6, 9, 3, 3), (1, 1), (1, 1)),
+        (5, (8, 8), (20, 30, 3, 3), (1, 1), (1, 1)),
+        (33, (4, 4), (20, 30, 3, 3), (1, 1), (1, 1)),
+        (2, (14, 7), (4, 5, 5, 5), (2, 2), (1, 1)),
+        (2, (16, 28), (4, 5, 3, 3), (0, 0), (1, 1)),
+        (2, (40, 16), (4, 5, 3, 3), (2, 2), (2, 2)),
+        (5, (16, 16), (6, 9, 1, 1), (0, 0), (1, 1)),
+        (6, (8, 8), (6, 9, 1, 1), (0, 0), (1, 1)),
+        (2, (32, 32), (6, 9, 1, 1), (0, 0), (1, 1)),
+        (2, (8, 32), (6, 9, 1, 1), (1, 1), (1, 1)),
+        (1, (100, 48), (40, 70, 3, 3), (1, 1), (1, 1)),
+    ],
+)
+def test_stride_one(batch, size, shape, padding, dilation, dtype):
+    """Maps whose rows fill vectors, alone or side by side, in one group of rows or several."""
+    pattern = SparsityPattern.random(shape, 0.2)
+    x = torch.randn(batch, shape[1], *size, dtype=dtype)
+    weight = torch.randn(pattern.packed_shape, dtype=dtype)
+    got = results(kernel, x, weight, None, pattern, (1, 1), padding, dilation, rounded_to=dtype)
+    expected = results(
+        masked_conv2d_reference, x.double(), weight.double(), None, pattern, (1, 1), padding, dilation, rounded_to=dtype
+    )
+    for one, other, terms in zip(got, expected, (pattern.nnz, pattern.nnz, got[0].numel()), strict=True):
+        assert_near(one, other, terms // shape[0] + 1)
+
+
+@needs_kernel
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_memory_format_follows_the_input(format):
     pattern = SparsityPattern.random((8, 6, 3, 3), 0.3)

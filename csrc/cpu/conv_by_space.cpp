@@ -1,11 +1,13 @@
-// masked_conv2d with neighbouring positions of a row a vector.
+// masked_conv2d with neighbouring positions of a row a vector: for stride 1, and planes that fit L2.
 //
-// A few images lie side by side, so that a row of them is a whole number of vectors: planes [channels][phases][rows][images *
-// columns], without columns of padding. A tap of the kernel is then a number of rows, which a vector is read away from its
-// output, and a shift by a few columns, which differs between the columns of the kernel alone. The kernels sum all entries
-// of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So nothing is packed more than once, packing is
-// a copy of rows (no transpose), and as many channels as possible fit L1. Where one image fills the vectors, results go
-// straight to their place.
+// A few images lie side by side, so that a row of them is a whole number of vectors: planes [channels][rows][images *
+// columns], without columns of padding. A tap of the kernel is then a number of rows, which a vector is read away from
+// its output, and a shift by a few columns, which the entries of one column of the kernel share.
+//   products      sum the entries of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So a source is
+//                 packed once, by copying rows (no transpose), and as many channels as possible fit L1. Where one image
+//                 fills the vectors, results go straight to their place.
+//   dot products  take the source copied once for each column of the kernel, already shifted: here lists by shift would be
+//                 short, and a branch mispredicted for each costs more than the copies.
 
 #include <limits>
 
@@ -17,22 +19,20 @@ namespace {
 constexpr int64_t kL2Bytes = 512 << 10;  // of it the packed source of a group of rows
 constexpr int64_t kMaxSegments = 9;
 
-int64_t ceil_quotient(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
-
-// Image positions q * step + origin + remainder, for q in [begin, end).
+// Indices in [begin, end) that are inside the image.
 struct Run {
   int64_t begin, end;
 };
-Run run_of(const Axis& axis, int64_t remainder, int64_t begin, int64_t end) {
-  const int64_t first = std::clamp(ceil_quotient(-axis.origin - remainder, axis.step), begin, end);
-  return {first, std::clamp(ceil_quotient(axis.extent - axis.origin - remainder, axis.step), first, end)};
+Run run_of(const Axis& axis, int64_t begin, int64_t end) {
+  const int64_t first = std::clamp(-axis.origin, begin, end);
+  return {first, std::clamp(axis.extent - axis.origin, first, end)};
 }
 
 // A pass over planes. For products, source and destination planes have rows of the same pitch.
 template <typename T>
 struct Planes {
   AxisPass y, x;
-  std::vector<Run> columns;  // of the source's remainders
+  Run columns;  // of the source
   int64_t source_channels, width;
   int64_t images, pitch, rows;  // side by side; of a row; of a register tile
   int64_t group;                // rows of a group: what is packed together
@@ -40,11 +40,11 @@ struct Planes {
   int64_t source_plane, source_channel, destination_plane;
 
   Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t batch, const ConvKernels<T>& kernels)
-      : y(std::move(y_pass)), x(std::move(x_pass)), source_channels(source_channels), width(x.destination.length) {
-    for (int64_t r = 0; r < x.source.step; ++r) {
-      columns.push_back(run_of(x.source, r, 0, x.source.length));
-      width = std::max(width, columns.back().end - columns.back().begin);
-    }
+      : y(std::move(y_pass)),
+        x(std::move(x_pass)),
+        columns(run_of(x.source, 0, x.source.length)),
+        source_channels(source_channels),
+        width(std::max(x.destination.length, columns.end - columns.begin)) {
     const int64_t height = y.destination.length, lanes = kernels.lanes;
     // The cheapest register tiles: a vector costs one, what comes with an entry about two.
     double best = std::numeric_limits<double>::max();
@@ -78,8 +78,8 @@ struct Planes {
     return p;
   }
 
-  int64_t column_planes() const { return copies ? int64_t(x.shift.size()) : x.source.phases(); }
-  int64_t source_planes() const { return y.source.phases() * column_planes(); }
+  // Of a channel.
+  int64_t source_planes() const { return copies ? int64_t(x.shift.size()) : 1; }
 
   void set_strides() {
     const int64_t row_bytes = sizeof(T) * source_channels * source_planes() * pitch;
@@ -92,8 +92,7 @@ struct Planes {
     destination_plane = rows * pitch;
   }
 
-  int64_t destination_phases() const { return y.destination.phases() * x.destination.phases(); }
-  int64_t column_shift(size_t k) const { return copies ? 0 : x.shift[k] - columns[x.source_phase[k]].begin; }
+  int64_t column_shift(size_t k) const { return copies ? 0 : x.shift[k] - columns.begin; }
   // The segment of entries that need no shift.
   int64_t zero() const {
     int64_t least = 0;
@@ -107,12 +106,11 @@ struct Planes {
   }
 
   ConvTaps taps() const {
-    ConvTaps taps{source_channel, {}, {}, destination_phases(), {}, segments()};
-    for (size_t ky = 0; ky < y.shift.size(); ++ky)
+    ConvTaps taps{source_channel, {}, {}, 1, {}, segments()};
+    for (const int64_t shift_y : y.shift)
       for (size_t kx = 0; kx < x.shift.size(); ++kx) {
-        const int64_t plane = y.source_phase[ky] * column_planes() + (copies ? int64_t(kx) : x.source_phase[kx]);
-        taps.offset.push_back(plane * source_plane + y.shift[ky] * pitch);
-        taps.phase.push_back(y.destination_phase[ky] * x.destination.phases() + x.destination_phase[kx]);
+        taps.offset.push_back((copies ? int64_t(kx) * source_plane : 0) + shift_y * pitch);
+        taps.phase.push_back(0);
         taps.segment.push_back(zero() + column_shift(kx));
       }
     return taps;
@@ -142,8 +140,8 @@ class Edges {
 };
 
 // Whether rows of a plane are where a kernel can take them.
-bool in_place(const Axis& y, const Axis& x, int64_t images, int64_t pitch) {
-  return images == 1 && y.step == 1 && x.step == 1 && x.extent == pitch;
+bool in_place(const Axis& x, int64_t images, int64_t pitch) {
+  return images == 1 && x.extent == pitch;
 }
 
 // Packed rows [begin, end) of the images from `image` onwards. `to` is zero where nothing was packed yet.
@@ -153,72 +151,42 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
   const int64_t images = std::min(p.images, t.size(0) - image);
   if (images < p.images) std::fill_n(to, p.source_channels * p.source_channel, T(0));
   const Axis &y = p.y.source, &x = p.x.source;
-  // Packed columns from `column` on, of a plane, are those of the run.
-  const auto pack = [&](int64_t plane_x, int64_t remainder_x, Run columns, int64_t column) {
-    for (int64_t ry = 0; ry < y.step; ++ry) {
-      if (y.phase[ry] < 0) continue;
-      T* const plane = to + (y.phase[ry] * p.column_planes() + plane_x) * p.source_plane;
-      const Run run = run_of(y, ry, begin, end);
-      for (int64_t c = 0; c < p.source_channels; ++c) {
-        T* const channel = plane + c * p.source_channel;
-        std::fill(channel, channel + (run.begin - begin) * p.pitch, T(0));
-        std::fill(channel + (run.end - begin) * p.pitch, channel + (end - begin) * p.pitch, T(0));
-      }
-      ConvPlanes<T> planes{p.source_channels, run.end - run.begin, images, columns.end - columns.begin, x.step,
-                           t.stride(0), t.stride(1), y.step * t.stride(2), p.width, p.source_channel, p.pitch};
-      if (p.images == 1 && planes.row == planes.width && planes.width == p.pitch) {
-        planes.width *= planes.rows;
-        planes.rows = 1;
-      }
-      kernels.pack_planes(planes,
-                          t.const_data_ptr<T>() + image * t.stride(0) + (run.begin * y.step + y.origin + ry) * t.stride(2) +
-                              columns.begin * x.step + x.origin + remainder_x,
-                          plane + (run.begin - begin) * p.pitch + column);
+  const Run run = run_of(y, begin, end);
+  for (int64_t k = 0; k < p.source_planes(); ++k) {
+    T* const plane = to + k * p.source_plane;
+    for (int64_t c = 0; c < p.source_channels; ++c) {
+      T* const channel = plane + c * p.source_channel;
+      std::fill(channel, channel + (run.begin - begin) * p.pitch, T(0));
+      std::fill(channel + (run.end - begin) * p.pitch, channel + (end - begin) * p.pitch, T(0));
     }
-  };
-  if (p.copies) {
-    for (size_t k = 0; k < p.x.shift.size(); ++k)
-      for (int64_t rx = 0; rx < x.step; ++rx) {
-        if (x.phase[rx] != p.x.source_phase[k]) continue;
-        const int64_t shift = p.x.shift[k];
-        const Run columns = run_of(x, rx, shift, shift + p.pitch);
-        pack(int64_t(k), rx, columns, columns.begin - shift);
-      }
-  } else {
-    for (int64_t rx = 0; rx < x.step; ++rx)
-      if (x.phase[rx] >= 0) pack(x.phase[rx], rx, p.columns[rx], 0);
+    const Run columns = p.copies ? run_of(x, p.x.shift[k], p.x.shift[k] + p.pitch) : p.columns;
+    const int64_t column = p.copies ? columns.begin - p.x.shift[k] : 0;
+    ConvPlanes<T> planes{p.source_channels, images, run.end - run.begin, columns.end - columns.begin,
+                         t.const_data_ptr<T>() + image * t.stride(0) + (run.begin + y.origin) * t.stride(2) +
+                             columns.begin + x.origin,
+                         t.stride(1), t.stride(0), t.stride(2),
+                         plane + (run.begin - begin) * p.pitch + column,
+                         p.source_channel, p.width, p.pitch};
+    if (p.images == 1 && planes.from_row == planes.width && planes.width == p.pitch) {
+      planes.width *= planes.rows;
+      planes.rows = 1;
+    }
+    kernels.copy_planes(planes);
   }
-}
-
-// Calls move(planes, of the image, of the packed destination) for each phase of destination rows [begin, end).
-template <typename T, typename Move>
-void for_each_destination(const Planes<T>& p, const at::Tensor& t, int64_t channel_begin, int64_t channel_end,
-                          int64_t image, int64_t begin, int64_t end, Move move) {
-  const Axis &y = p.y.destination, &x = p.x.destination;
-  for (int64_t ry = 0; ry < y.step; ++ry)
-    for (int64_t rx = 0; rx < x.step; ++rx) {
-      const Run run = run_of(y, ry, begin, end), columns = run_of(x, rx, 0, x.length);
-      const int64_t phase = y.phase[ry] * x.phases() + x.phase[rx], phases = p.destination_phases();
-      move(ConvPlanes<T>{channel_end - channel_begin, run.end - run.begin, std::min(p.images, t.size(0) - image),
-                         columns.end - columns.begin, x.step, t.stride(0), t.stride(1), y.step * t.stride(2), p.width,
-                         phases * p.destination_plane, p.pitch},
-           image * t.stride(0) + channel_begin * t.stride(1) + (run.begin * y.step + ry) * t.stride(2) + rx,
-           (channel_begin * phases + phase) * p.destination_plane + (run.begin - begin) * p.pitch);
-    }
 }
 
 // destination = product of the source with the weights of the lists.
 template <typename T>
-void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvEntries<T>& lists, const at::Tensor& source,
-                  const at::Tensor& destination, const T* bias) {
-  const int64_t height = p.y.destination.length, channels = destination.size(1), phases = p.destination_phases();
-  const bool direct = in_place(p.y.destination, p.x.destination, p.images, p.pitch);
+void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvEntries<T>& lists,
+                  const at::Tensor& source, const at::Tensor& destination, const T* bias) {
+  const int64_t height = p.y.destination.length, channels = destination.size(1);
+  const bool direct = in_place(p.x.destination, p.images, p.pitch);
   const Edges<T> edges(p);
   const int64_t tiles = ceil_div(source.size(0), p.images), groups = ceil_div(height, p.group);
   const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles * groups), 1, channels);
   at::parallel_for(0, tiles * groups * parts, 1, [&](int64_t first, int64_t last) {
     const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
-    const Workspace result(direct ? 0 : sizeof(T) * channels * phases * p.destination_plane);
+    const Workspace result(direct ? 0 : sizeof(T) * channels * p.destination_plane);
     std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
     for (int64_t task = first; task < last; ++task) {
       const int64_t part = task % parts, image = task / parts / groups * p.images;
@@ -230,16 +198,18 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvE
         T* const to = destination.mutable_data_ptr<T>();
         for (int64_t b = 0; b < lists.blocks; ++b)
           kernels.shifted_product(
-              {lists.entries(), lists.first(b), lists.segments, p.zero(), channel_begin * phases, channel_end * phases,
+              {lists.entries(), lists.first(b), lists.segments, p.zero(), channel_begin, channel_end,
                packed.as<const T>() + (r - begin) * p.pitch,
                direct ? to + image * destination.stride(0) + r * p.pitch : result.as<T>(),
                direct ? destination.stride(1) : p.destination_plane, b == 0, bias, edges.get(),
                int((stop - r) * p.pitch / kernels.lanes)});
         if (direct) continue;
-        for_each_destination(p, destination, channel_begin, channel_end, image, r, stop,
-                             [&](const ConvPlanes<T>& planes, int64_t at, int64_t from) {
-                               kernels.unpack_planes(planes, result.as<const T>() + from, to + at);
-                             });
+        kernels.copy_planes({channel_end - channel_begin, std::min(p.images, destination.size(0) - image), stop - r,
+                             p.x.destination.length, result.as<const T>() + channel_begin * p.destination_plane,
+                             p.destination_plane, p.width, p.pitch,
+                             to + image * destination.stride(0) + channel_begin * destination.stride(1) +
+                                 r * destination.stride(2),
+                             destination.stride(1), destination.stride(0), destination.stride(2)});
       }
     }
   });
@@ -247,15 +217,15 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvE
 
 // sums = dot products of grad_output, where it is, with the input, over chunks of the batch.
 template <typename T>
-void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlaces& places, const at::Tensor& grad_output,
-              const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
-  const int64_t height = p.y.destination.length, channels = grad_output.size(1);
+void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlaces& places,
+              const at::Tensor& grad_output, const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
+  const int64_t height = p.y.destination.length, channels = grad_output.size(1), batch = input.size(0);
   at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
     const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
     std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
     for (int64_t task = first; task < last; ++task) {
       const int64_t chunk = task / parts, part = task % parts;
-      for (int64_t image = input.size(0) * chunk / sums.chunks; image < input.size(0) * (chunk + 1) / sums.chunks; ++image)
+      for (int64_t image = batch * chunk / sums.chunks; image < batch * (chunk + 1) / sums.chunks; ++image)
         for (int64_t begin = 0; begin < height; begin += p.group) {
           const int64_t end = std::min(begin + p.group, height);
           pack_source(kernels, p, input, image, begin, end + p.y.reach, packed.as<T>());
@@ -271,7 +241,7 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
   });
 }
 
-// The same for a kernel of one tap that takes each position once: nothing is packed, and several images share a dot product.
+// The same for a kernel of one tap that takes each position once: nothing is packed; several images share a dot product.
 template <typename T>
 void run_dots_in_place(const ConvKernels<T>& kernels, const ConvPlaces& places, const at::Tensor& grad_output,
                        const at::Tensor& input, int64_t images, PartialSums<T>& sums, int64_t parts) {
@@ -287,18 +257,6 @@ void run_dots_in_place(const ConvKernels<T>& kernels, const ConvPlaces& places, 
                        grad_output.stride(0), grad_output.stride(1), std::min(images, batch - tile * images),
                        width / kernels.lanes, sums.weight(chunk)});
     }
-  });
-}
-
-template <typename T>
-void add_bias_gradient(const at::Tensor& grad_output, PartialSums<T>& sums) {
-  const int64_t batch = grad_output.size(0), positions = grad_output.size(2) * grad_output.size(3);
-  at::parallel_for(0, sums.chunks, 1, [&](int64_t first, int64_t last) {
-    for (int64_t chunk = first; chunk < last; ++chunk)
-      for (int64_t n = batch * chunk / sums.chunks; n < batch * (chunk + 1) / sums.chunks; ++n)
-        for (int64_t o = 0; o < grad_output.size(1); ++o)
-          sums.bias(chunk)[o] +=
-              sum_of(grad_output.const_data_ptr<T>() + n * grad_output.stride(0) + o * grad_output.stride(1), positions);
   });
 }
 
@@ -321,13 +279,15 @@ at::Tensor without_rows(const at::Tensor& t, int64_t height, int64_t width) {
              : t.as_strided({t.size(0), t.size(1), height, width}, {t.stride(0), t.stride(1), width, 1});
 }
 
-// Whether the planes can be had, and are worth it: where they overflow L2, or their rows must be dealt to phases, by_batch is
-// quicker.
+bool is_plain(const Geometry& g, const at::Tensor& a, const at::Tensor& b) {
+  return g.batch > 0 && g.stride[0] == 1 && g.stride[1] == 1 && has_plain_planes(a) && has_plain_planes(b);
+}
+
+// Whether the planes can be had, and fit L2: where they overflow it, by_batch is quicker.
 template <typename T>
 bool fits(const Planes<T>& p) {
-  return p.images > 0 && p.y.source.step == 1 && p.x.source.step == 1 && p.destination_phases() == 1 &&
-         int64_t(sizeof(T)) * p.source_channels * p.source_channel <= kL2Bytes + kL2Bytes / 4 && p.segments() <= kMaxSegments &&
-         p.source_channels * p.source_channel < std::numeric_limits<int32_t>::max();
+  return p.images > 0 && p.segments() <= kMaxSegments &&
+         int64_t(sizeof(T)) * p.source_channels * p.source_channel <= kL2Bytes + kL2Bytes / 4;
 }
 
 }  // namespace
@@ -335,7 +295,7 @@ bool fits(const Planes<T>& p) {
 template <typename T>
 bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
-  if (!has_plain_planes(input) || !has_plain_planes(output)) return false;
+  if (!is_plain(geometry, input, output)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
@@ -351,23 +311,22 @@ bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::T
 template <typename T>
 bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad_output,
                              const at::Tensor& weight, const at::Tensor& grad_input) {
-  if (!has_plain_planes(grad_output) || !has_plain_planes(grad_input)) return false;
+  if (!is_plain(geometry, grad_output, grad_input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
   if (!fits(planes)) return false;
-  const double nonzeros = w.density() * double(w.taps) / double(planes.destination_phases());
-  const auto lists = ConvEntries<T>::backward(w, planes.taps(), planes.source_block(nonzeros, w.out / w.groups),
-                                              weight.const_data_ptr<T>());
+  const int64_t block = planes.source_block(w.density() * double(w.taps), w.out / w.groups);
+  const auto lists = ConvEntries<T>::backward(w, planes.taps(), block, weight.const_data_ptr<T>());
   run_products(kernels, planes, lists, without_rows(grad_output, g.out_height, g.out_width),
                without_rows(grad_input, g.height, g.width), static_cast<const T*>(nullptr));
   return true;
 }
 
 template <typename T>
-bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad, const at::Tensor& input,
-                              const ConvGradients& gradients) {
-  if (!has_plain_planes(grad) || !has_plain_planes(input)) return false;
+bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad,
+                              const at::Tensor& input, const at::Tensor& grad_weight) {
+  if (!is_plain(geometry, grad, input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   if (g.out_width % kernels.lanes != 0) return false;
@@ -383,13 +342,29 @@ bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, con
   if (!fits(planes)) return false;
   const int64_t block = in_place ? w.in : planes.source_block(w.density() * double(w.taps), w.in);
   const ConvPlaces places(w, planes.taps(), block);
-  PartialSums<T> sums(ceil_div(g.batch, images), w.nonzeros(), g.out);
+  PartialSums<T> sums(ceil_div(g.batch, images), w.nonzeros(), 0);
   if (in_place)
-    run_dots_in_place(kernels, places, grad_output, without_rows(input, g.height, g.width), images, sums, sums.parts(g));
+    run_dots_in_place(kernels, places, grad_output, without_rows(input, g.height, g.width), images, sums,
+                      sums.parts(g));
   else
     run_dots(kernels, planes, places, grad_output, input, sums, sums.parts(g));
-  if (gradients.bias.defined()) add_bias_gradient(grad_output, sums);
-  sums.template finish<T>(places, gradients);
+  sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
+  return true;
+}
+
+template <typename T>
+bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias) {
+  if (!has_plain_planes(grad_output)) return false;
+  const T* const from = grad_output.const_data_ptr<T>();
+  T* const to = grad_bias.mutable_data_ptr<T>();
+  const int64_t positions = grad_output.size(2) * grad_output.size(3);
+  at::parallel_for(0, grad_output.size(1), 1, [&](int64_t first, int64_t last) {
+    for (int64_t o = first; o < last; ++o) {
+      to[o] = 0;
+      for (int64_t n = 0; n < grad_output.size(0); ++n)
+        to[o] += sum_of(from + n * grad_output.stride(0) + o * grad_output.stride(1), positions);
+    }
+  });
   return true;
 }
 
@@ -399,7 +374,8 @@ bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, con
   template bool input_gradient_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&, \
                                            const at::Tensor&);                                                       \
   template bool weight_gradient_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&,                   \
-                                            const at::Tensor&, const ConvGradients&);
+                                            const at::Tensor&, const at::Tensor&);                                   \
+  template bool bias_gradient_by_space<T>(const at::Tensor&, const at::Tensor&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

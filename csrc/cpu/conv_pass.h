@@ -153,8 +153,7 @@ template <typename T, typename S>
 void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
                        const at::Tensor& weight, const ConvGradients& gradients);
 
-// These return false, and do nothing, where they cannot do it: for rows that are not contiguous or too long. The last one
-// also adds the bias gradient.
+// These return false, and do nothing, where they cannot do it, or by_batch is quicker.
 template <typename T>
 bool forward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output);
@@ -163,6 +162,8 @@ bool input_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::T
                              const at::Tensor& weight, const at::Tensor& grad_input);
 template <typename T>
 bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
-                              const at::Tensor& input, const ConvGradients& gradients);
+                              const at::Tensor& input, const at::Tensor& grad_weight);
+template <typename T>
+bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias);
 
 }  // namespace uasparse

@@ -116,11 +116,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
   if (output_mask[1]) gradients.weight = w.packed ? at::empty(weight.sizes(), plain) : at::zeros(weight.sizes(), plain);
   if (output_mask[2]) gradients.bias = at::empty({g.out}, plain);
   dispatch(input.scalar_type(), [&]<typename T, typename S>() {
+    // What is not asked for has no say in how the rest is computed.
     ConvGradients rest = gradients;
     if constexpr (std::is_same_v<T, S>) {
-      if (rest.input.defined() && input_gradient_by_space<T>(g, w, grad_output, values, gradients.input)) rest.input = at::Tensor();
-      if (rest.weight.defined() && weight_gradient_by_space<T>(g, w, grad_output, input, gradients))
-        rest.weight = rest.bias = at::Tensor();
+      if (rest.input.defined() && input_gradient_by_space<T>(g, w, grad_output, values, gradients.input))
+        rest.input = at::Tensor();
+      if (rest.weight.defined() && weight_gradient_by_space<T>(g, w, grad_output, input, gradients.weight))
+        rest.weight = at::Tensor();
+      if (rest.bias.defined() && bias_gradient_by_space<T>(grad_output, gradients.bias)) rest.bias = at::Tensor();
     }
     if (rest.input.defined() || rest.weight.defined() || rest.bias.defined())
       backward_by_batch<T, S>(g, w, grad_output, input, values, rest);

@@ -95,12 +95,14 @@ struct ConvShiftedProduct {
   int vectors;
 };
 
-// Moves rows of `images` images that lie side by side in packed planes: packed[c][r][i][x] and image[i][c][r][x * step].
+// Copies rows of several images: to[c][i][r][x] = from[c][i][r][x].
 template <typename T>
 struct ConvPlanes {
-  int64_t channels, rows, images, width, step;
-  int64_t image, channel, row;                       // strides of the image
-  int64_t packed_image, packed_channel, packed_row;  // of the packed planes
+  int64_t channels, images, rows, width;
+  const T* from;
+  int64_t from_channel, from_image, from_row;
+  T* to;
+  int64_t to_channel, to_image, to_row;
 };
 
 constexpr int kMaxLanes = 16;
@@ -113,8 +115,7 @@ struct ConvKernels {
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
-  void (*pack_planes)(const ConvPlanes<T>&, const T* from, T* packed);
-  void (*unpack_planes)(const ConvPlanes<T>&, const T* packed, T* to);
+  void (*copy_planes)(const ConvPlanes<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

@@ -475,64 +475,42 @@ void unpack(const ConvMove<T>& m, S* const* images) {
 
 // --- planes
 
-// to[x * to_step] = from[x * from_step]; short rows of many lengths, so no call.
+// Short rows of many lengths, so no call of memcpy.
 template <typename T>
-UASPARSE_INLINE void copy_run(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t width) {
-  constexpr int64_t kChunk = 32 / sizeof(T);
-  if (from_step == 1 && to_step == 1 && width >= kChunk) {
-    for (int64_t x = 0; x + kChunk < width; x += kChunk) __builtin_memcpy(to + x, from + x, 32);
-    __builtin_memcpy(to + width - kChunk, from + width - kChunk, 32);
+UASPARSE_INLINE void copy_run(const T* from, T* to, int64_t width) {
+  constexpr int64_t kBytes = 32, kChunk = kBytes / sizeof(T);
+  if (width >= kChunk) {
+    for (int64_t x = 0; x + kChunk < width; x += kChunk) __builtin_memcpy(to + x, from + x, kBytes);
+    __builtin_memcpy(to + width - kChunk, from + width - kChunk, kBytes);
   } else {
-    for (int64_t x = 0; x < width; ++x) to[x * to_step] = from[x * from_step];
+    for (int64_t x = 0; x < width; ++x) to[x] = from[x];
   }
 }
 
-template <typename T, int kStep, int kWidth>
-void pack_planes_as(const ConvPlanes<T>& p, const T* from, T* packed) {
-  const int64_t step = kStep ? kStep : p.step, width = kWidth ? kWidth : p.width;
+template <typename T, int kWidth>
+void copy_planes_as(const ConvPlanes<T>& p) {
   for (int64_t c = 0; c < p.channels; ++c)
     for (int64_t i = 0; i < p.images; ++i) {
-      const T* row = from + c * p.channel + i * p.image;
-      T* to = packed + c * p.packed_channel + i * p.packed_image;
-      for (int64_t r = 0; r < p.rows; ++r, row += p.row, to += p.packed_row)
-        copy_run<T>(row, step, to, 1, width);
+      const T* from = p.from + c * p.from_channel + i * p.from_image;
+      T* to = p.to + c * p.to_channel + i * p.to_image;
+      for (int64_t r = 0; r < p.rows; ++r, from += p.from_row, to += p.to_row)
+        copy_run<T>(from, to, kWidth ? kWidth : p.width);
     }
 }
 
 template <typename T>
-void pack_planes(const ConvPlanes<T>& p, const T* from, T* packed) {
-  if (p.step == 2) return pack_planes_as<T, 2, 0>(p, from, packed);
-  if (p.step != 1) return pack_planes_as<T, 0, 0>(p, from, packed);
-  if (p.width == 4) return pack_planes_as<T, 1, 4>(p, from, packed);
-  if (p.width == 8) return pack_planes_as<T, 1, 8>(p, from, packed);
-  pack_planes_as<T, 1, 0>(p, from, packed);
-}
-
-template <typename T, int kStep, int kWidth>
-void unpack_planes_as(const ConvPlanes<T>& p, const T* packed, T* to) {
-  const int64_t step = kStep ? kStep : p.step, width = kWidth ? kWidth : p.width;
-  for (int64_t c = 0; c < p.channels; ++c)
-    for (int64_t i = 0; i < p.images; ++i) {
-      const T* from = packed + c * p.packed_channel + i * p.packed_image;
-      T* row = to + c * p.channel + i * p.image;
-      for (int64_t r = 0; r < p.rows; ++r, row += p.row, from += p.packed_row)
-        copy_run<T>(from, 1, row, step, width);
-    }
-}
-
-template <typename T>
-void unpack_planes(const ConvPlanes<T>& p, const T* packed, T* to) {
-  if (p.step == 2) return unpack_planes_as<T, 2, 0>(p, packed, to);
-  if (p.step != 1) return unpack_planes_as<T, 0, 0>(p, packed, to);
-  if (p.width == 4) return unpack_planes_as<T, 1, 4>(p, packed, to);
-  if (p.width == 8) return unpack_planes_as<T, 1, 8>(p, packed, to);
-  unpack_planes_as<T, 1, 0>(p, packed, to);
+void copy_planes(const ConvPlanes<T>& p) {
+  switch (p.width) {
+    case 4: return copy_planes_as<T, 4>(p);
+    case 8: return copy_planes_as<T, 8>(p);
+    default: return copy_planes_as<T, 0>(p);
+  }
 }
 
 template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
     kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,
-    shifted_product<T>, pack_planes<T>, unpack_planes<T>,
+    shifted_product<T>, copy_planes<T>,
     pack<T, T>,    unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
