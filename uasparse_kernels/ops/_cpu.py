@@ -19,12 +19,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Measured by uasparse_kernels.tune() on an AMD EPYC of the Zen 4 generation (AVX-512), one thread, torch 2.14.
 DEFAULT: _crossovers.Table = {
     "masked_linear": {
-        "float32": {"1x1": {"1": 0.98, "2-16": 0.98, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
-        "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.42, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.39}},
+        "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
+        "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.39, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.42}},
     },
     "masked_conv2d": {
-        "float32": {"1x1": {">16": 0.67}, "blocks": {">16": 0.61}},
-        "bfloat16": {"1x1": {">16": 0.3}, "blocks": {">16": 0.3}},
+        "float32": {"1x1": {">16": 0.7}, "blocks": {">16": 0.61}},
+        "bfloat16": {"1x1": {">16": 0.33}, "blocks": {">16": 0.3}},
     },
 }
 
