@@ -134,6 +134,7 @@ class DynamicSparsity:
                 "it), got none; call step() after loss.backward(), once an optimiser step."
             )
         names, updates = [], []
+        *_, last = self.layers.values()
         for name, layer in self.layers.items():
             capture = self._captures.get(name)
             idle = capture is not None and not capture.pairs and self.group is None
@@ -147,6 +148,7 @@ class DynamicSparsity:
                     layer.pattern,
                     self.initial_blocks[name],
                     partial(capture.tiles, layer, self.group) if capture is not None else _no_tiles,
+                    last=layer is last,
                 )
             )
         if not updates:

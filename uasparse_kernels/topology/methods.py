@@ -38,6 +38,7 @@ class LayerUpdate:
 
     ``gradient`` is that of the active weights, in the weight's storage (None where there is none); ``tiles()`` gives
     the gradient of all weights: ``(first output row, gradient [rows, ...])``, ascending, whole rows of blocks each.
+    ``last`` marks the model's last sparse layer.
     """
 
     weight: Tensor
@@ -45,6 +46,7 @@ class LayerUpdate:
     pattern: SparsityPattern
     initial_blocks: int
     tiles: Callable[[], Iterator[tuple[int, Tensor]]]
+    last: bool = False
 
     @property
     def grid_size(self) -> int:
@@ -353,7 +355,8 @@ class SRigL(Method):
     fewer than ``min_salient`` of the fan-in are ablated, for good: all they have is dropped, and the fan-in of the
     others rises to ``initial blocks // rows``, so that up to ``rows`` blocks fewer than at first may be active. Then
     the layer's smallest magnitudes are dropped, and every row grows up to the fan-in by its own largest gradients,
-    which are computed a second time.
+    which are computed a second time. The rows of the last layer, which
+    are the network's outputs, are never ablated.
 
     The pattern must have a constant fan-in already: ``sparsify(..., structure="fan-in")``.
     """
@@ -395,7 +398,8 @@ class SRigL(Method):
         alive = before > 0
         # An ablated row gets nothing; the most salient one always stays. The host needs these numbers: they are sizes.
         needed = torch.clamp(before.max() * self.min_salient, min=1)
-        alive &= (salient >= needed) | (salient == salient.masked_fill(~alive, -1).max())
+        if not layer.last:
+            alive &= (salient >= needed) | (salient == salient.masked_fill(~alive, -1).max())
         active = pattern.blocks()
         out = torch.zeros_like(active, dtype=torch.bool)
         out[torch.searchsorted(active, dropped)] = True
