@@ -65,7 +65,7 @@ def run(config, folder, data, **options):
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", ["rigl+moon+vote", "set+vote+patch-shuffle", "static", "dense+moon"])
+@pytest.mark.parametrize("arm", ["rigl+moon+vote", "set+vote+patch-shuffle", "static", "dense+moon", "rigl+cigl"])
 @pytest.mark.parametrize("interrupted_step", [23, 44])  # in the third epoch, and in the last one, where the vote runs
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, digits, monkeypatch, arm, interrupted_step, no_figures):
     config = with_arm(TINY, arm)

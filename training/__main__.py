@@ -18,7 +18,7 @@ from rich.console import Console
 from training import report
 from training.checkpoint import write_json
 from training.compare import SUITES, Suite, compare, print_summary
-from training.config import ARM_PARTS, FitConfig
+from training.config import ARM_PARTS, PLAIN_ARM, FitConfig
 from training.data import UNKNOWN_HELP
 from training.demo import demo
 from training.errors import TrainingError
@@ -105,7 +105,7 @@ def evaluate_command(
 
 
 @app.command("compare")
-@with_config(method="rigl", loss="ce", vote=False, unknowns="none", sparsity=0.9, seed=0)  # set by --arm and --seeds
+@with_config(**PLAIN_ARM, sparsity=0.9, seed=0)  # set by --arm, --sparsity and --seeds
 def compare_command(
     config: FitConfig,
     suite: Annotated[
@@ -115,7 +115,7 @@ def compare_command(
         list[str],
         typer.Option(
             help="Method, may be given several times; parts joined by +: "
-            + ", ".join(p for v in ARM_PARTS.values() for p in v)
+            + ", ".join(part for tokens in ARM_PARTS.values() for part in tokens)
         ),
     ] = ["rigl", "rigl+vote", "rigl+moon+vote", "rigl+vote+patch-shuffle"],  # noqa: B006
     seeds: Annotated[int, typer.Option(help="Seeds 0 to N-1.")] = 3,

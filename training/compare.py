@@ -23,7 +23,7 @@ from training.data import TrainTest
 from training.errors import CheckpointError, NonFiniteLossError
 from training.evaluate import evaluate_checkpoint, load_data
 from training.run import fit, pick_device
-from training.scores import CHEAP_SCORES
+from training.scores import CHEAP_SCORES, SCORES
 
 KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
 
@@ -124,10 +124,7 @@ def _run(run: Run, suite: Suite, folder: Path, device: str, console: Console, da
 
 def run_scores(results: dict[str, Any], scores: Sequence[str]) -> list[str]:
     """Those of `scores` that the run's network has: one with K outputs has no output for unknown."""
-    from training.scores import SCORES
-
-    config = FitConfig.from_dict(results["config"])
-    has_unknown = config.loss != "ce" or config.unknowns != "none"
+    has_unknown = FitConfig.from_dict(results["config"]).has_unknown_output
     return [name for name in scores if has_unknown or not SCORES[name].needs_unknown_output]
 
 
