@@ -110,7 +110,9 @@ def test_logitnorm_is_pytorch_oods():
 
 @pytest.mark.parametrize("storage", ["packed", "dense"])
 def test_weight_dropout(storage):
-    model = ua.sparsify(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)), 0.5, storage=storage)
+    model = ua.sparsify(
+        nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)), 0.5, distribution="uniform", storage=storage
+    )
     dropout, x = WeightDropout(model, 0.25), torch.randn(8, 40)
     before = [layer.weight.detach().clone() for layer in dropout.layers]
     dropout.draw()
