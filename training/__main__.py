@@ -18,6 +18,7 @@ from rich.console import Console
 
 from training import report
 from training.checkpoint import write_json
+from training.claims import OURS, PUBLISHED
 from training.compare import compare, print_summary
 from training.config import ARM_PARTS, PLAIN_ARM, FitConfig
 from training.data import UNKNOWN_HELP
@@ -26,6 +27,8 @@ from training.errors import TrainingError
 from training.evaluate import evaluate_checkpoint
 from training.run import fit, pick_device
 from training.scores import SCORES
+from training.study import judge, read_rows
+from training.study_report import write_study
 from training.suites import SUITES, Suite, changed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -148,6 +151,24 @@ def compare_command(
 def _is_given(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
+
+
+@app.command("report-study")
+def report_study_command(
+    folder: Annotated[Path, typer.Option(help="Folder of the study, or the JSON that this wrote before.")],
+    page: Annotated[Path, typer.Option(help="Markdown page; figures and numbers go beside it.")] = Path(
+        "docs/evidence.md"
+    ),
+) -> None:
+    """Verdicts, tables and figures of a study, from its stored runs."""
+    rows = read_rows(folder)
+    for title, claims in (("The published method", PUBLISHED), ("This project's variant", OURS)):
+        console.print(f"[bold]{title}[/bold]")
+        for claim in claims:
+            judgement = judge(claim, rows)
+            console.print(f"  {judgement.verdict:>13}: {claim.text}", highlight=False, soft_wrap=True)
+    for path in write_study(folder, page):
+        console.print(f"Written: {path}", soft_wrap=True)
 
 
 @app.command("demo")
