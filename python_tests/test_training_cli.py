@@ -88,7 +88,10 @@ def test_compare(monkeypatch, capsys, tmp_path):
         (["fit", "--data", "folder:/nowhere"], "Expected /nowhere/train/<class>/<image>"),
         (["fit", "--data", "digits", "--ood", "npz:/nowhere.npz"], "Unknown data set|Expected an npz file|lacks|found"),
         (["fit", "--data", "digits", "--sparsity", "1.5"], "Expected sparsity in [0, 1), got 1.5"),
-        (["fit", "--data", "digits", "--loss", "mooon"], "Expected loss to be one of ce, moon, got 'mooon'"),
+        (
+            ["fit", "--data", "digits", "--loss", "mooon"],
+            "Expected loss to be one of ce, moon, ",
+        ),
         (["fit", "--data", "digits", "--model", "vgg16-bn"], "at least 32x32, got 8x8: give --image-size 32"),
         (
             ["fit", "--data", "digits", "--unknowns", "patch-shuffle", "--unknown-grid", "3"],

@@ -20,7 +20,7 @@ from torch import nn
 import uasparse_kernels as ua
 from training import recipe, report
 from training.checkpoint import load_checkpoint, read_json, save_checkpoint
-from training.compare import Suite, compare, plan, spread
+from training.compare import compare, spread
 from training.config import FitConfig, with_arm
 from training.data import load_train_test
 from training.demo import demo
@@ -30,6 +30,7 @@ from training.losses import LOSSES, LossSpec
 from training.models import MODELS, build_model, head_of
 from training.recipe import Trainer, learning_rate
 from training.run import fit
+from training.suites import Suite, plan
 from training.vote import Vote
 
 TINY = FitConfig(
@@ -65,7 +66,7 @@ def run(config, folder, data, **options):
 # --- resuming -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", ["rigl+moon+vote", "set+vote+patch-shuffle", "static", "dense+moon"])
+@pytest.mark.parametrize("arm", ["rigl+moon+vote", "set+vote+patch-shuffle", "static", "dense+moon", "rigl+cigl"])
 @pytest.mark.parametrize("interrupted_step", [23, 44])  # in the third epoch, and in the last one, where the vote runs
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, digits, monkeypatch, arm, interrupted_step, no_figures):
     config = with_arm(TINY, arm)

@@ -1,10 +1,11 @@
-"""Command line: python -m training fit | evaluate | compare | demo."""
+"""Command line: python -m training fit | evaluate | compare | report-study | mixture | demo."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import wraps
@@ -17,14 +18,18 @@ from rich.console import Console
 
 from training import report
 from training.checkpoint import write_json
-from training.compare import SUITES, Suite, compare, print_summary
-from training.config import ARM_PARTS, FitConfig
+from training.claims import OURS, PUBLISHED
+from training.compare import compare, print_summary
+from training.config import ARM_PARTS, PLAIN_ARM, FitConfig
 from training.data import UNKNOWN_HELP
 from training.demo import demo
 from training.errors import TrainingError
 from training.evaluate import evaluate_checkpoint
 from training.run import fit, pick_device
 from training.scores import SCORES
+from training.study import judge, read_rows
+from training.study_report import write_study
+from training.suites import SUITES, Suite, changed
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -105,26 +110,27 @@ def evaluate_command(
 
 
 @app.command("compare")
-@with_config(method="rigl", loss="ce", vote=False, unknowns="none", sparsity=0.9, seed=0)  # set by --arm and --seeds
+@with_config(**PLAIN_ARM, sparsity=0.9, seed=0)  # set by --arm, --sparsity and --seeds
 def compare_command(
+    ctx: typer.Context,
     config: FitConfig,
     suite: Annotated[
-        str, typer.Option(help=f"A prepared study ({', '.join(SUITES)}); other options are then ignored.")
+        str, typer.Option(help=f"A prepared study: {', '.join(SUITES)}. Options that are given change it; --ood adds.")
     ] = "",
     arm: Annotated[
         list[str],
         typer.Option(
             help="Method, may be given several times; parts joined by +: "
-            + ", ".join(p for v in ARM_PARTS.values() for p in v)
+            + ", ".join(part for tokens in ARM_PARTS.values() for part in tokens)
         ),
     ] = ["rigl", "rigl+vote", "rigl+moon+vote", "rigl+vote+patch-shuffle"],  # noqa: B006
     seeds: Annotated[int, typer.Option(help="Seeds 0 to N-1.")] = 3,
     sparsity: Annotated[list[float], typer.Option(help="May be given several times.")] = [0.9],  # noqa: B006
     ood: Ood = [],  # noqa: B006
     score: ScoreNames = [],  # noqa: B006
-    out: Annotated[Path, typer.Option(help="Folder of the study; finished runs in it are kept.")] = Path(
-        "runs/compare"
-    ),
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; default runs/compare or runs/SUITE.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each; 0: as many as cores, 1 on a GPU.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Stop then; the same command goes on later. 0: no limit.")] = 0.0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -132,14 +138,37 @@ def compare_command(
     _set_threads(threads)
     if suite and suite not in SUITES:
         raise TrainingError(f"Unknown suite {suite!r}. Expected one of {', '.join(SUITES)}.")
-    study = SUITES[suite] if suite else Suite(
-        config, tuple(arm), tuple(ood), tuple(range(seeds)), tuple(sparsity), tuple(score or SCORES)
-    )  # fmt: skip
-    summary = compare(study, out, device=device, console=console)
+    study = Suite(config, tuple(arm), tuple(ood), tuple(range(seeds)), tuple(sparsity), tuple(score or SCORES))
+    if suite:
+        study = changed(SUITES[suite], study, {name for name in ctx.params if _is_given(ctx, name)})
+    out = out or Path("runs") / (suite or "compare")
+    jobs = jobs or (1 if pick_device(device).type == "cuda" else len(os.sched_getaffinity(0)))
+    summary = compare(study, out, device=device, console=console, jobs=jobs, minutes=minutes)
     print_summary(summary, console)
-    console.print(
-        f"Written: {out / 'summary.json'}" + (f", {out / 'comparison.png'}" if study.unknowns else ""), soft_wrap=True
-    )
+    console.print(f"Written: {out / 'summary.json'}", soft_wrap=True)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+@app.command("report-study")
+def report_study_command(
+    folder: Annotated[Path, typer.Option(help="Folder of the study, or the JSON that this wrote before.")],
+    page: Annotated[Path, typer.Option(help="Markdown page; figures and numbers go beside it.")] = Path(
+        "docs/evidence.md"
+    ),
+) -> None:
+    """Verdicts, tables and figures of a study, from its stored runs."""
+    rows = read_rows(folder)
+    for title, claims in (("The published method", PUBLISHED), ("This project's variant", OURS)):
+        console.print(f"[bold]{title}[/bold]")
+        for claim in claims:
+            judgement = judge(claim, rows)
+            console.print(f"  {judgement.verdict:>13}: {claim.text}", highlight=False, soft_wrap=True)
+    for path in write_study(folder, page):
+        console.print(f"Written: {path}", soft_wrap=True)
 
 
 @app.command("demo")

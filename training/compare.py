@@ -1,133 +1,234 @@
-"""`compare`: arms x sparsities x seeds, each a run of `fit` in its own folder; mean and spread over the seeds.
+"""`compare`: the runs of a suite, each a run of `fit` in its own folder; mean and spread over the seeds.
 
-Resumable: a run with results.json is read, a run with last.pt goes on. A new study is one more entry of SUITES.
+Resumable: a run with results.json is read, a run with last.pt goes on. Parallel: `jobs` processes of one thread each.
 """
 
 from __future__ import annotations
 
 import math
-import re
+import multiprocessing
 import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from training import report
 from training.checkpoint import read_json, write_json
-from training.config import FIXED_SPARSITY, FitConfig, with_arm
-from training.data import TrainTest
-from training.errors import CheckpointError, NonFiniteLossError
+from training.config import FitConfig
+from training.data import TrainTest, unknown_name
+from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError
 from training.evaluate import evaluate_checkpoint, load_data
 from training.run import fit, pick_device
-from training.scores import CHEAP_SCORES
+from training.scores import SCORES
+from training.suites import Run, Suite, plan
 
 KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
+MANY_ARMS = 16  # beyond, a summary is told by report-study
 
 
 @dataclass(frozen=True)
-class Suite:
-    """A study: `config` is what its runs share."""
+class Outcome:
+    """What came of a run: results, or why there are none."""
 
-    config: FitConfig
-    arms: tuple[str, ...]
-    unknowns: tuple[str, ...]
-    seeds: tuple[int, ...] = (0,)
-    sparsities: tuple[float, ...] = (0.9,)
-    scores: tuple[str, ...] = CHEAP_SCORES
-
-
-@dataclass(frozen=True)
-class Run:
-    """One cell of a study."""
-
-    label: str
-    config: FitConfig
-
-    @property
-    def folder(self) -> str:
-        return f"{re.sub(r'[^A-Za-z0-9.@+-]', '_', self.label)}/seed{self.config.seed}"
-
-
-SUITES: dict[str, Suite] = {
-    "demo": Suite(
-        FitConfig(epochs=6, warmup_epochs=1, batch_size=128, delta_t=50),
-        arms=("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"),
-        unknowns=("mnist", "photos", "blobs", "noise", "inverted"),
-    ),
-}
-
-
-def plan(suite: Suite) -> list[Run]:
-    """All runs of a suite, seeds outermost, so that an unfinished study has whole seeds. Raises TrainingError."""
-    runs = []
-    for seed in suite.seeds:
-        for arm in suite.arms:
-            config = with_arm(replace(suite.config, seed=seed), arm)
-            fixed = config.method in FIXED_SPARSITY
-            for sparsity in (FIXED_SPARSITY[config.method],) if fixed else suite.sparsities:
-                label = arm if len(suite.sparsities) == 1 or fixed else f"{arm}@{sparsity:g}"
-                runs.append(Run(label, replace(config, sparsity=sparsity)))
-    return runs
+    results: dict[str, Any] | None = None
+    failure: str = ""
 
 
 def compare(
-    suite: Suite, out_dir: Path, *, device: str = "auto", console: Console | None = None, data: TrainTest | None = None
+    suite: Suite,
+    out_dir: Path,
+    *,
+    device: str = "auto",
+    console: Console | None = None,
+    data: TrainTest | None = None,
+    jobs: int = 1,
+    minutes: float = 0.0,
 ) -> dict[str, Any]:
     """Runs what is missing of a suite, writes out_dir/summary.json and comparison.png, returns the summary.
 
-    A run whose loss is no longer finite is reported under "failed" and left out of the means.
+    With `jobs` above 1, so many runs go at a time, each in a process of its own with one thread. After `minutes` (0: no
+    limit) runs stop at the end of their epoch, to go on in the next call; they are listed under "unfinished". A run
+    whose loss is no longer finite is reported under "failed". Neither is in the means. `data` saves loading the data of
+    suite.config again.
     """
     console = console or Console()
     runs = plan(suite)
-    data = data or load_data(suite.config)
-    results: list[tuple[Run, dict[str, Any]]] = []
-    failed: list[str] = []
-    for number, run in enumerate(runs, 1):
-        console.print(f"[bold]\\[{number}/{len(runs)}] {run.label}, seed {run.config.seed}[/bold]", highlight=False)
-        try:
-            results.append((run, _run(run, suite, out_dir / run.folder, device, console, data)))
-        except NonFiniteLossError as error:
-            console.print(f"[red]{error}[/red]")
-            failed.append(f"{run.folder}: {error}")
-    summary = {"unknown": list(suite.unknowns), "arms": _by_arm(results), "failed": failed}
+    deadline = time.time() + 60 * minutes if minutes else math.inf
+    if jobs > 1:
+        outcomes = _run_parallel(runs, suite, out_dir, device, console, deadline, jobs)
+    else:
+        outcomes = _run_in_turn(runs, suite, out_dir, device, console, deadline, data)
+    pairs = list(zip(runs, outcomes, strict=True))
+    results = [(run, outcome.results) for run, outcome in pairs if outcome.results is not None]
+    summary = {
+        "unknown": list(dict.fromkeys(unknown_name(spec) for run in runs for spec in run.unknowns)),
+        "arms": _by_arm(results),
+        "failed": [f"{run.folder}: {outcome.failure}" for run, outcome in pairs if outcome.failure],
+        "unfinished": [run.folder for run, outcome in pairs if outcome == Outcome()],
+    }
     write_json(out_dir / "summary.json", summary)
-    if summary["arms"] and suite.unknowns:
+    if summary["arms"] and suite.unknowns and len(summary["arms"]) <= MANY_ARMS:
         report.save_figure(report.comparison_bars(summary), out_dir / "comparison.png")
     return summary
 
 
-def _run(run: Run, suite: Suite, folder: Path, device: str, console: Console, data: TrainTest) -> dict[str, Any]:
+def _run_in_turn(
+    runs: Sequence[Run],
+    suite: Suite,
+    out_dir: Path,
+    device: str,
+    console: Console,
+    deadline: float,
+    data: TrainTest | None,
+) -> list[Outcome]:
+    clock = _Clock(runs, out_dir)
+    outcomes = []
+    for number, run in enumerate(runs, 1):
+        console.print(
+            f"[bold]\\[{number}/{len(runs)}] {run.label}, seed {run.config.seed}[/bold]{clock.left()}", highlight=False
+        )
+        shared = data if run.config.holdout == suite.config.holdout else None
+        outcomes.append(_outcome(run, suite, out_dir / run.folder, device, console, deadline, shared))
+        if outcomes[-1].failure:
+            console.print(f"[red]{outcomes[-1].failure}[/red]")
+    return outcomes
+
+
+def _run_parallel(
+    runs: Sequence[Run], suite: Suite, out_dir: Path, device: str, console: Console, deadline: float, jobs: int
+) -> list[Outcome]:
+    """A bar over all epochs, counted in the runs' metrics.jsonl, and a line for each run that ends."""
+    clock, outcomes = _Clock(runs, out_dir), [Outcome()] * len(runs)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    pool = ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    )
+    with pool, Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=clock.total)
+        number_of: dict[Future[Outcome], int] = {
+            pool.submit(_outcome, run, suite, out_dir / run.folder, device, None, deadline, None): number
+            for number, run in enumerate(runs)
+        }
+        waiting = set(number_of)
+        try:
+            while waiting:
+                ended, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    number = number_of[future]
+                    outcomes[number] = future.result()
+                    line = _ending(runs[number], outcomes[number])
+                    console.print(f"\\[{len(runs) - len(waiting)}/{len(runs)}] {line}{clock.left()}", highlight=False)
+                done = f"{len(runs) - len(waiting)}/{len(runs)} runs{clock.left()}"
+                progress.update(bar, completed=clock.done(), description=done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # the runs under way come to their end
+            raise
+    return outcomes
+
+
+def _ending(run: Run, outcome: Outcome) -> str:
+    name = f"{run.label}, seed {run.config.seed}: "
+    if outcome.results is None:
+        return name + (outcome.failure or "not finished, to be continued")
+    known = outcome.results["known"]
+    return name + f"accuracy {known['accuracy']:.2%}, ECE {known['ece']:.2%}"
+
+
+class _Clock:
+    """Counts the epochs of all runs, done before and now, and reckons the time for what is left."""
+
+    def __init__(self, runs: Sequence[Run], out_dir: Path) -> None:
+        self.runs, self.out_dir = runs, out_dir
+        self.total = sum(run.config.epochs for run in runs)
+        self.start, self.done_before = time.monotonic(), self.done()
+
+    def done(self) -> int:
+        return sum(self._epochs(run) for run in self.runs)
+
+    def left(self) -> str:
+        done = self.done()
+        new = done - self.done_before
+        if new == 0 or done == self.total:
+            return ""
+        seconds = (time.monotonic() - self.start) / new * (self.total - done)
+        return f", about {timedelta(seconds=round(seconds))} left"
+
+    def _epochs(self, run: Run) -> int:
+        folder = self.out_dir / run.folder
+        if (folder / "results.json").is_file():
+            return run.config.epochs
+        lines = folder / "metrics.jsonl"
+        return lines.read_bytes().count(b"\n") if lines.is_file() else 0
+
+
+def _outcome(
+    run: Run,
+    suite: Suite,
+    folder: Path,
+    device: str,
+    console: Console | None,
+    deadline: float,
+    data: TrainTest | None,
+) -> Outcome:
+    try:
+        return Outcome(_run(run, suite, folder, device, console or Console(quiet=True), deadline, data))
+    except NonFiniteLossError as error:
+        return Outcome(failure=str(error))
+    except OutOfTimeError:
+        return Outcome()
+
+
+def _run(
+    run: Run, suite: Suite, folder: Path, device: str, console: Console, deadline: float, data: TrainTest | None
+) -> dict[str, Any]:
     file = folder / "results.json"
     if not file.is_file():
+        if time.time() > deadline:
+            raise OutOfTimeError("Not begun.")
         return fit(
-            run.config, folder, unknowns=suite.unknowns, scores=suite.scores, resume=True, device=device,
-            console=console, data=data,
+            run.config, folder, unknowns=run.unknowns, scores=suite.scores, resume=True, device=device,
+            console=console, data=data or _load(run.config), deadline=deadline, lean=suite.lean,
         )  # fmt: skip
     results = read_json(file)
     differences = FitConfig.from_dict(results["config"]).differences(run.config)
     if differences:
         raise CheckpointError(f"{folder} holds a run with other settings: {'; '.join(differences)} (there and here).")
-    wanted = [s for s in suite.scores if s in run_scores(results, suite.scores)]
-    if all(set(wanted) <= set(results["unknown"].get(name, ())) for name in suite.unknowns):
+    wanted = set(run_scores(results, suite.scores))
+    if all(wanted <= set(results["unknown"].get(unknown_name(spec), ())) for spec in run.unknowns):
         console.print("finished before, read")
         return results
     console.print("trained before, evaluated again")
-    judged = evaluate_checkpoint(folder, suite.unknowns, device=pick_device(device), scores=suite.scores)
+    judged = evaluate_checkpoint(folder, run.unknowns, device=pick_device(device), scores=suite.scores)
     results |= judged.results
     write_json(file, results)
     return results
 
 
+def _load(config: FitConfig) -> TrainTest:
+    """The data of a config, kept for the next run that has the same."""
+    return _load_cached(config.data, config.data_dir, config.holdout, config.image_size, config.limit_train)
+
+
+@lru_cache(maxsize=1)
+def _load_cached(data: str, data_dir: str, holdout: str, image_size: int, limit_train: int) -> TrainTest:
+    return load_data(
+        FitConfig(data=data, data_dir=data_dir, holdout=holdout, image_size=image_size, limit_train=limit_train)
+    )
+
+
 def run_scores(results: dict[str, Any], scores: Sequence[str]) -> list[str]:
     """Those of `scores` that the run's network has: one with K outputs has no output for unknown."""
-    from training.scores import SCORES
-
-    config = FitConfig.from_dict(results["config"])
-    has_unknown = config.loss != "ce" or config.unknowns != "none"
+    has_unknown = FitConfig.from_dict(results["config"]).has_unknown_output
     return [name for name in scores if has_unknown or not SCORES[name].needs_unknown_output]
 
 
@@ -173,10 +274,12 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         percent = [show(known[m], n, 100) for m in ("accuracy", "ece")]
         table.add_row(label, str(n), *percent, *(show(known[m], n, 1, 3) for m in ("nll", "brier")))
     console.print(table)
-    if summary["unknown"]:
+    if summary["unknown"] and len(arms) <= MANY_ARMS:
         console.print(auroc_table(summary))
     for line in summary["failed"]:
         console.print(f"[red]failed: {line}[/red]")
+    if summary["unfinished"]:
+        console.print(f"{len(summary['unfinished'])} runs are not finished: the same command goes on with them.")
 
 
 def auroc_table(summary: dict[str, Any], scores: Sequence[str] | None = None) -> Table:
@@ -189,7 +292,10 @@ def auroc_table(summary: dict[str, Any], scores: Sequence[str] | None = None) ->
     for label, arm in summary["arms"].items():
         names = [s for s in arm["mean_auroc"] if scores is None or s in scores]
         for row, score in enumerate(names):
-            cells = [show(arm["unknown"][s][score]["auroc"], len(arm["seeds"]), 100, 1) for s in summary["unknown"]]
+            cells = [
+                show(arm["unknown"][s][score]["auroc"], len(arm["seeds"]), 100, 1) if s in arm["unknown"] else ""
+                for s in summary["unknown"]
+            ]
             mean = show(arm["mean_auroc"][score], len(arm["seeds"]), 100, 1)
             table.add_row(label if row == 0 else "", score, *cells, mean, end_section=row == len(names) - 1)
     return table

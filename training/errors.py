@@ -13,6 +13,10 @@ class CheckpointError(TrainingError):
     """A checkpoint that is missing, damaged, or of another run."""
 
 
+class OutOfTimeError(TrainingError):
+    """The time given to a run is over; its last checkpoint is there to go on from."""
+
+
 class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite. `step` is the first optimiser step (from 0) at which it did."""
 

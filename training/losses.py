@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import uasparse_kernels as ua
+from training.errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class LossSpec:
     warmup_epochs: int = 5
     alpha_final: float = 1.0
     rho: float = 64.0
+    logit_temperature: float = 0.04
 
 
 class CrossEntropy(nn.Module):
@@ -59,4 +61,40 @@ class Moon(ua.nn.UnknownAwareLoss):
         self.num_outputs = spec.num_classes + 1
 
 
-LOSSES: dict[str, Callable[[LossSpec], nn.Module]] = {"ce": CrossEntropy, "moon": Moon}
+class Reweight(Moon):
+    """Wrong samples weigh 1 + alpha: Moon with u held at 0, so all that the unknown output adds is gone. K outputs.
+
+    alpha has Moon's warm-up and schedule (its first value from mean(h), as (1 - u) h is h here).
+    """
+
+    def __init__(self, spec: LossSpec) -> None:
+        super().__init__(spec)
+        if spec.with_unknowns:
+            raise TrainingError("Expected no synthetic unknowns with the loss reweight: it has no output for them.")
+        self.num_outputs = spec.num_classes
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return super().forward(F.pad(logits, (0, 1), value=-1e4), target)  # exp(-1e4) is 0
+
+
+class LogitNorm(CrossEntropy):
+    """Cross entropy of logits / (temperature * ||logits||_2) (Wei et al., arXiv 2205.09310, equation 5).
+
+    The network is judged by its plain logits, as the authors do. The loss does not see their scale, so ECE and NLL of
+    such a network mean little.
+    """
+
+    def __init__(self, spec: LossSpec) -> None:
+        super().__init__(spec)
+        self.temperature = spec.logit_temperature
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return super().forward(F.normalize(logits, dim=1) / self.temperature, target)
+
+
+LOSSES: dict[str, Callable[[LossSpec], nn.Module]] = {
+    "ce": CrossEntropy,
+    "moon": Moon,
+    "reweight": Reweight,
+    "logitnorm": LogitNorm,
+}

@@ -24,6 +24,7 @@ from training.losses import LOSSES, LossSpec
 from training.models import build_model
 from training.unknowns import PatchShuffle
 from training.vote import Vote
+from training.weight_dropout import WeightDropout
 
 StepCallback = Callable[[int, Tensor], None]  # step within the epoch, its loss (still on the device)
 CHECK_EVERY_ON_GPU = 50  # steps between host syncs that look for a loss that is not finite
@@ -48,6 +49,7 @@ def build_network(
             warmup_epochs=config.warmup_epochs,
             alpha_final=config.alpha_final,
             rho=config.rho,
+            logit_temperature=config.logit_temperature,
         )
     )
     model = build_model(config.model, cast(int, loss_fn.num_outputs), in_channels, image_size, config.stem)
@@ -98,6 +100,7 @@ class Trainer:
         self.total_steps = config.epochs * len(self.batches)
         self.topology = self._make_topology()
         self.vote: Vote | None = None
+        self.dropout = WeightDropout(self.model, config.weight_dropout)
         self.epoch = self.step = 0
         self._finite = _FiniteCheck(self.device)
         self._check_vote_settings()
@@ -113,7 +116,6 @@ class Trainer:
         voting = self.epoch >= config.vote_start_epoch
         if voting and self.vote is None:
             self.vote = Vote(self.model, self.topology)
-        vote_every = max(1, len(self.batches) // config.votes_per_epoch)
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)
         self.model.train()
         rate = config.lr_max
@@ -121,17 +123,20 @@ class Trainer:
             rate = learning_rate(self.step, cosine_steps, config.lr_max, config.lr_min)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                logits = self.model(x)
-            logits = logits.float()
-            loss = self.loss_fn(logits, y)
-            self._finite(loss, self.step, self.epoch)
-            loss.backward()
+            self.dropout.draw()
+            with self.dropout:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    logits = self.model(x)
+                logits = logits.float()
+                loss = self.loss_fn(logits, y)
+                self._finite(loss, self.step, self.epoch)
+                loss.backward()
             self._update_weights()
             self.optimizer.zero_grad()
             self.step += 1
-            if voting and self.vote is not None and (index + 1) % vote_every == 0:
-                self.vote.update(self.model)
+            if self.vote is not None and self._is_vote(index):
+                with self.dropout:
+                    self.vote.update(self.model)
             with torch.no_grad():
                 totals += torch.stack([loss.detach(), (logits.argmax(1) == y).float().mean()])
             if on_step is not None:
@@ -187,6 +192,14 @@ class Trainer:
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"The checkpoint does not fit this run: {error}.") from error
 
+    def _is_vote(self, index: int) -> bool:
+        """Whether the weights after step `index` of an epoch of the vote count: every tenth of the epoch by default.
+
+        `as_released`: all steps in the first such part instead (the released program divides where it means modulo).
+        """
+        every = max(1, len(self.batches) // self.config.votes_per_epoch)
+        return index // every == 0 if self.config.as_released else (index + 1) % every == 0
+
     def _update_weights(self) -> None:
         if self.topology is None:
             self.optimizer.step()
@@ -222,14 +235,23 @@ class Trainer:
             total_steps=self.total_steps,
             delta_t=config.delta_t,
             drop_fraction=config.drop_fraction,
-            stop_fraction=config.stop_fraction,
+            stop_fraction=self._stop_fraction(),
             generator=torch.Generator().manual_seed(config.seed),
         )
+
+    def _stop_fraction(self) -> float:
+        """Share of all steps after which the topology is frozen.
+
+        `as_released`: the drop fraction falls to 0 over stop_fraction * epochs *steps* (the released program gives its
+        cosine the number of epochs and advances it every step), so that with 100 epochs of 390 steps 75 steps see it.
+        """
+        share = self.config.stop_fraction
+        return share / len(self.batches) if self.config.as_released else share
 
     def _check_vote_settings(self) -> None:
         config = self.config
         start = config.vote_start_epoch / config.epochs
-        if config.vote and config.method not in ("dense", "static") and config.stop_fraction > start:
+        if config.vote and config.method not in ("dense", "static") and self._stop_fraction() > start:
             raise TrainingError(
                 f"The vote starts after {start:.0%} of the epochs, but the topology changes until stop_fraction "
                 f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. "

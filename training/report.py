@@ -108,7 +108,7 @@ def comparison_bars(summary: dict[str, Any]) -> Figure:
     colors = {score: f"C{k}" for k, score in enumerate(scores)}
     for axis, name in zip(axes, sets, strict=True):
         for row, arm in enumerate(arms):
-            cells = summary["arms"][arm]["unknown"][name]
+            cells = summary["arms"][arm]["unknown"].get(name, {})
             for k, (score, cell) in enumerate(cells.items()):
                 auroc = cell["auroc"]
                 at = row + 0.8 * ((k + 0.5) / len(cells) - 0.5)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +26,7 @@ from training.checkpoint import load_checkpoint, read_json, save_checkpoint, wri
 from training.config import FitConfig
 from training.cost import training_cost
 from training.data import TrainTest, load_unknowns
-from training.errors import CheckpointError, NonFiniteLossError
+from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError
 from training.evaluate import Evaluation, evaluate, load_data
 from training.metrics import classification_metrics
 from training.recipe import Trainer
@@ -48,11 +50,15 @@ def fit(
     device: str = "auto",
     console: Console | None = None,
     data: TrainTest | None = None,
+    deadline: float = math.inf,
+    lean: bool = False,
 ) -> dict[str, Any]:
     """Trains, evaluates and draws; returns what results.json holds.
 
     With `resume`, goes on from run_dir/last.pt if there is one. Without, a folder that holds a run is an error.
-    `data` saves loading it again. Raises TrainingError; NonFiniteLossError leaves the last good checkpoint.
+    `data` saves loading it again. Once `deadline` (of time.time()) is over, stops after the epoch: OutOfTimeError.
+    `lean` leaves out figures and raw scores, and last.pt once the run is finished. Raises TrainingError;
+    NonFiniteLossError leaves the last good checkpoint.
     """
     console = console or Console()
     data = data or load_data(config)
@@ -69,7 +75,7 @@ def fit(
             log.info("resumed after epoch %d", trainer.epoch)
         write_json(run_dir / "config.json", config.to_dict())
         log.info("%s: %s on %s, %d steps", config.arm, config.model, config.data, trainer.total_steps)
-        _train(trainer, history, run_dir, console)
+        _train(trainer, history, run_dir, console, deadline)
         cost = training_cost(trainer.model, trainer.optimizer)
         model = trainer.result()
         save_checkpoint(run_dir / "model.pt", {"result": model.state_dict(), **_about(trainer)})
@@ -81,14 +87,17 @@ def fit(
             "cost": cost,
             **judged.results,
         }
-        save_scores(run_dir / "scores.npz", judged)
-        report.draw_run(run_dir, history, judged)
+        if not lean:
+            save_scores(run_dir / "scores.npz", judged)
+            report.draw_run(run_dir, history, judged)
         write_json(run_dir / "results.json", results)  # last: its presence says that the run is finished
         log.info("accuracy %.4f, ECE %.4f", results["known"]["accuracy"], results["known"]["ece"])
+    if lean:
+        last.unlink()
     return results
 
 
-def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, console: Console) -> None:
+def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, console: Console, deadline: float) -> None:
     config = trainer.config
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
@@ -104,6 +113,8 @@ def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, conso
                 progress.update(task, advance=20, status=f"loss {float(loss):.3f}" if console.is_terminal else "")
 
         while trainer.epoch < config.epochs:
+            if time.time() > deadline:
+                raise OutOfTimeError(f"Time is over after epoch {trainer.epoch} of {config.epochs}.")
             try:
                 record = trainer.train_epoch(on_step)
             except NonFiniteLossError as error:

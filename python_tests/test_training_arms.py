@@ -1,0 +1,175 @@
+"""The arms of the study: losses, weight dropout, the released program's faults, and that each is scored in full."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("torchvision")
+pytest.importorskip("pytorch_ood")
+
+import torch
+from pytorch_ood.loss import LogitNorm
+from torch import nn
+from torch.nn import functional as F
+
+import uasparse_kernels as ua
+from training.config import ARM_PARTS, FitConfig, with_arm
+from training.data import load_train_test, load_unknowns
+from training.errors import TrainingError
+from training.evaluate import evaluate
+from training.losses import LOSSES, LossSpec
+from training.recipe import Trainer
+from training.scores import SCORES
+from training.weight_dropout import WeightDropout
+
+TINY = FitConfig(
+    data="digits", epochs=5, warmup_epochs=1, delta_t=3, batch_size=64, limit_train=640, sparsity=0.8,
+    stop_fraction=0.7, logit_temperature=0.2,
+)  # fmt: skip
+STUDY_ARMS = (
+    "dense", "rigl", "rigl+vote", "rigl+moon", "rigl+moon+vote", "rigl+reweight+vote", "rigl+logitnorm+vote",
+    "rigl+cigl", "rigl+moon+vote+as-released", "set+moon+vote", "rigl+vote+patch-shuffle",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are so small that threads only get into each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_train_test("digits", limit_train=640)
+
+
+@pytest.mark.parametrize("arm", STUDY_ARMS)
+def test_every_arm_trains_and_has_every_score(digits, arm):
+    config = with_arm(replace(TINY, epochs=3, stop_fraction=0.6), arm)
+    trainer = Trainer(config, digits)
+    for _ in range(config.epochs):
+        trainer.train_epoch()
+    noise = load_unknowns("noise", digits).select(slice(100))
+    results = evaluate(trainer.result(), digits, [noise], normalise=trainer.normalise).results
+    without = {name for name, score in SCORES.items() if score.needs_unknown_output}
+    assert set(results["unknown"]["noise"]) == set(SCORES) - (set() if config.has_unknown_output else without)
+    assert config.has_unknown_output == ("moon" in arm or "shuffle" in arm)
+    assert results["known"]["accuracy"] > 0.2
+
+
+@pytest.mark.parametrize("arm", STUDY_ARMS)
+def test_arm_is_its_own_name(arm):
+    assert with_arm(TINY, arm).arm == arm
+    assert with_arm(with_arm(TINY, "set+moon+cigl+patch-shuffle+as-released"), arm) == with_arm(TINY, arm)
+
+
+def test_tokens_are_unique():
+    tokens = [token for kind in ARM_PARTS.values() for token in kind]
+    assert len(tokens) == len(set(tokens))
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------
+
+
+def test_reweight_is_cross_entropy_with_weight_on_wrong_samples():
+    loss_fn = LOSSES["reweight"](LossSpec(num_classes=4, epochs=5, warmup_epochs=1))
+    assert loss_fn.num_outputs == 4
+    logits, target = torch.randn(16, 4, requires_grad=True), torch.randint(4, (16,))
+    h = F.cross_entropy(logits.detach(), target, reduction="none")
+    torch.testing.assert_close(loss_fn(logits, target), h.mean())  # the warm-up
+    assert float(loss_fn.average) == pytest.approx(float(h.mean()))
+    loss_fn.step_epoch()
+    alpha = float(loss_fn.alpha)
+    assert alpha == pytest.approx(float(h.mean()) / 64)
+    weight = 1 + alpha * (logits.argmax(1) != target)
+    expected = (weight * F.cross_entropy(logits, target, reduction="none")).mean()
+    loss = loss_fn(logits, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in (loss, expected)))
+    for _ in range(3):
+        loss_fn.step_epoch()
+    assert float(loss_fn.alpha) == pytest.approx(1.0)
+    with pytest.raises(TrainingError, match="no synthetic unknowns"):
+        LOSSES["reweight"](LossSpec(4, 5, with_unknowns=True, warmup_epochs=1))
+
+
+def test_logitnorm_is_pytorch_oods():
+    loss_fn = LOSSES["logitnorm"](LossSpec(num_classes=4, epochs=5, logit_temperature=0.1))
+    logits, target = torch.randn(16, 4, requires_grad=True), torch.randint(4, (16,))
+    values = loss_fn(logits, target), LogitNorm(t=0.1)(logits, target)
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, logits)[0] for value in values), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss_fn(3 * logits, target), values[0])
+
+
+# --- CigL -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_weight_dropout(storage):
+    model = ua.sparsify(
+        nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5)), 0.5, distribution="uniform", storage=storage
+    )
+    dropout, x = WeightDropout(model, 0.25), torch.randn(8, 40)
+    before = [layer.weight.detach().clone() for layer in dropout.layers]
+    dropout.draw()
+    with dropout:
+        masked = model(x)
+        masked.square().sum().backward()
+    for layer, weight in zip(dropout.layers, before, strict=True):
+        assert torch.equal(layer.weight, weight)
+    shares = [float(mask.mean()) for mask in dropout.masks]
+    assert len(shares) == 2 and all(0.6 < share < 0.9 for share in shares)
+    gradients = [layer.weight.grad.clone() for layer in dropout.layers]
+    model.zero_grad()
+
+    # The same network with the masked weights for good.
+    for layer, mask in zip(dropout.layers, dropout.masks, strict=True):
+        layer.weight.data.mul_(mask)
+    output = model(x)
+    output.square().sum().backward()
+    torch.testing.assert_close(masked, output)
+    for layer, mask, gradient in zip(dropout.layers, dropout.masks, gradients, strict=True):
+        torch.testing.assert_close(gradient, mask * layer.weight.grad)
+
+
+def test_cigl_averages_the_masked_weights(digits):
+    trainer = Trainer(replace(with_arm(TINY, "rigl+cigl"), vote_fraction=0.2, votes_per_epoch=1), digits)
+    for _ in range(5):
+        trainer.train_epoch()
+    layer = trainer.dropout.layers[-1]
+    averaged = dict(trainer.vote.averaged.module.named_modules())
+    name = next(n for n, m in trainer.model.named_modules() if m is layer)
+    torch.testing.assert_close(averaged[name].weight, layer.weight * trainer.dropout.masks[-1])
+    assert (trainer.dropout.masks[-1] == 0).any() and (layer.weight != 0).all()
+
+
+def test_cigl_needs_sparse_layers():
+    with pytest.raises(TrainingError, match="sparse method with weight_dropout"):
+        with_arm(TINY, "dense+cigl")
+
+
+# --- as released ----------------------------------------------------------------------------------------------------
+
+
+def test_as_released_stops_the_topology_and_votes_early(digits, monkeypatch):
+    config = with_arm(replace(TINY, delta_t=2, votes_per_epoch=5), "rigl+moon+vote+as-released")
+    trainer = Trainer(config, digits)
+    assert trainer.total_steps == 50
+    assert trainer.topology.schedule.end == 4  # 0.7 * 5 epochs, taken as steps
+    assert not trainer.topology.schedule.is_update(4) and trainer.topology.schedule.is_update(2)
+    assert [index for index in range(10) if trainer._is_vote(index)] == [0, 1]
+    right = Trainer(replace(config, as_released=False), digits)
+    assert right.topology.schedule.end == 35
+    assert [index for index in range(10) if right._is_vote(index)] == [1, 3, 5, 7, 9]
+    for _ in range(5):
+        trainer.train_epoch()
+    assert int(trainer.vote.averaged.n_averaged) == 2
+
+
+def test_as_released_is_of_rigl_and_set():
+    with pytest.raises(TrainingError, match="rigl or set with as_released, got gmp"):
+        with_arm(TINY, "gmp+as-released")

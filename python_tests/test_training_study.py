@@ -1,0 +1,165 @@
+"""Statistics and verdicts of a study, on made-up runs whose answers are known."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("typer")
+pytest.importorskip("pytorch_ood")
+
+from training.claims import OURS, PUBLISHED, SEED_NOISE, Claim
+from training.config import ARM_PARTS, FitConfig, with_arm
+from training.errors import TrainingError
+from training.scores import SCORES
+from training.study import interval, judge, quantities, read_rows
+from training.study_report import write_study
+
+BASE = FitConfig(epochs=10, warmup_epochs=1)
+GAIN = Claim("gains", "moon+vote", "vote", score="moon", baseline_scores=("msp", "energy"), sets=("mnist", "noise"))
+ACCURACY = Claim("as accurate", "moon+vote", "vote", "accuracy", above=SEED_NOISE)
+
+
+def write_run(folder, arm, *, sparsity=0.9, seed=0, holdout="", auroc=None, accuracy=0.9, ece=0.02, seconds=10.0):
+    """A results.json as `fit` writes it, of the parts that the statistics read. `auroc`: {set: {score: value}}."""
+    config = replace(with_arm(BASE, arm), sparsity=sparsity, seed=seed, holdout=holdout)
+    results = {
+        "config": config.to_dict(),
+        "known": {"accuracy": accuracy, "ece": ece, "nll": 0.3, "brier": 0.1, "reliability": {}},
+        "unknown": {
+            name: {score: {"auroc": value, "fpr95": 1 - value} for score, value in scores.items()}
+            for name, scores in (auroc or {}).items()
+        },
+        "seconds_per_epoch": seconds,
+        "cost": {"memory_bytes": 900, "index_bytes": 100},
+    }
+    path = folder / f"{arm}-{sparsity}-{holdout.replace(',', '_')}" / f"seed{seed}"
+    path.mkdir(parents=True)
+    (path / "results.json").write_text(json.dumps(results))
+
+
+def write_pairs(folder, differences, spread=0.02):
+    """RigL runs of `vote` and of `moon+vote`, whose AUROC by their scores differs by `differences`, one a seed."""
+    level = np.random.RandomState(0).normal(0.7, spread, len(differences))  # of the seed: the pairing takes it out
+    for seed, difference in enumerate(differences):
+        of_baseline = {"msp": level[seed] - 0.1, "energy": level[seed]}
+        write_run(folder, "rigl+vote", seed=seed, auroc={"mnist": of_baseline, "noise": of_baseline})
+        mine = {"moon": level[seed] + difference, "msp": 0.99}
+        write_run(folder, "rigl+moon+vote", seed=seed, auroc={"mnist": mine, "noise": mine})
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ([0.03, 0.05, 0.04, 0.06, 0.02, 0.04], "holds"),
+        ([-0.03, -0.05, -0.04, -0.06, -0.02, -0.04], "does not hold"),
+        ([0.03, -0.05, 0.04, -0.06, 0.02, 0.01], "not decided"),
+        ([0.05] * 4, "not decided"),  # too few, whatever they say
+        ([], "not decided"),
+    ],
+)
+def test_verdicts(tmp_path, differences, verdict):
+    write_pairs(tmp_path, differences)
+    write_run(tmp_path, "set", auroc={"mnist": {"msp": 0.5}})  # of no consequence
+    judgement = judge(GAIN, read_rows(tmp_path))
+    assert judgement.verdict == verdict and judgement.pairs == len(differences)
+    if len(differences) > 4:
+        assert judgement.mean == pytest.approx(100 * np.mean(differences))
+        assert judgement.low < judgement.mean < judgement.high
+
+
+def test_a_claim_about_a_number(tmp_path):
+    write_pairs(tmp_path, [0.2] * 6, spread=0.001)
+    rows = read_rows(tmp_path)
+    claim = Claim("at least 85", "moon+vote", None, score="moon", sets=("mnist", "kmnist"), above=85.0)  # no kmnist
+    assert judge(claim, rows).verdict == "holds"
+    assert judge(replace(claim, above=95.0), rows).verdict == "does not hold"
+
+
+def test_interval_is_that_of_the_mean():
+    values = np.random.RandomState(1).normal(3, 2, 400).tolist()
+    low, high = interval(values)
+    half = 1.96 * np.std(values) / math.sqrt(400)
+    assert low == pytest.approx(np.mean(values) - half, abs=0.05)
+    assert high == pytest.approx(np.mean(values) + half, abs=0.05)
+    assert interval([2.0, 2.0]) == (2.0, 2.0)
+
+
+def test_pairs_share_method_sparsity_seed_and_split(tmp_path):
+    for method, gain in (("rigl", 0.01), ("set", 0.02)):
+        for sparsity, more in ((0.8, 0.1), (0.9, 0.2)):
+            write_run(tmp_path, f"{method}+vote", sparsity=sparsity, auroc={"noise": {"msp": 0.5}})
+            auroc = {"noise": {"moon": 0.5 + gain + more}}
+            write_run(tmp_path, f"{method}+moon+vote", sparsity=sparsity, auroc=auroc)
+    write_run(tmp_path, "rigl+moon+vote", seed=7, auroc={"noise": {"moon": 0.99}})  # without a partner
+    split = {"noise": {"moon": 0.99, "msp": 0.5}, "holdout": {"moon": 0.6, "msp": 0.5}}
+    for arm in ("rigl+vote", "rigl+moon+vote"):
+        write_run(tmp_path, arm, holdout="1,2", auroc=split)
+    rows = read_rows(tmp_path)
+    assert sorted(quantities(GAIN, rows)) == pytest.approx([11, 12, 21, 22])
+    assert quantities(replace(GAIN, sets=("holdout",)), rows) == pytest.approx([10])
+
+
+def test_a_dense_network_is_paired_with_every_sparse_one_of_its_seed(tmp_path):
+    claim = Claim("costs", "dense", "", score="energy", baseline_scores=("energy",), sets=("noise",))
+    for seed in (0, 1):
+        write_run(tmp_path, "dense", sparsity=0.0, seed=seed, auroc={"noise": {"energy": 0.8 + seed / 100}})
+        for sparsity, value in ((0.8, 0.7), (0.9, 0.6)):
+            write_run(tmp_path, "rigl", sparsity=sparsity, seed=seed, auroc={"noise": {"energy": value}})
+    assert sorted(quantities(claim, read_rows(tmp_path))) == pytest.approx([10, 11, 20, 21])
+
+
+def test_orientation_and_seed_noise(tmp_path):
+    for seed in range(6):
+        noise = 0.01 * (-1) ** seed
+        write_run(tmp_path, "rigl+vote", seed=seed, accuracy=0.9 + noise, ece=0.02, seconds=10.0)
+        write_run(tmp_path, "rigl+moon+vote", seed=seed, accuracy=0.895 + noise, ece=0.05, seconds=10.2)
+    rows = read_rows(tmp_path)
+    judgement = judge(ACCURACY, rows)  # half a point lower, where seeds differ by a standard deviation of 1.1
+    assert judgement.threshold == pytest.approx(-math.sqrt(1.2)) and judgement.verdict == "holds"
+    assert judgement.mean == pytest.approx(-0.5)
+    assert judge(replace(ACCURACY, above=0.0), rows).verdict == "does not hold"
+    assert judge(replace(ACCURACY, metric="ece", above=0.0), rows).mean == pytest.approx(-3.0)
+    assert judge(replace(ACCURACY, metric="step_time", above=-3.0), rows).mean == pytest.approx(-2.0)
+    assert judge(replace(ACCURACY, metric="step_time", above=-3.0), rows).verdict == "holds"
+    assert judge(replace(ACCURACY, metric="memory", above=-3.0), rows).mean == 0.0
+
+
+def test_claims_name_arms_and_scores_that_exist():
+    tokens = {token for kind in ARM_PARTS.values() for token in kind}
+    for claim in PUBLISHED + OURS:
+        for arm in (claim.arm, claim.baseline or ""):
+            assert set(arm.split("+")) - {""} <= tokens
+        assert {claim.score, *claim.baseline_scores} - {""} <= set(SCORES)
+        assert (claim.metric == "auroc") == bool(claim.sets)
+
+
+def test_the_page(tmp_path):
+    runs, page = tmp_path / "fashion", tmp_path / "docs" / "evidence.md"
+    page.parent.mkdir()
+    page.write_text("# Mine\n")
+    write_pairs(runs, [0.03, 0.05, 0.04, 0.06, 0.02, 0.04])
+    write_run(runs, "rigl+vote", holdout="1,2", auroc={"holdout": {"msp": 0.6}})
+    written = write_study(runs, page)
+    text = page.read_text()
+    assert text.startswith("# Mine\n") and "<!-- study fashion -->" in text
+    claim = next(c for c in PUBLISHED if c.arm == "moon+vote" and c.baseline == "vote" and c.score == "moon")
+    assert f"| {claim.text} | **holds** | 4.00 |" in text
+    assert "13 runs (0 dense; 90%: 12; 90% with classes held out: 1), seeds 0, 1, 2, 3, 4, 5." in text
+    assert "| rigl+vote | 90% | 6 | 90.00 ± 0.00 | 2.00 ± 0.00 | 0.300 ± 0.000 |" in text
+    assert "60.0 / 40.0" in text
+    assert all(path.is_file() for path in written) and sum(path.suffix == ".png" for path in written) == 2
+    table = (page.parent / "evidence" / "fashion.csv").read_text()
+    assert "rigl+vote,0.9,holdout,msp,auroc,1,0.60000,0.00000" in table
+
+    # Once more, from the stored file: the same page.
+    write_study(page.parent / "evidence" / "fashion.json", page)
+    assert page.read_text() == text
+
+
+def test_a_study_without_runs(tmp_path):
+    with pytest.raises(TrainingError, match=r"Expected finished runs"):
+        read_rows(tmp_path)

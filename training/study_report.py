@@ -1,0 +1,208 @@
+"""What a study shows, written into a page: verdicts, tables, figures, and all its numbers beside it."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from training.checkpoint import write_json
+from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
+from training.report import save_figure
+from training.study import Judgement, Row, judge, read_rows, spread_of
+
+SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined")
+DRAWN = (
+    ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"), (OURS_ARM, "combined"),
+)  # fmt: skip
+VERDICT_COLOURS = {"holds": "tab:green", "does not hold": "tab:red", "not decided": "tab:gray"}
+START = """# Evidence
+
+What the method's claims come to on real data. Everything between the marks is written by
+`python -m training report-study`, from runs of `python -m training compare --suite ...`.
+
+A claim *holds* if the whole 95 % bootstrap interval of its paired difference (same topology method, sparsity, seed and
+classes held out) is on its side of what it needs, *does not hold* if the whole interval is on the other, and is *not
+decided* else. Pairs are taken as independent. Differences are in percentage points and turned so that more is better.
+"""
+
+
+def write_study(folder: Path, page: Path) -> list[Path]:
+    """Writes the study of a folder (or of the JSON file that this wrote before) into `page` and the folder beside it.
+
+    Returns what was written: the page, figures, a JSON file of all runs and a CSV file of all means. The page gets
+    marks for the study if it has none. Raises TrainingError if there are no runs.
+    """
+    rows, name = read_rows(folder), folder.stem if folder.is_file() else folder.name
+    beside = page.with_suffix("")
+    published, ours = ([judge(claim, rows) for claim in claims] for claims in (PUBLISHED, OURS))
+    figures = [
+        save_figure(draw_claims(published + ours), beside / f"{name}-claims.png"),
+        save_figure(draw_sparsity(rows), beside / f"{name}-sparsity.png"),
+    ]
+    write_json(beside / f"{name}.json", [asdict(row) for row in rows])
+    write_means(rows, beside / f"{name}.csv")
+    images = "\n".join(f"![{path.stem}]({beside.name}/{path.name})" for path in figures)
+    text = "\n".join(
+        [
+            _about(rows), "### The published method\n", claims_table(published), "### This project's variant\n",
+            claims_table(ours), "### Known images\n", known_table(rows), _unknown_section(rows), images,
+            f"\nAll runs: [{name}.json]({beside.name}/{name}.json); mean and spread of every arm, set and score: "
+            f"[{name}.csv]({beside.name}/{name}.csv).\n",
+        ]
+    )  # fmt: skip
+    insert(page, name, text)
+    return [page, *figures, beside / f"{name}.json", beside / f"{name}.csv"]
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Replaces what is between the marks of a study in a page; adds page and marks where there are none."""
+    start, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
+    content = page.read_text() if page.is_file() else START
+    if start not in content or end not in content:
+        content += f"\n## Study: {name}\n\n{start}{end}"
+    before, rest = content.split(start, 1)
+    page.write_text(before + start + text + end + rest.split(end, 1)[1])
+
+
+def _about(rows: Sequence[Row]) -> str:
+    """What was run, so that gaps show."""
+    counts = Counter((row.sparsity, bool(row.holdout)) for row in rows if row.method != "dense")
+    cells = [
+        f"{sparsity:.0%}{' with classes held out' if held_out else ''}: {number}"
+        for (sparsity, held_out), number in sorted(counts.items())
+    ]
+    dense = sum(row.method == "dense" for row in rows)
+    seeds = sorted({row.seed for row in rows})
+    return f"{len(rows)} runs ({dense} dense; {'; '.join(cells)}), seeds {', '.join(map(str, seeds))}.\n"
+
+
+def claims_table(judgements: Iterable[Judgement]) -> str:
+    lines = ["| claim | verdict | mean | 95 % interval | needs above | pairs |", "|---|---|---|---|---|---|"]
+    for j in judgements:
+        digits = 3 if j.claim.metric == "nll" else 2
+        cells = [f"{j.mean:.{digits}f}", f"{j.low:.{digits}f} to {j.high:.{digits}f}"]
+        cells = ["" if "nan" in cell else cell for cell in cells]
+        lines.append(
+            f"| {j.claim.text} | **{j.verdict}** | {' | '.join(cells)} | {j.threshold:.{digits}f} | {j.pairs} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def known_table(rows: Sequence[Row]) -> str:
+    """Accuracy, ECE and NLL on all classes, a row an arm and sparsity."""
+    lines = ["| arm | sparsity | runs | accuracy % | ECE % | NLL |", "|---|---|---|---|---|---|"]
+    for (name, sparsity), group in _groups(row for row in rows if not row.holdout).items():
+        known = {metric: [row.known[metric] for row in group] for metric in ("accuracy", "ece", "nll")}
+        cells = [spread_of(known["accuracy"], 2), spread_of(known["ece"], 2), spread_of(known["nll"], 3, 1.0)]
+        lines.append(f"| {name} | {sparsity:.0%} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _unknown_section(rows: Sequence[Row]) -> str:
+    """AUROC / FPR95 of a set a column, at the sparsity that has most runs; held-out classes from their own runs."""
+    sparse = Counter(row.sparsity for row in rows if row.method != "dense")
+    if not sparse:
+        return ""
+    main = max(sparse, key=lambda sparsity: sparse[sparsity])
+    chosen = [row for row in rows if row.sparsity == main or row.method == "dense"]
+    sets = list(dict.fromkeys(name for row in chosen for name in row.auroc))
+    lines = [f"### Unknown images at {main:.0%}: AUROC / FPR95 (unknown is positive), %\n"]
+    lines += ["| arm | score | " + " | ".join(sets) + " |", "|---" * (len(sets) + 2) + "|"]
+    for (name, _), group in _groups(chosen).items():
+        for score in SHOWN_SCORES:
+            cells = []
+            for which in sets:
+                there = [row for row in group if bool(row.holdout) == (which == "holdout") and which in row.auroc]
+                pairs = [(r.auroc[which][score], r.fpr95[which][score]) for r in there if score in r.auroc[which]]
+                cells.append(" / ".join(spread_of(values) for values in zip(*pairs, strict=True)))
+            if any(cells):
+                lines.append(f"| {name} | {score} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _groups(rows: Iterable[Row]) -> dict[tuple[str, float], list[Row]]:
+    """Rows by arm with its method, and sparsity."""
+    groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row.method, row.arm, row.sparsity)):
+        groups[full_name(row), row.sparsity].append(row)
+    return groups
+
+
+def full_name(row: Row) -> str:
+    return "dense" if row.arm == "dense" else "+".join(part for part in (row.method, row.arm) if part)
+
+
+def write_means(rows: Sequence[Row], path: Path) -> None:
+    """Mean and sample standard deviation of AUROC and FPR95 for every arm, sparsity, set and score; from 0 to 1."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["arm", "sparsity", "set", "score", "metric", "runs", "mean", "std"])
+        for (name, sparsity), group in _groups(rows).items():
+            cells: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+            for row in group:
+                for metric, by_set in (("auroc", row.auroc), ("fpr95", row.fpr95)):
+                    for which, scores in by_set.items():
+                        if bool(row.holdout) == (which == "holdout"):
+                            for score, value in scores.items():
+                                cells[which, score, metric].append(value)
+            for (which, score, metric), values in cells.items():
+                std = statistics.stdev(values) if len(values) > 1 else 0.0
+                table.writerow(
+                    [name, sparsity, which, score, metric, len(values), f"{statistics.fmean(values):.5f}", f"{std:.5f}"]
+                )
+
+
+def draw_claims(judgements: Sequence[Judgement]) -> Figure:
+    """The interval of each claim about AUROC differences against what it needs."""
+    drawn = [j for j in judgements if j.claim.metric == "auroc" and j.claim.baseline is not None and j.pairs > 0]
+    figure, axis = plt.subplots(figsize=(10, 1 + 0.4 * max(1, len(drawn))), layout="constrained")
+    for at, j in enumerate(drawn):
+        axis.plot([j.low, j.high], [at, at], color=VERDICT_COLOURS[j.verdict], linewidth=3, solid_capstyle="butt")
+        axis.plot(j.mean, at, "o", color=VERDICT_COLOURS[j.verdict])
+        axis.plot(j.threshold, at, "k|", markersize=12)
+    axis.axvline(0, color="0.8", zorder=0)
+    axis.set(yticks=range(len(drawn)), yticklabels=[_short(j.claim) for j in drawn])
+    axis.set(xlabel="difference in AUROC, percentage points (bar: 95 % interval, |: what the claim needs)")
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", labelsize="x-small")
+    return figure
+
+
+def _short(claim: Claim) -> str:
+    where = "held-out classes" if "holdout" in claim.sets else claim.sets[0] if len(claim.sets) == 1 else "far-OOD"
+    best = (
+        "/".join(claim.baseline_scores) if len(claim.baseline_scores) < 3 else f"best of {len(claim.baseline_scores)}"
+    )
+    return f"{claim.arm} ({claim.score}) - {claim.baseline or 'sparse CE'} ({best}), {where}"
+
+
+def draw_sparsity(rows: Sequence[Row]) -> Figure:
+    """Mean far-OOD AUROC against sparsity, RigL and SET; whiskers one standard deviation over the seeds."""
+    methods = [m for m in ("rigl", "set") if any(row.method == m for row in rows)] or ["rigl"]
+    figure, axes = plt.subplots(1, len(methods), figsize=(5.5 * len(methods), 4), squeeze=False, layout="constrained")
+    for axis, method in zip(axes[0], methods, strict=True):
+        for arm, score in DRAWN:
+            points: dict[float, list[float]] = defaultdict(list)
+            for row in rows:
+                if row.method == method and row.arm == arm and not row.holdout:
+                    values = [row.auroc[name][score] for name in FAR if score in row.auroc.get(name, ())]
+                    if values:
+                        points[row.sparsity].append(100 * statistics.fmean(values))
+            levels = sorted(points)
+            means = [statistics.fmean(points[level]) for level in levels]
+            spreads = [statistics.stdev(points[level]) if len(points[level]) > 1 else 0.0 for level in levels]
+            if levels:
+                label = f"{arm or 'sparse CE'} by {score}"
+                axis.errorbar([100 * level for level in levels], means, spreads, marker="o", capsize=3, label=label)
+        axis.axhline(50, color="0.8", zorder=0)
+        axis.set(title=method, xlabel="sparsity, %", ylabel="AUROC, far-OOD, %")
+        if axis.has_data() and axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="x-small")
+    return figure

@@ -1,0 +1,138 @@
+"""Prepared studies: which arms, sparsities, seeds and classes held out; `plan` turns one into runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields, replace
+
+from training.config import FIXED_SPARSITY, FitConfig, with_arm
+from training.scores import CHEAP_SCORES, SCORES
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A grid of runs, and those of `also` beside it. `config` is what its runs share.
+
+    `holdouts` are sets of classes left out of training (as FitConfig.holdout), each a run of its own, judged on them
+    too; by default that of `config`. `lean` runs keep results and network, but no figures, raw scores, or checkpoints.
+    """
+
+    config: FitConfig
+    arms: tuple[str, ...]
+    unknowns: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    sparsities: tuple[float, ...] = (0.9,)
+    scores: tuple[str, ...] = CHEAP_SCORES
+    holdouts: tuple[str, ...] = ()
+    lean: bool = False
+    also: tuple[Suite, ...] = ()
+
+    @property
+    def grids(self) -> tuple[Suite, ...]:
+        return (replace(self, also=()), *(grid for suite in self.also for grid in suite.grids))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of a study. `unknowns` are the specs of the sets it is judged on."""
+
+    label: str
+    config: FitConfig
+    unknowns: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        return f"{re.sub(r'[^A-Za-z0-9.@+-]', '_', self.label)}/seed{self.config.seed}"
+
+
+def plan(suite: Suite) -> list[Run]:
+    """All runs of a suite, seeds outermost, so that an unfinished study has whole seeds. Raises TrainingError."""
+    several = len({sparsity for grid in suite.grids for sparsity in grid.sparsities}) > 1
+    runs = [run for grid in suite.grids for run in _runs(grid, name_sparsity=several)]
+    return sorted(dict.fromkeys(runs), key=lambda run: run.config.seed)  # stable
+
+
+def changed(suite: Suite, wish: Suite, given: set[str]) -> Suite:
+    """`suite` with what `given` names taken from `wish`: arm, seeds, sparsity, score or a setting; ood is added to it.
+
+    Grids beside it lose the seeds and sparsities that are not wished for; if nothing is left they go.
+    """
+    settings = given & {f.name for f in fields(FitConfig)} - {"sparsity"}
+    config = replace(suite.config, **{name: getattr(wish.config, name) for name in settings})
+    new = replace(suite, config=config, also=())
+    if "arm" in given:
+        new = replace(new, arms=wish.arms)
+    if "score" in given:
+        new = replace(new, scores=wish.scores)
+    if "ood" in given:
+        new = replace(new, unknowns=tuple(dict.fromkeys(suite.unknowns + wish.unknowns)))
+    also = []
+    for grid in suite.also:
+        seeds = tuple(s for s in grid.seeds if "seeds" not in given or s in wish.seeds)
+        sparsities = tuple(s for s in grid.sparsities if "sparsity" not in given or s in wish.sparsities)
+        if seeds and sparsities:
+            also.append(replace(new, seeds=seeds, sparsities=sparsities, holdouts=grid.holdouts))
+    seeds = wish.seeds if "seeds" in given else suite.seeds
+    sparsities = wish.sparsities if "sparsity" in given else suite.sparsities
+    return replace(new, seeds=seeds, sparsities=sparsities, also=tuple(also))
+
+
+def _runs(grid: Suite, name_sparsity: bool) -> list[Run]:
+    runs = []
+    for seed in grid.seeds:
+        for holdout in grid.holdouts or (grid.config.holdout,):
+            unknowns = tuple(dict.fromkeys((*grid.unknowns, "holdout"))) if holdout else grid.unknowns
+            for arm in grid.arms:
+                config = with_arm(replace(grid.config, seed=seed, holdout=holdout), arm)
+                fixed = config.method in FIXED_SPARSITY
+                for sparsity in (FIXED_SPARSITY[config.method],) if fixed else grid.sparsities:
+                    label = f"{arm}@{sparsity:g}" if name_sparsity and not fixed else arm
+                    label += f" without {holdout}" if grid.holdouts and holdout else ""
+                    runs.append(Run(label, replace(config, sparsity=sparsity), unknowns))
+    return runs
+
+
+# In the order of what one wants to see first.
+ABLATION = (
+    "", "+vote", "+moon+vote", "+vote+patch-shuffle", "+moon", "+reweight+vote", "+logitnorm+vote", "+cigl",
+    "+moon+vote+as-released",
+)  # fmt: skip
+STUDY_ARMS = ("dense", *(f"{method}{rest}" for method in ("rigl", "set") for rest in ABLATION))
+FASHION_FAR = ("mnist", "photos", "noise", "blobs", "inverted", "mirrored")
+
+_fashion = Suite(
+    FitConfig(epochs=10, warmup_epochs=1, delta_t=50, logit_temperature=0.2),
+    arms=STUDY_ARMS,
+    unknowns=FASHION_FAR,
+    seeds=(0, 1, 2),
+    sparsities=(0.9, 0.95, 0.8, 0.99),
+    scores=tuple(SCORES),
+    lean=True,
+)
+_cifar = Suite(
+    FitConfig(data="cifar10", model="resnet18", precision="bfloat16"),
+    arms=STUDY_ARMS,
+    unknowns=("fashion-mnist", "mnist", "photos", "noise", "blobs", "inverted", "mirrored"),
+    seeds=(0, 1, 2),
+    sparsities=(0.9, 0.95, 0.8, 0.99),
+    scores=tuple(SCORES),
+    lean=True,
+)
+
+SUITES: dict[str, Suite] = {
+    "demo": Suite(
+        FitConfig(epochs=6, warmup_epochs=1, batch_size=128, delta_t=50),
+        arms=("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"),
+        unknowns=("mnist", "photos", "blobs", "noise", "inverted"),
+    ),
+    # A CPU's study: two more seeds where it matters most, and seven of the ten classes in three splits (near-OOD).
+    "fashion": replace(
+        _fashion,
+        also=(
+            replace(_fashion, seeds=(3, 4), sparsities=(0.9, 0.95)),
+            replace(_fashion, sparsities=(0.9, 0.95), holdouts=("0,5,8", "1,4,7", "2,3,9")),
+        ),
+    ),
+    # The paper's protocol (100 epochs, batches of 128, SGD), for a GPU; --arm and --minutes choose and limit.
+    "cifar": _cifar,
+}
