@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FAR = ("mnist", "kmnist", "cifar10", "photos", "noise", "blobs", "inverted")
+FAR = ("mnist", "kmnist", "fashion-mnist", "svhn", "cifar10", "photos", "noise", "blobs", "inverted")
 CHOSEN_ON = ("mnist", "photos")  # what settings and the combined score were chosen on; the other sets never were
 UNTOUCHED = tuple(name for name in FAR if name not in CHOSEN_ON)
 HELD_OUT, MIRRORED = ("holdout",), ("mirrored",)
