@@ -20,6 +20,7 @@ from training.evaluate import evaluate
 from training.losses import LOSSES, LossSpec
 from training.recipe import Trainer
 from training.scores import SCORES
+from training.unknowns import PatchShuffle, shuffle_patches
 from training.weight_dropout import WeightDropout
 
 TINY = FitConfig(
@@ -173,3 +174,51 @@ def test_as_released_stops_the_topology_and_votes_early(digits, monkeypatch):
 def test_as_released_is_of_rigl_and_set():
     with pytest.raises(TrainingError, match="rigl or set with as_released, got gmp"):
         with_arm(TINY, "gmp+as-released")
+
+
+# --- synthetic unknowns ---------------------------------------------------------------------------------------------
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.mark.parametrize(("grid", "seam"), [(2, 1), (2, 4), (4, 2)])
+def test_soft_seams_fade(grid, seam):
+    side = 16 // grid
+    assert torch.allclose(shuffle_patches(torch.full((2, 3, 16, 16), 5.0), grid, generator(), seam), torch.tensor(5.0))
+    # An image that is one number a patch: away from the seams the same numbers in another order, between them a fade.
+    x = torch.arange(float(grid * grid)).view(1, 1, grid, grid).repeat_interleave(side, 2).repeat_interleave(side, 3)
+    hard, soft = (shuffle_patches(x, grid, generator(), width) for width in (0, seam))
+    assert not torch.equal(hard, x)
+    middle = torch.zeros(16, dtype=torch.bool)
+    for patch in range(grid):
+        middle[patch * side + seam : (patch + 1) * side - seam] = True
+    if middle.any():
+        assert torch.allclose(soft[0, 0, middle][:, middle], hard[0, 0, middle][:, middle])
+    assert not torch.equal(soft, hard)
+    assert soft.min() >= x.min() and soft.max() <= x.max()
+
+
+def test_several_grids_share_the_unknowns():
+    x = torch.rand(32, 1, 8, 8)
+    new, labels = PatchShuffle(9, share=0.25, grids=(2, 4))(x, torch.zeros(32, dtype=torch.int64), generator())
+    assert labels.tolist() == [9] * 8 + [0] * 24
+
+    def halves(image):
+        return sorted(quarter.sum().item() for rows in image.split(4, 1) for quarter in rows.split(4, 2))
+
+    same_halves = [halves(a) == pytest.approx(halves(b), abs=1e-4) for a, b in zip(new[:8], x[:8], strict=True)]
+    assert same_halves[:4] == [True] * 4 and not all(same_halves[4:])  # quarters stay whole on a grid of 2
+
+
+def test_settings_of_unknowns():
+    config = with_arm(TINY, "rigl+vote+soft-shuffle")
+    assert (config.unknowns, config.unknown_grids, config.unknown_seams) == ("patch-shuffle", (2, 4), (2,))
+    assert config.arm == "rigl+vote+soft-shuffle"
+    with pytest.raises(TrainingError, match="patches per side as 4 or 2,4"):
+        replace(TINY, unknown_grid="two")
+    with pytest.raises(TrainingError, match="one for each of 3 grids, got 2"):
+        PatchShuffle(9, grids=(2, 4, 8), seams=(0, 1))
+    with pytest.raises(TrainingError, match="half of the 2x2 patches, got 2"):
+        shuffle_patches(torch.rand(1, 1, 8, 8), 4, generator(), 2)

@@ -30,6 +30,7 @@ from training.losses import LOSSES, LossSpec
 from training.models import MODELS, build_model, head_of
 from training.recipe import Trainer, learning_rate
 from training.run import fit
+from training.scores import SCORES
 from training.suites import Suite, plan
 from training.vote import Vote
 
@@ -376,7 +377,7 @@ def test_run_folder_and_evaluate(tmp_path, digits):
         "training.png", "roc.png", "scores.png", "reliability.png",
     }  # fmt: skip
     assert FitConfig.from_dict(read_json(tmp_path / "config.json")) == config
-    assert set(results["unknown"]) == {"noise", "mirrored"} and len(results["unknown"]["noise"]) == 10
+    assert set(results["unknown"]) == {"noise", "mirrored"} and len(results["unknown"]["noise"]) == len(SCORES)
     assert read_json(tmp_path / "results.json") == results
 
     again = evaluate_checkpoint(tmp_path, ["mirrored", "blobs"])

@@ -132,6 +132,23 @@ def test_feature_scores():
     torch.testing.assert_close(SCORES["react"].make(judge)(outputs), expected)
 
 
+@pytest.mark.parametrize("num_outputs", [3, 4])
+def test_combined_scores_are_sums_of_standardised_ones(num_outputs):
+    judge, images = _judge(num_outputs, num_classes=3)
+    outputs = judge.outputs(images[:30])
+
+    def standardised(name):
+        score = SCORES[name].make(judge)
+        known = score(judge.fit).double()
+        return (score(outputs).double() - known.mean()) / known.std()
+
+    u = standardised("u") if num_outputs == 4 else 0
+    expected = u + standardised("energy") + standardised("mahalanobis")
+    torch.testing.assert_close(SCORES["combined-features"].make(judge)(outputs), expected)
+    if num_outputs == 4:
+        torch.testing.assert_close(SCORES["combined"].make(judge)(outputs), u + standardised("energy"))
+
+
 def test_collect_gives_the_input_of_the_last_layer():
     judge, images = _judge(num_outputs=3, num_classes=3)
     outputs = collect(judge.model, images, judge.normalise, "cpu", batch_size=7)

@@ -274,7 +274,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         percent = [show(known[m], n, 100) for m in ("accuracy", "ece")]
         table.add_row(label, str(n), *percent, *(show(known[m], n, 1, 3) for m in ("nll", "brier")))
     console.print(table)
-    if summary["unknown"] and len(arms) <= MANY_ARMS:
+    if summary["unknown"] and 0 < len(arms) <= MANY_ARMS:
         console.print(auroc_table(summary))
     for line in summary["failed"]:
         console.print(f"[red]failed: {line}[/red]")

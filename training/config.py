@@ -58,7 +58,10 @@ class FitConfig:
     unknowns: str = option("none", f"Synthetic unknowns in each batch: one of {', '.join(UNKNOWNS)}.")
     unknown_share: float = option(0.125, "Share of each batch that is replaced by synthetic unknowns.")
     unknown_weight: float = option(0.25, "Weight of a synthetic unknown in the loss.")
-    unknown_grid: int = option(4, "patch-shuffle: patches per side.")
+    unknown_grid: str = option("4", "patch-shuffle: patches per side; several, comma-separated, take equal parts.")
+    unknown_seam: str = option(
+        "0", "patch-shuffle: pixels beyond each seam over which patches fade into each other; one, or one a grid."
+    )
     as_released: bool = option(
         False, "Repeat two faults of MOON's released program: a drop fraction that is 0 almost at once, and a vote "
         "over the first tenth of each epoch.",
@@ -106,7 +109,7 @@ class FitConfig:
             )
         if self.method == "2:4" and self.block_size != (1, 1):
             raise TrainingError(f"Expected block 1x1 for method 2:4, got {self.block}.")
-        _ = self.block_size, self.holdout_classes
+        _ = self.block_size, self.holdout_classes, self.unknown_grids, self.unknown_seams
 
     @property
     def block_size(self) -> tuple[int, int]:
@@ -118,10 +121,15 @@ class FitConfig:
 
     @property
     def holdout_classes(self) -> tuple[int, ...]:
-        try:
-            return tuple(int(part) for part in self.holdout.split(",") if part.strip())
-        except ValueError as error:
-            raise TrainingError(f"Expected class indices as 7,8,9 for holdout, got {self.holdout!r}.") from error
+        return _integers(self.holdout, "class indices as 7,8,9 for holdout")
+
+    @property
+    def unknown_grids(self) -> tuple[int, ...]:
+        return _integers(str(self.unknown_grid), "patches per side as 4 or 2,4 for unknown_grid")
+
+    @property
+    def unknown_seams(self) -> tuple[int, ...]:
+        return _integers(str(self.unknown_seam), "pixels as 2 or 0,2 for unknown_seam")
 
     @property
     def vote_start_epoch(self) -> int:
@@ -161,6 +169,13 @@ class FitConfig:
         ]
 
 
+def _integers(text: str, expected: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise TrainingError(f"Expected {expected}, got {text!r}.") from error
+
+
 def with_arm(config: FitConfig, arm: str) -> FitConfig:
     """Sets what an arm is made of from its name, such as `dense`, `rigl+vote`, `set+moon+vote+patch-shuffle`.
 
@@ -185,7 +200,10 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {name: {"method": name} for name in METHODS},
     "loss": {name: {"loss": name} for name in LOSSES},
     "average": {"vote": {"vote": True}, "cigl": {"vote": True, "weight_dropout": 0.1}},
-    "unknowns": {name: {"unknowns": name} for name in UNKNOWNS if name != "none"},
+    "unknowns": {
+        "patch-shuffle": {"unknowns": "patch-shuffle"},
+        "soft-shuffle": {"unknowns": "patch-shuffle", "unknown_grid": "2,4", "unknown_seam": "2"},
+    },
     "faults": {"as-released": {"as_released": True}},
 }
 PLAIN_ARM: dict[str, Any] = {

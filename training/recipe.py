@@ -213,7 +213,8 @@ class Trainer:
         config, unknowns = self.config, None
         if config.unknowns == "patch-shuffle":
             unknown_label = self.data.train.num_classes
-            unknowns = PatchShuffle(unknown_label, share=config.unknown_share, grid=config.unknown_grid)
+            grids, seams = config.unknown_grids, config.unknown_seams
+            unknowns = PatchShuffle(unknown_label, share=config.unknown_share, grids=grids, seams=seams)
         return Batches(
             self.data.train,
             self.normalise,

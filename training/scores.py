@@ -1,12 +1,13 @@
 """Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
 
-Those on class logits see the first K only. Post-hoc detectors are pytorch-ood's, with the hyper-parameters of their
-papers: nothing is tuned, and what has to be fitted is fitted on training images.
+"combined" and "combined-features" add up several. Those on class logits see the first K only. Post-hoc detectors are
+pytorch-ood's, with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted on
+training images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,6 +102,29 @@ def _mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
     return lambda outputs: detector.predict_features(outputs.features)
 
 
+def _combined(names: Sequence[str]) -> Callable[[Judge], Callable[[Outputs], Tensor]]:
+    """The sum of several scores, each standardised by its mean and deviation on training images.
+
+    No OOD data and no weight to choose: each score counts in units of its spread on known images. So far-OOD, which u
+    or the features put many deviations away, and near-OOD, which is seen by the energy, both show. Scores of the
+    unknown output are left out for a network without it.
+    """
+
+    def make(judge: Judge) -> Callable[[Outputs], Tensor]:
+        has_unknown = judge.fit.logits.shape[1] > judge.num_classes
+        parts = [SCORES[n].make(judge) for n in names if has_unknown or not SCORES[n].needs_unknown_output]
+        fitted = [part(judge.fit).double() for part in parts]
+        scale = [(values.mean(), values.std().clamp(min=1e-12)) for values in fitted]
+
+        def score(outputs: Outputs) -> Tensor:
+            standardised = [(p(outputs).double() - mean) / std for p, (mean, std) in zip(parts, scale, strict=True)]
+            return torch.stack(standardised).sum(0)
+
+        return score
+
+    return make
+
+
 def _react(judge: Judge) -> Callable[[Outputs], Tensor]:
     """Energy with penultimate features clipped at a quantile (ReAct, on features that are there already)."""
     threshold = judge.fit.features.flatten().kthvalue(int(REACT_QUANTILE * judge.fit.features.numel())).values
@@ -160,5 +184,7 @@ SCORES: dict[str, Score] = {
     "react": Score(_react, "ReAct"),
     "knn": Score(_knn, "KNN"),
     "mahalanobis": Score(_mahalanobis, "Mahalanobis"),
+    "combined": Score(_combined(("u", "energy")), "u + energy, standardised", needs_unknown_output=True),
+    "combined-features": Score(_combined(("u", "energy", "mahalanobis")), "(u +) energy + Mahalanobis, standardised"),
 }
 CHEAP_SCORES = ("moon", "u", "msp", "maxlogit", "energy", "entropy")

@@ -17,9 +17,10 @@ from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from training.report import save_figure
 from training.study import Judgement, Row, judge, read_rows, spread_of
 
-SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined")
+SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features")
 DRAWN = (
-    ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"), (OURS_ARM, "combined"),
+    ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"),
+    ("vote", "combined-features"), (OURS_ARM, "combined-features"),
 )  # fmt: skip
 VERDICT_COLOURS = {"holds": "tab:green", "does not hold": "tab:red", "not decided": "tab:gray"}
 START = """# Evidence

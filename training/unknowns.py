@@ -6,8 +6,11 @@ batch lose their class: their patches are permuted, so that local statistics sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from training.errors import TrainingError
 
@@ -17,22 +20,31 @@ UNKNOWNS = ("none", "patch-shuffle")
 class PatchShuffle:
     """Replaces the first `share` of a batch by patch-shuffled images with the label `unknown_label`.
 
-    The image is cut into `grid` x `grid` patches, which are permuted; every second one is also turned by 90 degrees.
+    The image is cut into g x g patches, which are permuted; every second one is also turned by 90 degrees. With several
+    `grids` each takes its part of the images, with its own of the `seams` (or all with the one): see `shuffle_patches`.
     Called as (x [B, C, H, W], y [B], generator) -> (x, y) of the same shapes; the inputs are left as they were.
     """
 
-    def __init__(self, unknown_label: int, *, share: float = 0.125, grid: int = 4) -> None:
+    def __init__(
+        self, unknown_label: int, *, share: float = 0.125, grids: Sequence[int] = (4,), seams: Sequence[int] = (0,)
+    ) -> None:
         if not 0 < share < 1:
             raise TrainingError(f"Expected a share of unknowns between 0 and 1, got {share}.")
-        if grid < 2:
-            raise TrainingError(f"Expected at least 2 patches a side, got {grid}.")
-        self.unknown_label, self.share, self.grid = unknown_label, share, grid
+        if not grids or min(grids) < 2:
+            raise TrainingError(f"Expected at least 2 patches a side, got {', '.join(map(str, grids)) or 'none'}.")
+        if len(seams) not in (1, len(grids)):
+            raise TrainingError(f"Expected one seam, or one for each of {len(grids)} grids, got {len(seams)}.")
+        self.unknown_label, self.share, self.grids = unknown_label, share, tuple(grids)
+        self.seams = tuple(seams) * (len(grids) if len(seams) == 1 else 1)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         num = round(len(x) * self.share)
         if num == 0:
             return x, y
-        shuffled = shuffle_patches(x[:num], self.grid, generator)
+        parts = x[:num].tensor_split(len(self.grids))
+        shuffled = torch.cat(
+            [shuffle_patches(p, g, generator, s) for p, g, s in zip(parts, self.grids, self.seams, strict=True)]
+        )
         if x.shape[-1] == x.shape[-2]:
             shuffled[::2] = shuffled[::2].rot90(1, (2, 3))
         x = torch.cat([shuffled, x[num:]])
@@ -40,19 +52,35 @@ class PatchShuffle:
         return x, y
 
 
-def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator) -> Tensor:
+def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int = 0) -> Tensor:
     """Permutes the grid x grid patches of each image of [B, C, H, W], each image by its own permutation.
 
-    Raises TrainingError unless H and W are multiples of `grid`. The permutations come from `generator` (on the CPU).
+    With a `seam`, patches are cut that many pixels larger on every side and fade into their neighbours over 2 * seam
+    pixels, so that no edge gives the shuffling away. Raises TrainingError unless H and W are multiples of `grid` and
+    patches are at least 2 * seam wide. The permutations come from `generator` (on the CPU).
     """
     num, channels, height, width = x.shape
     if height % grid or width % grid:
         raise TrainingError(
             f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid."
         )
+    stride = height // grid, width // grid
+    if not 0 <= 2 * seam <= min(stride):
+        raise TrainingError(f"Expected a seam of at most half of the {stride[0]}x{stride[1]} patches, got {seam}.")
+    size, padded = (stride[0] + 2 * seam, stride[1] + 2 * seam), (height + 2 * seam, width + 2 * seam)
     order = torch.rand(num, grid * grid, generator=generator).argsort(1).to(x.device, non_blocking=True)
-    cut = x.view(num, channels, grid, height // grid, grid, width // grid)
-    patches = cut.permute(0, 2, 4, 1, 3, 5).reshape(num, grid * grid, channels, height // grid, width // grid)
-    patches = patches[torch.arange(num, device=x.device)[:, None], order]
-    patches = patches.view(num, grid, grid, channels, height // grid, width // grid)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(num, channels, height, width)
+    patches = F.unfold(F.pad(x, (seam,) * 4, mode="replicate") if seam else x, size, stride=stride)
+    patches = patches.gather(2, order[:, None].expand_as(patches))
+    if seam == 0:
+        return F.fold(patches, padded, size, stride=stride)
+    window = torch.outer(_trapezoid(stride[0], seam, x), _trapezoid(stride[1], seam, x)).flatten()
+    window = window.repeat(channels)[None, :, None]
+    mixed = F.fold(patches * window, padded, size, stride=stride)
+    weight = F.fold(window.expand(1, -1, grid * grid), padded, size, stride=stride)
+    return (mixed / weight)[..., seam:-seam, seam:-seam]
+
+
+def _trapezoid(length: int, seam: int, like: Tensor) -> Tensor:
+    """Weights of a patch of `length` with its margins; neighbours' add up to 1 over the 2 * seam shared pixels."""
+    rise = (torch.arange(length + 2 * seam, device=like.device, dtype=like.dtype) + 0.5) / (2 * seam)
+    return torch.minimum(rise, rise.flip(0)).clamp(max=1)
