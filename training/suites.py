@@ -95,7 +95,7 @@ def _runs(grid: Suite, name_sparsity: bool) -> list[Run]:
 # In the order of what one wants to see first.
 ABLATION = (
     "", "+vote", "+moon+vote", "+vote+patch-shuffle", "+moon", "+reweight+vote", "+logitnorm+vote", "+cigl",
-    "+moon+vote+as-released", "+vote+soft-shuffle",
+    "+moon+vote+as-released", "+vote+mixed-shuffle",
 )  # fmt: skip
 STUDY_ARMS = ("dense", *(f"{method}{rest}" for method in ("rigl", "set") for rest in ABLATION))
 FASHION_FAR = ("mnist", "photos", "noise", "blobs", "inverted", "mirrored")
