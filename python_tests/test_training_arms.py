@@ -213,9 +213,9 @@ def test_several_grids_share_the_unknowns():
 
 
 def test_settings_of_unknowns():
-    config = with_arm(TINY, "rigl+vote+soft-shuffle")
-    assert (config.unknowns, config.unknown_grids, config.unknown_seams) == ("patch-shuffle", (2, 4), (2,))
-    assert config.arm == "rigl+vote+soft-shuffle"
+    config = with_arm(TINY, "rigl+vote+mixed-shuffle")
+    assert (config.unknowns, config.unknown_grids, config.unknown_seams) == ("patch-shuffle", (4, 4, 2), (0, 3, 0))
+    assert config.arm == "rigl+vote+mixed-shuffle"
     with pytest.raises(TrainingError, match="patches per side as 4 or 2,4"):
         replace(TINY, unknown_grid="two")
     with pytest.raises(TrainingError, match="one for each of 3 grids, got 2"):

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 FAR = ("mnist", "kmnist", "fashion-mnist", "svhn", "cifar10", "photos", "noise", "blobs", "inverted")
-CHOSEN_ON = ("mnist", "photos")  # what settings and the combined score were chosen on; the other sets never were
+# What mixed-shuffle and the rule of the combined scores were chosen on: these sets, mirrored images, held-out classes,
+# with seed 100 and the splits 0,4,6 and 1,5,9, six epochs at 90 %. No study uses that seed or those splits.
+CHOSEN_ON = ("mnist", "photos")
 UNTOUCHED = tuple(name for name in FAR if name not in CHOSEN_ON)
 HELD_OUT, MIRRORED = ("holdout",), ("mirrored",)
 POST_HOC = ("msp", "maxlogit", "energy", "entropy", "odin", "react", "knn", "mahalanobis")
@@ -95,8 +97,10 @@ OURS = (
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=FAR),
     Claim("u adds to the combined score with features: held-out classes, against the same without u",
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=HELD_OUT),
-    Claim("Soft seams and larger patches (soft-shuffle) beat plain patch-shuffle by u, far-OOD",
-          "vote+soft-shuffle", OURS_ARM, score="u", baseline_scores=("u",), sets=FAR),
+    Claim("Hard and soft seams and two sizes of patches (mixed-shuffle) beat plain patch-shuffle by u, far-OOD",
+          "vote+mixed-shuffle", OURS_ARM, score="u", baseline_scores=("u",), sets=FAR),
+    Claim("The same on sets never used to choose anything",
+          "vote+mixed-shuffle", OURS_ARM, score="u", baseline_scores=("u",), sets=UNTOUCHED),
     Claim("Accuracy is as good as sparse training's + vote, within its seed noise",
           OURS_ARM, "vote", "accuracy", above=SEED_NOISE),
     Claim("ECE is lower than sparse training's + vote", OURS_ARM, "vote", "ece"),

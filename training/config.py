@@ -202,7 +202,7 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "average": {"vote": {"vote": True}, "cigl": {"vote": True, "weight_dropout": 0.1}},
     "unknowns": {
         "patch-shuffle": {"unknowns": "patch-shuffle"},
-        "soft-shuffle": {"unknowns": "patch-shuffle", "unknown_grid": "2,4", "unknown_seam": "2"},
+        "mixed-shuffle": {"unknowns": "patch-shuffle", "unknown_grid": "4,4,2", "unknown_seam": "0,3,0"},
     },
     "faults": {"as-released": {"as_released": True}},
 }

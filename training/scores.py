@@ -1,6 +1,6 @@
 """Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
 
-"combined" and "combined-features" add up several. Those on class logits see the first K only. Post-hoc detectors are
+"combined" and "combined-features" join several. Those on class logits see the first K only. Post-hoc detectors are
 pytorch-ood's, with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted on
 training images.
 """
@@ -103,11 +103,11 @@ def _mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
 
 
 def _combined(names: Sequence[str]) -> Callable[[Judge], Callable[[Outputs], Tensor]]:
-    """The sum of several scores, each standardised by its mean and deviation on training images.
+    """The largest of several scores, each standardised by its mean and deviation on training images.
 
-    No OOD data and no weight to choose: each score counts in units of its spread on known images. So far-OOD, which u
-    or the features put many deviations away, and near-OOD, which is seen by the energy, both show. Scores of the
-    unknown output are left out for a network without it.
+    No OOD data and no weight to choose: each score counts in units of its spread on known images, and an image is as
+    unknown as the score that finds it strangest says: u or the features for far-OOD, the energy for what lies between
+    the classes. Scores of the unknown output are left out for a network without it.
     """
 
     def make(judge: Judge) -> Callable[[Outputs], Tensor]:
@@ -118,7 +118,7 @@ def _combined(names: Sequence[str]) -> Callable[[Judge], Callable[[Outputs], Ten
 
         def score(outputs: Outputs) -> Tensor:
             standardised = [(p(outputs).double() - mean) / std for p, (mean, std) in zip(parts, scale, strict=True)]
-            return torch.stack(standardised).sum(0)
+            return torch.stack(standardised).amax(0)
 
         return score
 
@@ -184,7 +184,7 @@ SCORES: dict[str, Score] = {
     "react": Score(_react, "ReAct"),
     "knn": Score(_knn, "KNN"),
     "mahalanobis": Score(_mahalanobis, "Mahalanobis"),
-    "combined": Score(_combined(("u", "energy")), "u + energy, standardised", needs_unknown_output=True),
-    "combined-features": Score(_combined(("u", "energy", "mahalanobis")), "(u +) energy + Mahalanobis, standardised"),
+    "combined": Score(_combined(("u", "energy")), "max of u, energy", needs_unknown_output=True),
+    "combined-features": Score(_combined(("u", "energy", "mahalanobis")), "max of (u,) energy, Mahalanobis"),
 }
 CHEAP_SCORES = ("moon", "u", "msp", "maxlogit", "energy", "entropy")

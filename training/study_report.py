@@ -20,7 +20,7 @@ from training.study import Judgement, Row, judge, read_rows, spread_of
 SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features")
 DRAWN = (
     ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"),
-    ("vote", "combined-features"), (OURS_ARM, "combined-features"),
+    ("vote+mixed-shuffle", "u"), ("vote", "combined-features"), (OURS_ARM, "combined-features"),
 )  # fmt: skip
 VERDICT_COLOURS = {"holds": "tab:green", "does not hold": "tab:red", "not decided": "tab:gray"}
 START = """# Evidence
@@ -31,6 +31,8 @@ What the method's claims come to on real data. Everything between the marks is w
 A claim *holds* if the whole 95 % bootstrap interval of its paired difference (same topology method, sparsity, seed and
 classes held out) is on its side of what it needs, *does not hold* if the whole interval is on the other, and is *not
 decided* else. Pairs are taken as independent. Differences are in percentage points and turned so that more is better.
+Step times are those of runs side by side on the same machine. The claims are listed in `training/claims.py`, which also
+says what anything was chosen on.
 """
 
 

@@ -95,11 +95,13 @@ def _runs(grid: Suite, name_sparsity: bool) -> list[Run]:
 # In the order of what one wants to see first.
 ABLATION = (
     "", "+vote", "+moon+vote", "+vote+patch-shuffle", "+moon", "+reweight+vote", "+logitnorm+vote", "+cigl",
-    "+moon+vote+as-released", "+vote+soft-shuffle",
+    "+moon+vote+as-released", "+vote+mixed-shuffle",
 )  # fmt: skip
 STUDY_ARMS = ("dense", *(f"{method}{rest}" for method in ("rigl", "set") for rest in ABLATION))
 FASHION_FAR = ("mnist", "photos", "noise", "blobs", "inverted", "mirrored")
 
+# LogitNorm's temperature: 0.2 had the best accuracy of 0.04 (the paper's, for CIFAR-10), 0.1, 0.2 and 0.5, at 90 % with
+# seed 100, six epochs on 20,000 images.
 _fashion = Suite(
     FitConfig(epochs=10, warmup_epochs=1, delta_t=50, logit_temperature=0.2),
     arms=STUDY_ARMS,
