@@ -23,6 +23,8 @@ from training.scores import SCORES
 from training.unknowns import PatchShuffle, shuffle_patches
 from training.weight_dropout import WeightDropout
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = FitConfig(
     data="digits", epochs=5, warmup_epochs=1, delta_t=3, batch_size=64, limit_train=640, sparsity=0.8,
     stop_fraction=0.7, logit_temperature=0.2,
@@ -31,15 +33,6 @@ STUDY_ARMS = (
     "dense", "rigl", "rigl+vote", "rigl+moon", "rigl+moon+vote", "rigl+reweight+vote", "rigl+logitnorm+vote",
     "rigl+cigl", "rigl+moon+vote+as-released", "set+moon+vote", "rigl+vote+patch-shuffle",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,12 @@ pytest.importorskip("pytorch_ood")
 
 from dataclasses import fields
 
-import torch
-
 from training import __main__ as cli
 from training.config import FitConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["--data", "digits", "--epochs", "2", "--warmup-epochs", "1", "--no-vote", "--limit-train", "300"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(monkeypatch, *arguments):

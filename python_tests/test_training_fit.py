@@ -34,19 +34,12 @@ from training.scores import SCORES
 from training.suites import Suite, plan
 from training.vote import Vote
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = FitConfig(
     data="digits", model="convnet", epochs=5, warmup_epochs=1, delta_t=3, batch_size=64, limit_train=640, sparsity=0.8
 )
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

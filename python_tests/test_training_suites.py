@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("pytorch_ood")
 
-import torch
 from rich.console import Console
 
 from training import compare as compare_module
@@ -24,17 +23,10 @@ from training.run import fit
 from training.scores import SCORES
 from training.suites import STUDY_ARMS, SUITES, Suite, changed, plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = FitConfig(data="digits", epochs=2, warmup_epochs=1, delta_t=3, batch_size=64, limit_train=320, stop_fraction=0.5)
 SMALL = Suite(TINY, ("rigl", "rigl+vote"), ("noise",), seeds=(0, 1), scores=("msp",), lean=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are so small that threads only get into each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- what is planned ------------------------------------------------------------------------------------------------
