@@ -11,21 +11,27 @@ pytest.importorskip("sklearn")
 pytest.importorskip("typer")
 pytest.importorskip("pytorch_ood")
 
+from rich.console import Console
+
 from training.claims import OURS, PUBLISHED, SEED_NOISE, Claim
+from training.compare import compare
 from training.config import ARM_PARTS, FitConfig, with_arm
 from training.errors import TrainingError
 from training.scores import SCORES
-from training.study import interval, judge, quantities, read_rows
+from training.study import interval, judge, quantities, read_study
 from training.study_report import write_study
+from training.suites import Suite
 
 BASE = FitConfig(epochs=10, warmup_epochs=1)
 GAIN = Claim("gains", "moon+vote", "vote", score="moon", baseline_scores=("msp", "energy"), sets=("mnist", "noise"))
 ACCURACY = Claim("as accurate", "moon+vote", "vote", "accuracy", above=SEED_NOISE)
 
 
-def write_run(folder, arm, *, sparsity=0.9, seed=0, holdout="", auroc=None, accuracy=0.9, ece=0.02, seconds=10.0):
+def write_run(
+    folder, arm, *, sparsity=0.9, seed=0, holdout="", auroc=None, accuracy=0.9, ece=0.02, seconds=10.0, base=BASE
+):
     """A results.json as `fit` writes it, of the parts that the statistics read. `auroc`: {set: {score: value}}."""
-    config = replace(with_arm(BASE, arm), sparsity=sparsity, seed=seed, holdout=holdout)
+    config = replace(with_arm(base, arm), sparsity=sparsity, seed=seed, holdout=holdout)
     results = {
         "config": config.to_dict(),
         "known": {"accuracy": accuracy, "ece": ece, "nll": 0.3, "brier": 0.1, "reliability": {}},
@@ -64,7 +70,7 @@ def write_pairs(folder, differences, spread=0.02):
 def test_verdicts(tmp_path, differences, verdict):
     write_pairs(tmp_path, differences)
     write_run(tmp_path, "set", auroc={"mnist": {"msp": 0.5}})  # of no consequence
-    judgement = judge(GAIN, read_rows(tmp_path))
+    judgement = judge(GAIN, read_study(tmp_path).rows)
     assert judgement.verdict == verdict and judgement.pairs == len(differences)
     if len(differences) > 4:
         assert judgement.mean == pytest.approx(100 * np.mean(differences))
@@ -73,7 +79,7 @@ def test_verdicts(tmp_path, differences, verdict):
 
 def test_a_claim_about_a_number(tmp_path):
     write_pairs(tmp_path, [0.2] * 6, spread=0.001)
-    rows = read_rows(tmp_path)
+    rows = read_study(tmp_path).rows
     claim = Claim("at least 85", "moon+vote", None, score="moon", sets=("mnist", "kmnist"), above=85.0)  # no kmnist
     assert judge(claim, rows).verdict == "holds"
     assert judge(replace(claim, above=95.0), rows).verdict == "does not hold"
@@ -98,7 +104,7 @@ def test_pairs_share_method_sparsity_seed_and_split(tmp_path):
     split = {"noise": {"moon": 0.99, "msp": 0.5}, "holdout": {"moon": 0.6, "msp": 0.5}}
     for arm in ("rigl+vote", "rigl+moon+vote"):
         write_run(tmp_path, arm, holdout="1,2", auroc=split)
-    rows = read_rows(tmp_path)
+    rows = read_study(tmp_path).rows
     assert sorted(quantities(GAIN, rows)) == pytest.approx([11, 12, 21, 22])
     assert quantities(replace(GAIN, sets=("holdout",)), rows) == pytest.approx([10])
 
@@ -109,7 +115,7 @@ def test_a_dense_network_is_paired_with_every_sparse_one_of_its_seed(tmp_path):
         write_run(tmp_path, "dense", sparsity=0.0, seed=seed, auroc={"noise": {"energy": 0.8 + seed / 100}})
         for sparsity, value in ((0.8, 0.7), (0.9, 0.6)):
             write_run(tmp_path, "rigl", sparsity=sparsity, seed=seed, auroc={"noise": {"energy": value}})
-    assert sorted(quantities(claim, read_rows(tmp_path))) == pytest.approx([10, 11, 20, 21])
+    assert sorted(quantities(claim, read_study(tmp_path).rows)) == pytest.approx([10, 11, 20, 21])
 
 
 def test_orientation_and_seed_noise(tmp_path):
@@ -117,7 +123,7 @@ def test_orientation_and_seed_noise(tmp_path):
         noise = 0.01 * (-1) ** seed
         write_run(tmp_path, "rigl+vote", seed=seed, accuracy=0.9 + noise, ece=0.02, seconds=10.0)
         write_run(tmp_path, "rigl+moon+vote", seed=seed, accuracy=0.895 + noise, ece=0.05, seconds=10.2)
-    rows = read_rows(tmp_path)
+    rows = read_study(tmp_path).rows
     judgement = judge(ACCURACY, rows)  # half a point lower, where seeds differ by a standard deviation of 1.1
     assert judgement.threshold == pytest.approx(-math.sqrt(1.2)) and judgement.verdict == "holds"
     assert judgement.mean == pytest.approx(-0.5)
@@ -156,10 +162,48 @@ def test_the_page(tmp_path):
     assert "rigl+vote,0.9,holdout,msp,auroc,1,0.60000,0.00000" in table
 
     # Once more, from the stored file: the same page.
-    write_study(page.parent / "evidence" / "fashion.json", page)
+    stored = page.parent / "evidence" / "fashion.json"
+    write_study(stored, page)
     assert page.read_text() == text
+
+    # From a folder with one new run, and one made again: the others stay.
+    again = tmp_path / "elsewhere" / "fashion"
+    write_run(again, "rigl+vote", seed=6)
+    write_run(again, "rigl+vote", seed=5, accuracy=0.5)
+    write_study(again, page)
+    assert "14 runs" in page.read_text() and len(read_study(stored).rows) == 14
+    assert (
+        next(row for row in read_study(stored).rows if row.key == ("rigl", "vote", 0.9, 5, "")).known["accuracy"] == 0.5
+    )
+
+
+def test_a_stored_study_of_other_settings_is_left_alone(tmp_path):
+    page = tmp_path / "evidence.md"
+    write_run(tmp_path / "fashion", "rigl")
+    write_study(tmp_path / "fashion", page)
+    kept = (tmp_path / "evidence" / "fashion.json").read_bytes(), page.read_bytes()
+    write_run(tmp_path / "other" / "fashion", "rigl", base=replace(BASE, epochs=20))
+    with pytest.raises(TrainingError, match=r"epochs: 20 and there 10"):
+        write_study(tmp_path / "other" / "fashion", page)
+    assert kept == ((tmp_path / "evidence" / "fashion.json").read_bytes(), page.read_bytes())
+    write_run(tmp_path / "fashion", "rigl", seed=1, base=replace(BASE, lr_max=0.2))
+    with pytest.raises(TrainingError, match=r"lr_max"):
+        read_study(tmp_path / "fashion")
+
+
+def test_compare_leaves_out_what_is_stored(tmp_path):
+    write_run(tmp_path / "fashion", "rigl+vote")
+    write_study(tmp_path / "fashion", tmp_path / "evidence.md")
+    stored, quiet = tmp_path / "evidence" / "fashion.json", Console(quiet=True)
+    suite = Suite(BASE, ("rigl+vote",), (), seeds=(0,))
+    summary = compare(suite, tmp_path / "runs", console=quiet, stored=stored)
+    assert summary["arms"] == {} and summary["unfinished"] == [] and not (tmp_path / "runs" / "rigl+vote").exists()
+    summary = compare(replace(suite, seeds=(0, 1)), tmp_path / "runs", console=quiet, stored=stored, minutes=1e-9)
+    assert summary["unfinished"] == ["rigl+vote/seed1"]
+    with pytest.raises(TrainingError, match=r"batch_size"):
+        compare(replace(suite, config=replace(BASE, batch_size=64)), tmp_path / "runs", console=quiet, stored=stored)
 
 
 def test_a_study_without_runs(tmp_path):
     with pytest.raises(TrainingError, match=r"Expected finished runs"):
-        read_rows(tmp_path)
+        read_study(tmp_path)

@@ -30,7 +30,7 @@ from training.evaluate import evaluate_checkpoint
 from training.mixture import REGIONS, mixture
 from training.run import fit, pick_device
 from training.scores import SCORES
-from training.study import judge, read_rows
+from training.study import judge, read_study
 from training.study_report import write_study
 from training.suites import SUITES, Suite, changed
 
@@ -134,6 +134,9 @@ def compare_command(
     out: Annotated[Path | None, typer.Option(help="Folder of the study; default runs/compare or runs/SUITE.")] = None,
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each; 0: as many as cores, 1 on a GPU.")] = 1,
     minutes: Annotated[float, typer.Option(help="Stop then; the same command goes on later. 0: no limit.")] = 0.0,
+    stored: Annotated[
+        Path | None, typer.Option(help="JSON of report-study: runs in it are done, and left out here.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -146,7 +149,7 @@ def compare_command(
         study = changed(SUITES[suite], study, {name for name in ctx.params if _is_given(ctx, name)})
     out = out or Path("runs") / (suite or "compare")
     jobs = jobs or (1 if pick_device(device).type == "cuda" else len(os.sched_getaffinity(0)))
-    summary = compare(study, out, device=device, console=console, jobs=jobs, minutes=minutes)
+    summary = compare(study, out, device=device, console=console, jobs=jobs, minutes=minutes, stored=stored)
     print_summary(summary, console)
     console.print(f"Written: {out / 'summary.json'}", soft_wrap=True)
 
@@ -164,13 +167,14 @@ def report_study_command(
     ),
 ) -> None:
     """Verdicts, tables and figures of a study, from its stored runs."""
-    rows = read_rows(folder)
+    written = write_study(folder, page)
+    rows = read_study(next(path for path in written if path.suffix == ".json")).rows
     for title, claims in (("The published method", PUBLISHED), ("This project's variant", OURS)):
         console.print(f"[bold]{title}[/bold]")
         for claim in claims:
             judgement = judge(claim, rows)
             console.print(f"  {judgement.verdict:>13}: {claim.text}", highlight=False, soft_wrap=True)
-    for path in write_study(folder, page):
+    for path in written:
         console.print(f"Written: {path}", soft_wrap=True)
 
 

@@ -30,9 +30,9 @@ from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError
 from training.evaluate import evaluate_checkpoint, load_data
 from training.run import fit, pick_device
 from training.scores import SCORES
+from training.study import KNOWN_METRICS, check_settings, key_of, read_study, shared_settings
 from training.suites import Run, Suite, plan
 
-KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
 MANY_ARMS = 16  # beyond, a summary is told by report-study
 
 
@@ -53,16 +53,24 @@ def compare(
     data: TrainTest | None = None,
     jobs: int = 1,
     minutes: float = 0.0,
+    stored: Path | None = None,
 ) -> dict[str, Any]:
     """Runs what is missing of a suite, writes out_dir/summary.json and comparison.png, returns the summary.
 
     With `jobs` above 1, so many runs go at a time, each in a process of its own with one thread. After `minutes` (0: no
     limit) runs stop at the end of their epoch, to go on in the next call; they are listed under "unfinished". A run
     whose loss is no longer finite is reported under "failed". Neither is in the means. `data` saves loading the data of
-    suite.config again.
+    suite.config again. Runs in `stored`, the JSON of report-study, are left out. Raises TrainingError if its settings
+    are others.
     """
     console = console or Console()
     runs = plan(suite)
+    if stored is not None:
+        study = read_study(stored)
+        check_settings(shared_settings(suite.config), study.settings, stored)
+        done = {row.key for row in study.rows}
+        runs = [run for run in runs if key_of(run.config) not in done]
+        console.print(f"{len(done)} runs are in {stored}, {len(runs)} are left.", highlight=False, soft_wrap=True)
     deadline = time.time() + 60 * minutes if minutes else math.inf
     if jobs > 1:
         outcomes = _run_parallel(runs, suite, out_dir, device, console, deadline, jobs)

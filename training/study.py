@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import bootstrap
 
-from training.checkpoint import read_json
+from training.checkpoint import read_json, write_atomically
 from training.claims import Claim
-from training.config import FitConfig
+from training.config import ARM_SETTINGS, FitConfig
 from training.errors import TrainingError
 
 Verdict = Literal["holds", "does not hold", "not decided"]
+Key = tuple[str, str, float, int, str]
 MIN_PAIRS = 5  # below, nothing is decided
 CONFIDENCE = 0.95
 LESS_IS_BETTER = ("ece", "nll", "step_time", "memory")
 IN_PERCENT = ("accuracy", "ece")
 KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
+DIGITS = 5  # of stored shares: a hundredth of what a thousandth of the images makes
+OF_A_RUN = {"sparsity", "seed", "holdout", "data_dir"}  # settings that differ within a study beside those of its arms
 
 
 @dataclass(frozen=True)
@@ -40,32 +44,83 @@ class Row:
     step_time: float
     memory: float
 
+    @property
+    def key(self) -> Key:
+        return self.method, self.arm, self.sparsity, self.seed, self.holdout
 
-def read_rows(folder: Path) -> list[Row]:
-    """Reads every results.json below a folder, or rows stored in one file. Raises TrainingError if there is none."""
-    if folder.is_file():
-        return [Row(**values) for values in read_json(folder)]
-    files = sorted(folder.rglob("results.json"))
+
+@dataclass(frozen=True)
+class Study:
+    """All runs of a study and the settings (of FitConfig) that they share."""
+
+    settings: dict[str, Any]
+    rows: list[Row]
+
+    def with_stored(self, file: Path) -> Study:
+        """Adds the rows of a stored study that this one lacks. Raises TrainingError if its settings are others."""
+        stored = read_study(file)
+        check_settings(self.settings, stored.settings, file)
+        mine = {row.key for row in self.rows}
+        return Study(self.settings, self.rows + [row for row in stored.rows if row.key not in mine])
+
+    def write(self, file: Path) -> None:
+        """Stores the study, a run a line, in an order that does not depend on how it came about."""
+        lines = ",\n".join(json.dumps(asdict(row)) for row in sorted(self.rows, key=lambda row: row.key))
+        text = f'{{"settings": {json.dumps(self.settings)},\n"rows": [\n{lines}\n]}}\n'
+        write_atomically(file, lambda out: out.write(text.encode()))
+
+
+def read_study(path: Path) -> Study:
+    """Reads every results.json below a folder, or one file that `Study.write` wrote.
+
+    Raises TrainingError if there is no run, or if the runs differ in what a study shares.
+    """
+    if path.is_file():
+        stored = read_json(path)
+        return Study(stored["settings"], [Row(**values) for values in stored["rows"]])
+    files = sorted(path.rglob("results.json"))
     if not files:
-        raise TrainingError(f"Expected finished runs (results.json) below {folder}, found none: run `compare` first.")
-    return [row_of(read_json(file)) for file in files]
+        raise TrainingError(f"Expected finished runs (results.json) below {path}, found none: run `compare` first.")
+    results = [(file, read_json(file)) for file in files]
+    settings = shared_settings(FitConfig.from_dict(results[0][1]["config"]))
+    for file, result in results:
+        check_settings(settings, shared_settings(FitConfig.from_dict(result["config"])), file)
+    return Study(settings, [row_of(result) for _, result in results])
+
+
+def shared_settings(config: FitConfig) -> dict[str, Any]:
+    """The settings that all runs of a study have: not those of the arm, nor sparsity, seed and classes held out."""
+    return {name: value for name, value in config.to_dict().items() if name not in ARM_SETTINGS | OF_A_RUN}
+
+
+def check_settings(expected: dict[str, Any], found: dict[str, Any], where: Path) -> None:
+    """Raises TrainingError naming the settings that differ."""
+    names = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if names:
+        listed = "; ".join(f"{name}: {expected.get(name)!r} and there {found.get(name)!r}" for name in names)
+        raise TrainingError(f"{where} holds a study with other settings: {listed}. Give the same, or another folder.")
+
+
+def key_of(config: FitConfig) -> Key:
+    """What a run is within its study: topology method, arm without it, sparsity, seed and classes held out."""
+    dense = config.method == "dense"
+    arm = "dense" if config.arm == "dense" else config.arm.removeprefix(config.method).removeprefix("+")
+    return config.method, arm, 0.0 if dense else config.sparsity, config.seed, config.holdout
 
 
 def row_of(results: dict[str, Any]) -> Row:
-    config = FitConfig.from_dict(results["config"])
-    arm = "dense" if config.arm == "dense" else config.arm.removeprefix(config.method).removeprefix("+")
     cost = results["cost"]
     by_metric = {
         metric: {
-            name: {score: values[metric] for score, values in scores.items()}
+            name: {score: round(values[metric], DIGITS) for score, values in scores.items()}
             for name, scores in results["unknown"].items()
         }
         for metric in ("auroc", "fpr95")
     }
+    known = {name: round(results["known"][name], DIGITS) for name in KNOWN_METRICS}
     return Row(
-        config.method, arm, 0.0 if config.method == "dense" else config.sparsity, config.seed, config.holdout,
-        {name: results["known"][name] for name in KNOWN_METRICS}, by_metric["auroc"], by_metric["fpr95"],
-        results["seconds_per_epoch"], cost["memory_bytes"] + cost["index_bytes"],
+        *key_of(FitConfig.from_dict(results["config"])), known, by_metric["auroc"], by_metric["fpr95"],
+        round(results["seconds_per_epoch"], 3), cost["memory_bytes"] + cost["index_bytes"],
     )  # fmt: skip
 
 

@@ -6,16 +6,14 @@ import csv
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from training.checkpoint import write_json
 from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from training.report import save_figure
-from training.study import Judgement, Row, judge, read_rows, spread_of
+from training.study import Judgement, Row, judge, read_study, spread_of
 
 SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features")
 DRAWN = (
@@ -39,17 +37,21 @@ says what anything was chosen on.
 def write_study(folder: Path, page: Path) -> list[Path]:
     """Writes the study of a folder (or of the JSON file that this wrote before) into `page` and the folder beside it.
 
-    Returns what was written: the page, figures, a JSON file of all runs and a CSV file of all means. The page gets
-    marks for the study if it has none. Raises TrainingError if there are no runs.
+    Returns what was written: the page, figures, a JSON file of all runs and a CSV file of all means. Runs that are in
+    this JSON file only stay in it, so that a study can grow from place to place. The page gets marks for the study if
+    it has none. Raises TrainingError if there are no runs.
     """
-    rows, name = read_rows(folder), folder.stem if folder.is_file() else folder.name
-    beside = page.with_suffix("")
+    name, beside = folder.stem if folder.is_file() else folder.name, page.with_suffix("")
+    study, stored = read_study(folder), beside / f"{name}.json"
+    if stored.is_file():
+        study = study.with_stored(stored)
+    study.write(stored)
+    rows = read_study(stored).rows
     published, ours = ([judge(claim, rows) for claim in claims] for claims in (PUBLISHED, OURS))
     figures = [
         save_figure(draw_claims(published + ours), beside / f"{name}-claims.png"),
         save_figure(draw_sparsity(rows), beside / f"{name}-sparsity.png"),
     ]
-    write_json(beside / f"{name}.json", [asdict(row) for row in rows])
     write_means(rows, beside / f"{name}.csv")
     images = "\n".join(f"![{path.stem}]({beside.name}/{path.name})" for path in figures)
     text = "\n".join(
@@ -61,7 +63,7 @@ def write_study(folder: Path, page: Path) -> list[Path]:
         ]
     )  # fmt: skip
     insert(page, name, text)
-    return [page, *figures, beside / f"{name}.json", beside / f"{name}.csv"]
+    return [page, *figures, stored, beside / f"{name}.csv"]
 
 
 def insert(page: Path, name: str, text: str) -> None:
