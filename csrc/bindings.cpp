@@ -51,6 +51,12 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "
         "Tensor(f!) row, Tensor(g!) perm, Tensor dropped, Tensor grown, int[] shape, int[] block) -> ()");
 
+  // Over batch and pixels of input [N, C, ...]. -> output; stats [2, C]: mean and unbiased variance; saved [2, C]: mean
+  // and 1 / sqrt(variance + eps) in float64 for the backward, whose unwanted gradients come back empty.
+  m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask) "
+        "-> (Tensor, Tensor, Tensor)");
+
   // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N, 2] for the backward.
   m.def("unknown_aware_loss(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "
         "-> (Tensor, Tensor, Tensor)");

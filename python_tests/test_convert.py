@@ -193,6 +193,6 @@ def test_explain_names_layers_and_kernels():
 def test_backend_info_names_every_op():
     info = ua.backend_info()
     assert info["torch"] == torch.__version__
-    assert set(info["backends"]) == {"masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss"}
+    assert set(info["backends"]) == {"masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss", "batch_norm"}
     assert info["compiled"]
     assert all(devices["cpu"] == "C++" for devices in info["backends"].values())

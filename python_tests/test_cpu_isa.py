@@ -13,7 +13,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 @pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
-@pytest.mark.parametrize("op", ["masked_linear", "masked_conv2d"])
+@pytest.mark.parametrize("op", ["masked_linear", "masked_conv2d", "batch_norm"])
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_other_instruction_sets(isa, op):
     """All tests of the op where the kernels are told to use less than this CPU has (they choose once per process)."""

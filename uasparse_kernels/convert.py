@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
+from uasparse_kernels.nn.norm import BatchNorm2d
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m, structured_pattern
 
@@ -36,6 +37,9 @@ def sparsify(
     The first convolution stays dense, and so does every layer that the distribution makes fully dense (but see
     ``include_dense``); both may be changed by ``overrides``. What cannot be converted is left as it is and logged
     (logger "uasparse_kernels") with the reason. Build the optimiser afterwards: the parameters are new ones.
+
+    An ``nn.BatchNorm2d`` becomes an ``nn.BatchNorm2d`` of this package: the same object and parameters, and torch's
+    arithmetic, but faster beside convolutions that keep the layout of their input.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
@@ -109,11 +113,13 @@ def sparsify(
         layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
     for name, reason in skipped.items():
         logger.info("%s stays dense: %s", name or "the layer", reason)
+    _turn(model, nn.BatchNorm2d, BatchNorm2d)
     return _replace(model, layers)
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned)."""
+    _turn(model, BatchNorm2d, nn.BatchNorm2d)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     return _replace(model, layers)
 
@@ -152,6 +158,13 @@ def _misfit(module: DenseLayer, block: Sequence[int], structure: str | None) -> 
     if structure is not None and ":" in structure and inp % parse_n_of_m(structure)[1]:
         return f"its {inp} input channels are not made of groups of {parse_n_of_m(structure)[1]}"
     return ""
+
+
+def _turn(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
+    """Makes modules of exactly one class of another with the same attributes; hooks and whoever holds them notice not."""
+    for module in model.modules():
+        if type(module) is old:
+            module.__class__ = new
 
 
 def _replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import nn
 from uasparse_kernels import _library
 from uasparse_kernels.ops import _common, _cpu
 
-OPS = ("masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss")
+OPS = ("masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss", "batch_norm")
 
 
 class Explanation(NamedTuple):
@@ -93,7 +93,7 @@ def _backend(op: str, device: str) -> str:
         if device == "cuda" and op in ("masked_linear", "masked_conv2d"):
             return "Triton, CUDA" if _library.has_kernel_for("sparse_product_out", device) else "Triton"
         return {"cpu": "C++", "cuda": "CUDA"}[device]
-    return "reference (eager torch)"
+    return "torch" if op == "batch_norm" else "reference (eager torch)"
 
 
 def _version() -> str:

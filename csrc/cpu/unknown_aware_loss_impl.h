@@ -69,13 +69,6 @@ UASPARSE_INLINE float largest_lane(Floats x) {
   else return larger[0];
 }
 
-template <int H = kFloats / 2>
-UASPARSE_INLINE float sum_of_lanes(Floats x) {
-  const Floats both = x + Stage<float, H>::template shuffle<Stage<float, H>::inner>(x, x);
-  if constexpr (H > 1) return sum_of_lanes<H / 2>(both);
-  else return both[0];
-}
-
 UASPARSE_INLINE float row_max(const float* z, int64_t n, const float* end) {
   Floats max = broadcast(-__builtin_inff());
   int64_t i = 0;
@@ -101,7 +94,7 @@ UASPARSE_INLINE float exp_sum(const float* z, int64_t n, float base, const float
   int64_t i = 0;
   for (; i + kFloats <= n; i += kFloats) sum += exp_nonpositive(load(z + i) - base);
   if (i < n) sum += exp_nonpositive(load_tail(z + i, n - i, end) - base);
-  return sum_of_lanes(sum);
+  return sum_of_lanes<float>(sum);
 }
 
 UASPARSE_INLINE double exp_sum(const double* z, int64_t n, double base, const double*) {

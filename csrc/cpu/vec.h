@@ -81,4 +81,12 @@ struct Stage {
 #endif
 };
 
+// All lanes together, halves at a time: a shuffle and an addition each.
+template <typename T, int H = kLanes<T> / 2>
+UASPARSE_INLINE T sum_of_lanes(Vec<T> x) {
+  const Vec<T> both = x + Stage<T, H>::template shuffle<Stage<T, H>::inner>(x, x);
+  if constexpr (H > 1) return sum_of_lanes<T, H / 2>(both);
+  else return both[0];
+}
+
 }  // namespace uasparse::UASPARSE_ISA

@@ -1,6 +1,7 @@
-"""Sparse layers and the unknown-aware loss."""
+"""Sparse layers, the unknown-aware loss, and a faster batch norm."""
 
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
+from uasparse_kernels.nn.norm import BatchNorm2d
 
-__all__ = ["SparseConv2d", "SparseLayer", "SparseLinear", "UnknownAwareLoss"]
+__all__ = ["BatchNorm2d", "SparseConv2d", "SparseLayer", "SparseLinear", "UnknownAwareLoss"]

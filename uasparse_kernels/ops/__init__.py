@@ -1,5 +1,6 @@
 """The ops. Each has a module of its name: public function, choice of kernel, reference, shape function, derivative."""
 
+from uasparse_kernels.ops.batch_norm import batch_norm, batch_norm_reference
 from uasparse_kernels.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from uasparse_kernels.ops.masked_linear import masked_linear, masked_linear_reference
 from uasparse_kernels.ops.prune_grow import PruneGrowResult, prune_grow, prune_grow_reference
@@ -8,6 +9,8 @@ from uasparse_kernels.ops.unknown_aware_loss import unknown_aware_loss, unknown_
 
 __all__ = [
     "PruneGrowResult",
+    "batch_norm",
+    "batch_norm_reference",
     "masked_conv2d",
     "masked_conv2d_reference",
     "masked_linear",

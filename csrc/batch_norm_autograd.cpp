@@ -1,0 +1,72 @@
+// The derivative of batch_norm, for every device. In C++ for the reason that masked_linear's is.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace uasparse {
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+std::tuple<Tensor, Tensor, Tensor> call_forward(const Tensor& input, const std::optional<Tensor>& weight,
+                                                const std::optional<Tensor>& bias, double eps) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("uasparse::batch_norm", "").typed<decltype(call_forward)>();
+  return op.call(input, weight, bias, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> call_backward(const Tensor& grad_output, const Tensor& input,
+                                                 const std::optional<Tensor>& weight, const Tensor& saved,
+                                                 std::array<bool, 3> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("uasparse::batch_norm_backward", "")
+                             .typed<decltype(call_backward)>();
+  return op.call(grad_output, input, weight, saved, output_mask);
+}
+
+struct BatchNorm : torch::autograd::Function<BatchNorm> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& input, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias, double eps) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    auto [output, stats, saved] = call_forward(input, weight, bias, eps);
+    ctx->save_for_backward({input, weight.value_or(Tensor()), saved});
+    ctx->saved_data["bias"] = bias.has_value();
+    ctx->mark_non_differentiable({stats, saved});
+    ctx->set_materialize_grads(false);
+    return {output, stats, saved};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list results(4);
+    if (!grads[0].defined()) return results;
+    const variable_list saved = ctx->get_saved_variables();
+    const std::optional<Tensor> weight = saved[1].defined() ? std::optional<Tensor>(saved[1]) : std::nullopt;
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), weight.has_value() && ctx->needs_input_grad(1),
+                                      ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)};
+    auto [grad_input, grad_weight, grad_bias] = call_backward(grads[0], saved[0], weight, saved[2], mask);
+    if (mask[0]) results[0] = std::move(grad_input);
+    if (mask[1]) results[1] = std::move(grad_weight);
+    if (mask[2]) results[2] = std::move(grad_bias);
+    return results;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_autograd(const Tensor& input, const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& bias, double eps) {
+  const variable_list results = BatchNorm::apply(input, weight, bias, eps);
+  return {results[0], results[1], results[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(uasparse, Autograd, m) {
+  m.impl("batch_norm", &batch_norm_autograd);
+  // A second derivative is an error, not silence.
+  m.impl("batch_norm_backward", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace uasparse

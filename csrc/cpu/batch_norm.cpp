@@ -1,0 +1,114 @@
+// Batch norm in training on the CPU: checks, threads; the arithmetic is in batch_norm_impl.h.
+//
+// A task is a few neighbouring channels, whatever the number of threads: results do not depend on it.
+
+#include "cpu/batch_norm.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "cpu/workspace.h"
+
+namespace uasparse {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+void run(const BatchNormForward& problem, int64_t first, int64_t last, float* scratch) {
+  switch (cpu_isa()) {
+    case Isa::avx512: return avx512::batch_norm_forward(problem, first, last, scratch);
+    case Isa::avx2: return avx2::batch_norm_forward(problem, first, last, scratch);
+    default: return portable::batch_norm_forward(problem, first, last, scratch);
+  }
+}
+
+void run(const BatchNormBackward& problem, int64_t first, int64_t last, float* scratch) {
+  switch (cpu_isa()) {
+    case Isa::avx512: return avx512::batch_norm_backward(problem, first, last, scratch);
+    case Isa::avx2: return avx2::batch_norm_backward(problem, first, last, scratch);
+    default: return portable::batch_norm_backward(problem, first, last, scratch);
+  }
+}
+
+template <typename Problem>
+void run_all(const Problem& problem) {
+  // Neighbouring channels make up a kilobyte of each image.
+  const int64_t together = std::clamp<int64_t>(256 / problem.pixels, 1, kMaxChannels);
+  const int64_t tasks = (problem.channels + together - 1) / together;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (together * problem.batch * problem.pixels));
+  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    const Workspace scratch(
+        problem.pixels < kSlack ? kScratchRows * (kSlack + problem.batch * problem.pixels) * sizeof(float) : 0);
+    for (int64_t task = begin; task < end; ++task)
+      run(problem, task * together, std::min(problem.channels, (task + 1) * together), scratch.as<float>());
+  });
+}
+
+// A float32 vector over the channels, or null.
+const float* parameter(const OptionalTensor& tensor, int64_t channels, const char* name) {
+  if (!tensor.has_value()) return nullptr;
+  TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, "Expected a float32 ", name, ", got ", tensor->scalar_type(),
+                   ".");
+  TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == channels && tensor->is_contiguous(), "Expected a ", name,
+                    " of ", channels, " contiguous values, got sizes ", tensor->sizes(), ".");
+  return tensor->const_data_ptr<float>();
+}
+
+BatchNormProblem describe(const at::Tensor& x, const OptionalTensor& weight) {
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "Expected a float32 input, got ", x.scalar_type(), ".");
+  TORCH_CHECK_VALUE(x.dim() >= 2 && x.numel() > x.size(1), "Expected an input [N, C, ...] of more than one value per "
+                    "channel, got sizes ", x.sizes(), ".");
+  return {x.size(0), x.size(1), x.numel() / (x.size(0) * x.size(1)), x.const_data_ptr<float>(),
+          parameter(weight, x.size(1), "weight")};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, const OptionalTensor& weight,
+                                                       const OptionalTensor& bias, double eps) {
+  const at::Tensor x = input.contiguous();
+  const BatchNormProblem problem = describe(x, weight);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor stats = at::empty({2, problem.channels}, x.options());
+  at::Tensor saved = at::empty({2, problem.channels}, x.options().dtype(at::kDouble));
+  run_all(BatchNormForward{problem, parameter(bias, problem.channels, "bias"), eps, y.mutable_data_ptr<float>(),
+                           stats.mutable_data_ptr<float>(), saved.mutable_data_ptr<double>()});
+  return {y, stats, saved};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                        const OptionalTensor& weight, const at::Tensor& saved,
+                                                        std::array<bool, 3> output_mask) {
+  const at::Tensor x = input.contiguous(), dy = grad_output.contiguous();
+  const BatchNormProblem problem = describe(x, weight);
+  TORCH_CHECK_TYPE(dy.scalar_type() == at::kFloat && saved.scalar_type() == at::kDouble,
+                   "Expected a float32 gradient and what the forward saved, got ", dy.scalar_type(), " and ",
+                   saved.scalar_type(), ".");
+  TORCH_CHECK_VALUE(dy.sizes() == x.sizes() && saved.is_contiguous() && saved.numel() == 2 * problem.channels,
+                    "Expected a gradient of sizes ", x.sizes(), " and what the forward saved, got sizes ", dy.sizes(),
+                    " and ", saved.sizes(), ".");
+  const std::array<int64_t, 1> none = {0}, vector = {problem.channels};
+  at::Tensor dx = at::empty(output_mask[0] ? x.sizes() : at::IntArrayRef(none), x.options());
+  at::Tensor dweight = at::empty(output_mask[1] ? vector : none, x.options());
+  at::Tensor dbias = at::empty(output_mask[2] ? vector : none, x.options());
+  run_all(BatchNormBackward{problem, dy.const_data_ptr<float>(), saved.const_data_ptr<double>(),
+                            output_mask[0] ? dx.mutable_data_ptr<float>() : nullptr,
+                            output_mask[1] ? dweight.mutable_data_ptr<float>() : nullptr,
+                            output_mask[2] ? dbias.mutable_data_ptr<float>() : nullptr});
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("batch_norm", &forward);
+  m.impl("batch_norm_backward", &backward);
+}
+
+}  // namespace uasparse

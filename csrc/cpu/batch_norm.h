@@ -1,0 +1,51 @@
+// What the channels of batch_norm (batch_norm_impl.h) take and give, and where they are for each instruction set.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+namespace uasparse {
+
+// Channels that one call takes at most.
+constexpr int64_t kMaxChannels = 64;
+
+// Maps of fewer pixels than this may be gathered: the scratch then holds kScratchRows rows of batch * pixels floats,
+// each behind kSlack floats. No vector has more lanes.
+constexpr int64_t kSlack = 16;
+constexpr int64_t kScratchRows = 3;
+
+// Tensors are [batch, channels, pixels], contiguous.
+struct BatchNormProblem {
+  int64_t batch, channels, pixels;
+  const float* x;
+  const float* weight;  // or null: ones
+};
+
+struct BatchNormForward : BatchNormProblem {
+  const float* bias;  // or null: zeros
+  double eps;
+  float* y;
+  float* stats;   // [2, channels]: mean, unbiased variance
+  double* saved;  // [2, channels]: mean, 1 / sqrt(variance + eps)
+};
+
+struct BatchNormBackward : BatchNormProblem {
+  const float* dy;
+  const double* saved;
+  float* dx;       // these three, or null
+  float* dweight;
+  float* dbias;
+};
+
+// Channels [first, last).
+#define UASPARSE_BATCH_NORM(isa)                                                                             \
+  namespace isa {                                                                                            \
+  void batch_norm_forward(const BatchNormForward& problem, int64_t first, int64_t last, float* scratch);     \
+  void batch_norm_backward(const BatchNormBackward& problem, int64_t first, int64_t last, float* scratch);   \
+  }
+UASPARSE_BATCH_NORM(portable)
+UASPARSE_BATCH_NORM(avx2)
+UASPARSE_BATCH_NORM(avx512)
+#undef UASPARSE_BATCH_NORM
+
+}  // namespace uasparse

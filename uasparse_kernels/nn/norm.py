@@ -1,0 +1,31 @@
+"""Batch norm that is served by our kernel where that is faster than torch's."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from uasparse_kernels import ops
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` in every respect, but faster in training on a CPU for contiguous maps (``ops.batch_norm``)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        # As in torch: statistics that are not tracked are only used, where there are some, in evaluation.
+        used = not self.training or self.track_running_stats
+        return ops.batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            self.running_mean if used else None,
+            self.running_var if used else None,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+        )

@@ -1,0 +1,118 @@
+"""Batch norm of ``[N, C, ...]``; in training on a CPU, of contiguous float32, in the time that memory takes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uasparse_kernels import _library
+from uasparse_kernels.ops._common import Choice, announce
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.batch_norm`` with its arguments in another order.
+
+    In training ``y = weight * (x - mean) / sqrt(var + eps) + bias``, mean and (biased) variance taken for each channel
+    over images and pixels; ``running += momentum * (batch - running)`` for both, of the unbiased variance. In
+    evaluation the running statistics take their place.
+
+    Args:
+        input: ``[N, C, ...]``.
+        weight, bias: ``[C]``, or None: ones and zeros.
+        running_mean, running_var: ``[C]``, updated in place in training, or None; both or none.
+
+    Raises:
+        ValueError: in training, for one value per channel.
+        RuntimeError: if shapes or dtypes do not fit.
+    """
+    choice = choose(input, weight, bias, running_mean, running_var) if training else None
+    kernel = "torch" if choice is None else announce("batch_norm", choice)
+    if kernel == "reference":
+        return batch_norm_reference(input, weight, bias, running_mean, running_var, training, momentum, eps)
+    if kernel != "cpu":
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    output, stats, _ = torch.ops.uasparse.batch_norm(input, weight, bias, eps)
+    if running_mean is not None and running_var is not None:
+        torch._foreach_lerp_([running_mean, running_var], list(stats.unbind()), momentum)
+    return output
+
+
+def batch_norm_reference(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """What :func:`batch_norm` computes, in plain torch; differentiable."""
+    dims = [0, *range(2, input.dim())]
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    if training:
+        mean, var = input.mean(dims), input.var(dims, correction=0)
+        with torch.no_grad():
+            if running_mean is not None:
+                running_mean.lerp_(mean, momentum)
+            if running_var is not None:
+                running_var.lerp_(input.var(dims), momentum)
+    else:
+        assert running_mean is not None and running_var is not None
+        mean, var = running_mean, running_var
+    output = (input - mean.view(shape)) / (var.view(shape) + eps).sqrt()
+    if weight is not None:
+        output = output * weight.view(shape)
+    return output if bias is None else output + bias.view(shape)
+
+
+def choose(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+) -> Choice:
+    """The kernel for a call in training: "cpu" (compiled) or "torch"."""
+    if input.device.type != "cpu" or not _library.has_kernel("batch_norm", input):
+        return Choice("torch", f"no compiled kernel for {input.device.type}")
+    if input.dim() < 2 or input.numel() <= input.shape[1]:
+        return Choice("torch", "no more than one value per channel")
+    if (running_mean is None) != (running_var is None):
+        return Choice("torch", "one of two running statistics")
+    for tensor in (input, weight, bias, running_mean, running_var):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32:
+            return Choice("torch", f"no kernel for {tensor.dtype}")
+        if not tensor.is_contiguous():
+            return Choice("torch", "not contiguous: torch is as fast in channels_last")
+        if tensor is not input and (tensor.shape != input.shape[1:2] or tensor.device != input.device):
+            return Choice("torch", "parameters that do not fit: torch says how")
+    return Choice("cpu", "contiguous float32")
+
+
+@_library.register_fake("batch_norm")
+def _fake(input, weight, bias, eps):
+    channels = input.shape[1]
+    return (
+        torch.empty_like(input, memory_format=torch.contiguous_format),
+        input.new_empty((2, channels)),
+        input.new_empty((2, channels), dtype=torch.float64),
+    )
+
+
+@_library.register_fake("batch_norm_backward")
+def _backward_fake(grad_output, input, weight, saved, output_mask):
+    sizes = (input.shape, input.shape[1:2], input.shape[1:2])
+    return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
