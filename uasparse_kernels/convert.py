@@ -161,7 +161,7 @@ def _misfit(module: DenseLayer, block: Sequence[int], structure: str | None) -> 
 
 
 def _turn(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Makes modules of exactly one class of another with the same attributes; hooks and whoever holds them notice not."""
+    """Gives the modules of exactly one class another class; attributes, hooks and whoever holds them stay."""
     for module in model.modules():
         if type(module) is old:
             module.__class__ = new
