@@ -24,6 +24,7 @@ SUITES = {
     "threads": "bench_threads",
     "prune-grow": "bench_prune_grow",
     "loss": "bench_unknown_aware_loss",
+    "batch-norm": "bench_batch_norm",
 }
 
 

@@ -5,7 +5,15 @@ import json
 import pytest
 import torch
 
-from benchmarks import bench_masked_conv2d, bench_masked_linear, bench_step, bench_threads, harness, plots
+from benchmarks import (
+    bench_batch_norm,
+    bench_masked_conv2d,
+    bench_masked_linear,
+    bench_step,
+    bench_threads,
+    harness,
+    plots,
+)
 
 ROW = {"shape": "a", "pass": "step", "sparsity": 0.9, "gflops": 3.0, "of_roof": 0.5}
 ROW |= harness.compare({"dense": 4.0, "dense [in, out]": 3.0, "ours": 1.0, "torch CSR": 2.0})
@@ -46,6 +54,12 @@ def test_every_variant_of_a_convolution_runs():
 @pytest.mark.parametrize("case", [case for case in bench_step.CASES if case.name.startswith(("MLP", "ViT"))], ids=str)
 def test_steps_run(case):
     assert bench_step.row(case, seconds=0)["ms"].keys() == {"dense", "ours"}
+
+
+@pytest.mark.parametrize("which", bench_batch_norm.PASSES)
+def test_every_variant_of_batch_norm_runs(which):
+    row = bench_batch_norm.row((3, 4, 5, 6), which, seconds=0)
+    assert row["ms"].keys() == {"torch", "torch channels_last", "ours"} and row["of_copy_roof"] > 0
 
 
 def test_threads_are_set_back():

@@ -38,8 +38,8 @@ def sparsify(
     ``include_dense``); both may be changed by ``overrides``. What cannot be converted is left as it is and logged
     (logger "uasparse_kernels") with the reason. Build the optimiser afterwards: the parameters are new ones.
 
-    An ``nn.BatchNorm2d`` becomes an ``nn.BatchNorm2d`` of this package: the same object and parameters, and torch's
-    arithmetic, but faster beside convolutions that keep the layout of their input.
+    An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
+    for contiguous maps in training.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
@@ -161,7 +161,7 @@ def _misfit(module: DenseLayer, block: Sequence[int], structure: str | None) -> 
 
 
 def _turn(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Makes modules of exactly one class of another with the same attributes; hooks and whoever holds them notice not."""
+    """Gives the modules of exactly one class another class; attributes, hooks and whoever holds them stay."""
     for module in model.modules():
         if type(module) is old:
             module.__class__ = new

@@ -59,16 +59,13 @@ struct Moments {
   }
 };
 
-// Adds rows to the moments. Prefetches what lies `ahead` of them.
-UASPARSE_INLINE void add_rows(const float* x, Rows rows, int64_t ahead, Moments* moments) {
+// Adds rows to the moments.
+UASPARSE_INLINE void add_rows(const float* x, Rows rows, Moments* moments) {
   const double n = static_cast<double>(rows.count * rows.length);
   Vec<float> total[kUnroll] = {}, first[kUnroll] = {}, second[kUnroll] = {};
   for_each_vector(
       rows,
-      [&](int u, int64_t at) UASPARSE_LAMBDA {
-        __builtin_prefetch(x + at + ahead);
-        total[u] += load(x + at);
-      },
+      [&](int u, int64_t at) UASPARSE_LAMBDA { total[u] += load(x + at); },
       [&](int64_t at, int32_t skip) UASPARSE_LAMBDA { total[0] += without_first(load(x + at), skip); });
   const float center = sum_of(total) / static_cast<float>(n);
   for_each_vector(
@@ -102,14 +99,11 @@ UASPARSE_INLINE void add_rows(const float* x, Rows rows, int64_t ahead, Moments*
 }
 
 // sum += dy, product += dy * (x - center) over rows.
-UASPARSE_INLINE void add_products(const float* x, const float* dy, Rows rows, int64_t ahead, float center, double* sum,
-                                  double* product) {
+UASPARSE_INLINE void add_products(const float* x, const float* dy, Rows rows, float center, double* sum, double* product) {
   Vec<float> plain[kUnroll] = {}, mixed[kUnroll] = {};
   for_each_vector(
       rows,
       [&](int u, int64_t at) UASPARSE_LAMBDA {
-        __builtin_prefetch(x + at + ahead);
-        __builtin_prefetch(dy + at + ahead);
         const Vec<float> g = load(dy + at);
         plain[u] += g;
         mixed[u] += g * (load(x + at) - center);
@@ -145,7 +139,7 @@ UASPARSE_INLINE void write_rows(const float* x, const float* dy, Rows rows, Affi
       [&](int64_t at, int32_t) UASPARSE_LAMBDA { write(at); });
 }
 
-// Calls visit(channel from first, offset, rows, ahead) for the chunks of channels [first, last); every channel's come in
+// Calls visit(channel from first, offset, rows) for the chunks of channels [first, last); every channel's come in
 // order.
 template <typename Visit>
 UASPARSE_INLINE void for_each_chunk(const BatchNormProblem& p, int64_t first, int64_t last, Visit visit) {
@@ -156,8 +150,7 @@ UASPARSE_INLINE void for_each_chunk(const BatchNormProblem& p, int64_t first, in
     for (int64_t c = first; c < last; ++c) {
       for (int64_t at = 0; at < p.pixels; at += kChunk) {
         const int64_t length = at + kChunk < p.pixels ? kChunk : p.pixels - at;
-        visit(c - first, n * image + c * p.pixels + at, Rows{count, image, length},
-              length < p.pixels ? kChunk : images * image);
+        visit(c - first, n * image + c * p.pixels + at, Rows{count, image, length});
       }
     }
   }
@@ -211,8 +204,8 @@ void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, 
     for (int64_t c = first; c < last; ++c) {
       gather(p, p.x, c, x);
       Moments moments;
-      for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows, int64_t) UASPARSE_LAMBDA {
-        add_rows(x + at, rows, 0, &moments);
+      for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows) UASPARSE_LAMBDA {
+        add_rows(x + at, rows, &moments);
       });
       write_rows(x, Rows{1, 0, gathered.pixels}, finish(p, c, moments), y);
       scatter(p, y, c, p.y);
@@ -220,8 +213,8 @@ void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, 
     return;
   }
   Moments moments[kMaxChannels];
-  for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows, int64_t ahead) UASPARSE_LAMBDA {
-    add_rows(p.x + at, rows, ahead, &moments[c]);
+  for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows) UASPARSE_LAMBDA {
+    add_rows(p.x + at, rows, &moments[c]);
   });
   Affine affine[kMaxChannels];
   for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, moments[c - first]);
@@ -241,8 +234,8 @@ void batch_norm_backward(const BatchNormBackward& p, int64_t first, int64_t last
       gather(p, p.x, c, x);
       gather(p, p.dy, c, dy);
       double sum = 0, product = 0;
-      for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows, int64_t) UASPARSE_LAMBDA {
-        add_products(x + at, dy + at, rows, 0, static_cast<float>(p.saved[c]), &sum, &product);
+      for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows) UASPARSE_LAMBDA {
+        add_products(x + at, dy + at, rows, static_cast<float>(p.saved[c]), &sum, &product);
       });
       const Affine affine = finish(p, c, sum, product);
       if (p.dx == nullptr) continue;
@@ -252,8 +245,8 @@ void batch_norm_backward(const BatchNormBackward& p, int64_t first, int64_t last
     return;
   }
   double sum[kMaxChannels] = {}, product[kMaxChannels] = {};
-  for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows, int64_t ahead) UASPARSE_LAMBDA {
-    add_products(p.x + at, p.dy + at, rows, ahead, static_cast<float>(p.saved[first + c]), &sum[c], &product[c]);
+  for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows) UASPARSE_LAMBDA {
+    add_products(p.x + at, p.dy + at, rows, static_cast<float>(p.saved[first + c]), &sum[c], &product[c]);
   });
   Affine affine[kMaxChannels];
   for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, sum[c - first], product[c - first]);

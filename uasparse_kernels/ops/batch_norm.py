@@ -88,6 +88,8 @@ def choose(
         return Choice("torch", f"no compiled kernel for {input.device.type}")
     if input.dim() < 2 or input.numel() <= input.shape[1]:
         return Choice("torch", "no more than one value per channel")
+    if input.numel() == input.shape[0] * input.shape[1]:
+        return Choice("torch", "one pixel: contiguous is channels_last, where torch is fast")
     if (running_mean is None) != (running_var is None):
         return Choice("torch", "one of two running statistics")
     for tensor in (input, weight, bias, running_mean, running_var):
