@@ -12,7 +12,7 @@ from typing import Literal
 
 FAR = ("mnist", "kmnist", "fashion-mnist", "svhn", "cifar10", "photos", "noise", "blobs", "inverted")
 # What mixed-shuffle and the rule of the combined scores were chosen on: these sets, mirrored images, held-out classes,
-# with seed 100 and the splits 0,4,6 and 1,5,9, six epochs at 90 %. No study uses that seed or those splits.
+# with seeds 100 and 101 and the splits 0,4,6 and 1,5,9, six epochs at 90 %. No study uses those seeds or splits.
 CHOSEN_ON = ("mnist", "photos")
 UNTOUCHED = tuple(name for name in FAR if name not in CHOSEN_ON)
 HELD_OUT, MIRRORED = ("holdout",), ("mirrored",)
@@ -72,7 +72,7 @@ PUBLISHED = (
     Claim("Memory is at most 3 % more than plain sparse training's", "moon+vote", "", "memory", above=-3.0),
 )  # fmt: skip
 
-OURS_ARM = "vote+patch-shuffle"
+OURS_ARM = "vote+mixed-shuffle"
 OURS = (
     Claim("Far-OOD AUROC by u is at least 93", OURS_ARM, None, score="u", sets=FAR, above=93.0),
     Claim("Far-OOD AUROC by u is at least 93 on sets never used to choose anything",
@@ -97,10 +97,12 @@ OURS = (
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=FAR),
     Claim("u adds to the combined score with features: held-out classes, against the same without u",
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=HELD_OUT),
-    Claim("Hard and soft seams and two sizes of patches (mixed-shuffle) beat plain patch-shuffle by u, far-OOD",
-          "vote+mixed-shuffle", OURS_ARM, score="u", baseline_scores=("u",), sets=FAR),
-    Claim("The same on sets never used to choose anything",
-          "vote+mixed-shuffle", OURS_ARM, score="u", baseline_scores=("u",), sets=UNTOUCHED),
+    Claim("Few unknowns of two sizes with hard and soft seams (mixed-shuffle) cost less accuracy than patch-shuffle's",
+          OURS_ARM, "vote+patch-shuffle", "accuracy"),
+    Claim("The same by u, far-OOD",
+          OURS_ARM, "vote+patch-shuffle", score="u", baseline_scores=("u",), sets=FAR),
+    Claim("The same by u on sets never used to choose anything",
+          OURS_ARM, "vote+patch-shuffle", score="u", baseline_scores=("u",), sets=UNTOUCHED),
     Claim("Accuracy is as good as sparse training's + vote, within its seed noise",
           OURS_ARM, "vote", "accuracy", above=SEED_NOISE),
     Claim("ECE is lower than sparse training's + vote", OURS_ARM, "vote", "ece"),

@@ -202,7 +202,13 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "average": {"vote": {"vote": True}, "cigl": {"vote": True, "weight_dropout": 0.1}},
     "unknowns": {
         "patch-shuffle": {"unknowns": "patch-shuffle"},
-        "mixed-shuffle": {"unknowns": "patch-shuffle", "unknown_grid": "4,4,2", "unknown_seam": "0,3,0"},
+        "mixed-shuffle": {
+            "unknowns": "patch-shuffle",
+            "unknown_grid": "4,4,2",
+            "unknown_seam": "0,3,0",
+            "unknown_share": 0.03125,
+            "unknown_weight": 0.5,
+        },
     },
     "faults": {"as-released": {"as_released": True}},
 }

@@ -18,7 +18,7 @@ from training.study import Judgement, Row, judge, read_study, spread_of
 SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features")
 DRAWN = (
     ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"),
-    ("vote+mixed-shuffle", "u"), ("vote", "combined-features"), (OURS_ARM, "combined-features"),
+    ("vote+patch-shuffle", "u"), ("vote", "combined-features"), (OURS_ARM, "combined-features"),
 )  # fmt: skip
 VERDICT_COLOURS = {"holds": "tab:green", "does not hold": "tab:red", "not decided": "tab:gray"}
 START = """# Evidence
