@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,6 +204,16 @@ def test_compare_leaves_out_what_is_stored(tmp_path):
     assert summary["unfinished"] == ["rigl+vote/seed1"]
     with pytest.raises(TrainingError, match=r"batch_size"):
         compare(replace(suite, config=replace(BASE, batch_size=64)), tmp_path / "runs", console=quiet, stored=stored)
+
+
+def test_the_published_page_is_what_its_stored_runs_say(tmp_path):
+    docs = Path(__file__).parents[1] / "docs"
+    (tmp_path / "evidence").mkdir()
+    for name in ("evidence.md", "evidence/fashion.json"):
+        shutil.copy(docs / name, tmp_path / name)
+    write_study(tmp_path / "evidence" / "fashion.json", tmp_path / "evidence.md")
+    for name in ("evidence.md", "evidence/fashion.json", "evidence/fashion.csv"):
+        assert (tmp_path / name).read_text() == (docs / name).read_text()
 
 
 def test_a_study_without_runs(tmp_path):
