@@ -165,16 +165,30 @@ void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, cons
   });
 }
 
+// A batch of at most kNarrow.
+template <typename T>
+void narrow_forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
+  const LinearKernels<T>& kernels = linear_kernels<T>();
+  const int64_t batch = input.size(0), inputs = grid.in();
+  const int64_t width = batch == 1 ? 1 : batch <= 4 ? 4 : 8;
+  const Workspace packed(width == 1 ? 0 : sizeof(T) * width * inputs);
+  const T* in = input.const_data_ptr<T>();
+  if (width > 1) {
+    at::parallel_for(0, inputs, 8192, [&](int64_t begin, int64_t end) {
+      kernels.pack_narrow(in, inputs, batch, begin, end, packed.as<T>(), width);
+    });
+    in = packed.as<T>();
+  }
+  const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
+  at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
+    kernels.narrow({grid.crow, grid.col, values, begin, end, batch, width, in, bias, output.mutable_data_ptr<T>(), grid.out()});
+  });
+}
+
 template <typename T>
 void forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
-  if (input.size(0) == 1 && grid.bh * grid.bw == 1 && input.scalar_type() != at::kBFloat16) {
-    const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
-    at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
-      linear_kernels<T>().single(grid.crow, grid.col, values, begin, end, input.const_data_ptr<T>(), bias,
-                                 output.mutable_data_ptr<T>());
-    });
-    return;
-  }
+  if (input.size(0) <= kNarrow && grid.bh * grid.bw == 1 && input.scalar_type() != at::kBFloat16)
+    return narrow_forward(input, values, bias, grid, output);
   const Panels<T> panels(input.size(0));
   const Workspace packed(panels.bytes(grid.in()));
   pack_panels<T>(input, panels, packed.as<T>());

@@ -10,6 +10,7 @@
 namespace uasparse {
 
 constexpr int64_t kTileBytes = 256;  // a panel's width: 64 floats or 32 doubles
+constexpr int64_t kNarrow = 8;       // batches that have a kernel of their own
 constexpr int64_t kLaneBytes = 64;   // widths are multiples of this, the widest vector
 
 // Nonzero blocks by grid rows, and how a kernel walks over them.
@@ -50,6 +51,19 @@ struct Sddmm : Blocks {
   void prefetch_values(int64_t block) const { __builtin_prefetch(grad + block * bh * bw, 1); }
 };
 
+// Up to kNarrow inputs, 1x1 blocks: out[b, r] = bias[r] + sum of val * in[idx, b] for the rows [begin, end).
+template <typename T>
+struct Narrow {
+  const int32_t *ptr, *idx;
+  const T* val;
+  int64_t begin, end;
+  int64_t batch, width;  // width: 1, 4 or 8, at least the batch
+  const T* in;           // [columns][width]
+  const T* bias;         // or null
+  T* out;                // rows `out_stride` apart
+  int64_t out_stride;
+};
+
 template <typename T>
 struct LinearKernels {
   // Rows [batch][channels], `stride` apart, to and from a panel [channels][width].
@@ -59,9 +73,9 @@ struct LinearKernels {
   void (*unpack_bf16)(const T* from, int64_t width, int64_t channels, uint16_t* to, int64_t stride, int64_t batch);
   void (*product)(const Product<T>&);
   void (*sddmm)(const Sddmm<T>&);
-  // One input vector, 1x1 blocks: out[r] = bias[r] + sum of val * in[idx] for rows [begin, end).
-  void (*single)(const int32_t* ptr, const int32_t* idx, const T* val, int64_t begin, int64_t end, const T* in,
-                 const T* bias, T* out);
+  void (*narrow)(const Narrow<T>&);
+  // Channels [begin, end) of the rows [batch][channels], `stride` apart, to Narrow's [channels][width].
+  void (*pack_narrow)(const T* from, int64_t stride, int64_t batch, int64_t begin, int64_t end, T* to, int64_t width);
   // sums[c] (+)= sum of panel[c, :]
   void (*row_sums)(const T* panel, int64_t width, int64_t channels, T* sums, bool accumulate);
 };

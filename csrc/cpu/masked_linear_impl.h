@@ -235,39 +235,11 @@ void product(const Product<T>& p) {
   });
 }
 
-// One input vector: bound by the stream of values and indices, so the numbers of `in` are put into vectors one by one
-// (gather instructions are slower than that on many processors).
-template <typename T>
-void single(const int32_t* ptr, const int32_t* idx, const T* val, int64_t begin, int64_t end, const T* in,
-            const T* bias, T* out) {
-  constexpr int L = 16 / sizeof(T), U = 4;
-  typedef T Short __attribute__((vector_size(16)));
-  for (int64_t r = begin; r < end; ++r) {
-    Short acc[U] = {};
-    const int64_t last = ptr[r + 1];
-    int64_t i = ptr[r];
-    for (; i + L * U <= last; i += L * U) {
-#pragma GCC unroll 4
-      for (int u = 0; u < U; ++u) {
-        Short x, w;
-#pragma GCC unroll 4
-        for (int l = 0; l < L; ++l) x[l] = in[static_cast<uint32_t>(idx[i + u * L + l])];
-        __builtin_memcpy(&w, val + i + u * L, sizeof w);
-        acc[u] += w * x;
-      }
-    }
-    const Short four = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-    T total = bias ? bias[r] : 0, rest = 0;
-    for (; i < last; ++i) rest += val[i] * in[static_cast<uint32_t>(idx[i])];
-    for (int l = 0; l < L; ++l) rest += four[l];
-    out[r] = total + rest;
-  }
-}
-
 }  // namespace
 }  // namespace uasparse::UASPARSE_ISA
 
 #include "cpu/masked_linear_dots.h"
+#include "cpu/masked_linear_narrow.h"
 
 namespace uasparse::UASPARSE_ISA {
 namespace {
@@ -288,9 +260,10 @@ extern const LinearKernels<double> linear_double;
 
 const LinearKernels<float> linear_float = {
     &pack<float, float>,      &unpack<float, float>, &pack<uint16_t, float>, &unpack<float, uint16_t>,
-    &product<float>,          &sddmm<float>,         &single<float>,         &row_sums<float>};
+    &product<float>,          &sddmm<float>,         &narrow<float>,         &pack_narrow<float>,
+    &row_sums<float>};
 const LinearKernels<double> linear_double = {
     &pack<double, double>, &unpack<double, double>, nullptr, nullptr,
-    &product<double>, &sddmm<double>, &single<double>, &row_sums<double>};
+    &product<double>, &sddmm<double>, &narrow<double>, &pack_narrow<double>, &row_sums<double>};
 
 }  // namespace uasparse::UASPARSE_ISA
