@@ -41,7 +41,7 @@ def write_run(
             name: {score: {"auroc": value, "fpr95": 1 - value} for score, value in scores.items()}
             for name, scores in (auroc or {}).items()
         },
-        "seconds_per_epoch": seconds,
+        "compute_seconds_per_epoch": seconds,
         "cost": {"memory_bytes": 900, "index_bytes": 100},
     }
     path = folder / f"{arm}-{sparsity}-{holdout.replace(',', '_')}" / f"seed{seed}"

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -41,7 +41,7 @@ class Row:
     known: dict[str, float]
     auroc: dict[str, dict[str, float]]
     fpr95: dict[str, dict[str, float]]
-    step_time: float
+    step_time: float | None  # compute seconds of an epoch
     memory: float
 
     @property
@@ -120,7 +120,7 @@ def row_of(results: dict[str, Any]) -> Row:
     known = {name: round(results["known"][name], DIGITS) for name in KNOWN_METRICS}
     return Row(
         *key_of(FitConfig.from_dict(results["config"])), known, by_metric["auroc"], by_metric["fpr95"],
-        round(results["seconds_per_epoch"], 3), cost["memory_bytes"] + cost["index_bytes"],
+        results.get("compute_seconds_per_epoch"), cost["memory_bytes"] + cost["index_bytes"],
     )  # fmt: skip
 
 
@@ -210,7 +210,7 @@ def _value(claim: Claim, row: Row, scores: Sequence[str], sets: Sequence[str] | 
         there = [s for s in scores if names and all(s in row.auroc[name] for name in names)]
         return max((100 * statistics.fmean(row.auroc[n][s] for n in names) for s in there), default=None)
     if claim.metric in ("step_time", "memory"):
-        return float(getattr(row, claim.metric))
+        return cast(float | None, getattr(row, claim.metric))
     return row.known[claim.metric] * (100 if claim.metric in IN_PERCENT else 1)
 
 

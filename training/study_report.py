@@ -29,7 +29,7 @@ What the method's claims come to on real data. Everything between the marks is w
 A claim *holds* if the whole 95 % bootstrap interval of its paired difference (same topology method, sparsity, seed and
 classes held out) is on its side of what it needs, *does not hold* if the whole interval is on the other, and is *not
 decided* else. Pairs are taken as independent. Differences are in percentage points and turned so that more is better.
-Step times are those of runs side by side on the same machine. The claims are listed in `training/claims.py`, which also
+Step times are compute seconds of runs on the same machine. The claims are listed in `training/claims.py`, which also
 says what anything was chosen on.
 """
 
