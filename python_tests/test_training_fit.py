@@ -92,7 +92,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, digits, monkeypatch, 
 
 def without_seconds(state):
     if isinstance(state, dict):
-        return {key: without_seconds(value) for key, value in state.items() if not key.endswith("seconds")}
+        return {key: without_seconds(value) for key, value in state.items() if not str(key).endswith("seconds")}
     return [without_seconds(value) for value in state] if isinstance(state, list) else state
 
 
