@@ -5,6 +5,7 @@ import json
 import math
 import resource
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,11 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, digits, monkeypatch, 
     assert_equal(whole["unknown"], resumed["unknown"])
     lines = [(tmp_path / folder / "metrics.jsonl").read_text().splitlines() for folder in ("whole", "cut")]
     assert_equal(*([without_seconds(json.loads(line)) for line in part] for part in lines))
+
+
+def test_compute_seconds_leave_out_waiting(digits):
+    record = Trainer(TINY, digits).train_epoch(lambda *_: time.sleep(0.05))
+    assert 0 < record["compute_seconds"] < record["seconds"] - 0.05
 
 
 def without_seconds(state):

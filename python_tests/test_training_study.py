@@ -20,7 +20,7 @@ from training.compare import compare
 from training.config import ARM_PARTS, FitConfig, with_arm
 from training.errors import TrainingError
 from training.scores import SCORES
-from training.study import interval, judge, quantities, read_study
+from training.study import Row, interval, judge, quantities, read_study
 from training.study_report import write_study
 from training.suites import Suite
 
@@ -191,6 +191,34 @@ def test_a_stored_study_of_other_settings_is_left_alone(tmp_path):
     write_run(tmp_path / "fashion", "rigl", seed=1, base=replace(BASE, lr_max=0.2))
     with pytest.raises(TrainingError, match=r"lr_max"):
         read_study(tmp_path / "fashion")
+
+
+def test_what_an_arm_sets_is_its_own_and_all_else_is_shared(tmp_path):
+    for arm in ("rigl+vote", "rigl+vote+mixed-shuffle", "rigl+vote+patch-shuffle"):
+        write_run(tmp_path / "a", arm)
+    assert read_study(tmp_path / "a").settings["unknown_share"] == BASE.unknown_share
+    write_run(tmp_path / "a", "set+vote+patch-shuffle", base=replace(BASE, unknown_share=0.5))
+    with pytest.raises(TrainingError, match=r"unknown_share: 0.125 and there 0.5"):
+        read_study(tmp_path / "a")
+
+
+def test_a_file_that_is_no_study(tmp_path):
+    file = tmp_path / "other.json"
+    for content in ("[]", "{}", '{"settings": {}, "rows": [{"arm": "vote"}]}'):
+        file.write_text(content)
+        with pytest.raises(TrainingError, match=r"Expected a study that `report-study` stored"):
+            read_study(file)
+
+
+def test_runs_without_compute_seconds_say_nothing_of_step_times():
+    claim = Claim("as fast", "moon+vote", "vote", "step_time", above=-3.0)
+    runs = {"known": {}, "auroc": {}, "fpr95": {}, "memory": 1.0}
+    rows = [
+        Row("rigl", arm, 0.9, seed, "", step_time=time, **runs)
+        for seed, times in enumerate([(10.0, 11.0), (10.0, None), (None, 11.0)])
+        for arm, time in zip(("vote", "moon+vote"), times, strict=True)
+    ]
+    assert quantities(claim, rows) == pytest.approx([-10.0])
 
 
 def test_compare_leaves_out_what_is_stored(tmp_path):

@@ -212,7 +212,6 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "faults": {"as-released": {"as_released": True}},
 }
-ARM_SETTINGS = frozenset(name for tokens in ARM_PARTS.values() for settings in tokens.values() for name in settings)
 PLAIN_ARM: dict[str, Any] = {
     "method": "rigl", "loss": "ce", "vote": False, "weight_dropout": 0.0, "unknowns": "none", "as_released": False,
 }  # fmt: skip

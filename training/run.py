@@ -84,7 +84,7 @@ def fit(
             "arm": config.arm,
             "config": config.to_dict(),
             "seconds_per_epoch": float(np.median([record["seconds"] for record in history])),
-            "compute_seconds_per_epoch": float(np.median([r["compute_seconds"] for r in history])),
+            "compute_seconds_per_epoch": float(np.median([r.get("compute_seconds", r["seconds"]) for r in history])),
             "cost": cost,
             **judged.results,
         }

@@ -15,7 +15,7 @@ from scipy.stats import bootstrap
 
 from training.checkpoint import read_json, write_atomically
 from training.claims import Claim
-from training.config import ARM_SETTINGS, FitConfig
+from training.config import ARM_PARTS, PLAIN_ARM, FitConfig
 from training.errors import TrainingError
 
 Verdict = Literal["holds", "does not hold", "not decided"]
@@ -26,7 +26,7 @@ LESS_IS_BETTER = ("ece", "nll", "step_time", "memory")
 IN_PERCENT = ("accuracy", "ece")
 KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
 DIGITS = 5  # of stored shares: a hundredth of what a thousandth of the images makes
-OF_A_RUN = {"sparsity", "seed", "holdout", "data_dir"}  # settings that differ within a study beside those of its arms
+OF_A_RUN = {"sparsity", "seed", "holdout", "data_dir", *PLAIN_ARM}  # settings that differ within a study
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Study:
         stored = read_study(file)
         check_settings(self.settings, stored.settings, file)
         mine = {row.key for row in self.rows}
-        return Study(self.settings, self.rows + [row for row in stored.rows if row.key not in mine])
+        return Study(stored.settings | self.settings, self.rows + [row for row in stored.rows if row.key not in mine])
 
     def write(self, file: Path) -> None:
         """Stores the study, a run a line, in an order that does not depend on how it came about."""
@@ -77,27 +77,36 @@ def read_study(path: Path) -> Study:
     """
     if path.is_file():
         stored = read_json(path)
-        return Study(stored["settings"], [Row(**values) for values in stored["rows"]])
+        try:
+            return Study(stored["settings"], [Row(**values) for values in stored["rows"]])
+        except (KeyError, TypeError) as error:
+            raise TrainingError(f"Expected a study that `report-study` stored, got {path}: {error!r}.") from error
     files = sorted(path.rglob("results.json"))
     if not files:
         raise TrainingError(f"Expected finished runs (results.json) below {path}, found none: run `compare` first.")
-    results = [(file, read_json(file)) for file in files]
-    settings = shared_settings(FitConfig.from_dict(results[0][1]["config"]))
-    for file, result in results:
-        check_settings(settings, shared_settings(FitConfig.from_dict(result["config"])), file)
-    return Study(settings, [row_of(result) for _, result in results])
+    settings: dict[str, Any] = {}
+    rows = []
+    for file in files:
+        results = read_json(file)
+        found = shared_settings(FitConfig.from_dict(results["config"]))
+        check_settings(settings, found, file)
+        settings |= found
+        rows.append(row_of(results))
+    return Study(settings, rows)
 
 
 def shared_settings(config: FitConfig) -> dict[str, Any]:
-    """The settings that all runs of a study have: not those of the arm, nor sparsity, seed and classes held out."""
-    return {name: value for name, value in config.to_dict().items() if name not in ARM_SETTINGS | OF_A_RUN}
+    """The settings that a run shares with its study: all but sparsity, seed, classes held out, and what its arm sets."""
+    named = set(config.arm.split("+"))
+    of_arm = {name for tokens in ARM_PARTS.values() for token in named & tokens.keys() for name in tokens[token]}
+    return {name: value for name, value in config.to_dict().items() if name not in OF_A_RUN | of_arm}
 
 
 def check_settings(expected: dict[str, Any], found: dict[str, Any], where: Path) -> None:
-    """Raises TrainingError naming the settings that differ."""
-    names = [name for name in expected | found if expected.get(name) != found.get(name)]
+    """Raises TrainingError naming the settings of both that differ."""
+    names = [name for name in expected if name in found and expected[name] != found[name]]
     if names:
-        listed = "; ".join(f"{name}: {expected.get(name)!r} and there {found.get(name)!r}" for name in names)
+        listed = "; ".join(f"{name}: {expected[name]!r} and there {found[name]!r}" for name in names)
         raise TrainingError(f"{where} holds a study with other settings: {listed}. Give the same, or another folder.")
 
 

@@ -118,7 +118,10 @@ def sparsify(
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned)."""
+    """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned).
+
+    Its batch norms are torch's again.
+    """
     _turn(model, BatchNorm2d, nn.BatchNorm2d)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     return _replace(model, layers)

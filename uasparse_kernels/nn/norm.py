@@ -8,7 +8,10 @@ from uasparse_kernels import ops
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` in every respect, but faster in training on a CPU for contiguous maps (``ops.batch_norm``)."""
+    """``nn.BatchNorm2d``, faster in training on a CPU for contiguous float32 maps (``ops.batch_norm``).
+
+    There a second derivative is an error, as it is of the sparse layers.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)

@@ -1,4 +1,4 @@
-"""Batch norm of ``[N, C, ...]``; in training on a CPU, of contiguous float32, in the time that memory takes."""
+"""Batch norm of ``[N, C, ...]``, with a kernel for training on a CPU of contiguous float32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``F.batch_norm`` with its arguments in another order.
+    """``F.batch_norm``, its arguments in the order of ``torch.batch_norm``.
 
     In training ``y = weight * (x - mean) / sqrt(var + eps) + bias``, mean and (biased) variance taken for each channel
     over images and pixels; ``running += momentum * (batch - running)`` for both, of the unbiased variance. In
@@ -33,7 +33,7 @@ def batch_norm(
 
     Raises:
         ValueError: in training, for one value per channel.
-        RuntimeError: if shapes or dtypes do not fit.
+        RuntimeError: if shapes or dtypes do not fit; where our kernel serves, for a second derivative.
     """
     choice = choose(input, weight, bias, running_mean, running_var) if training else None
     kernel = "torch" if choice is None else announce("batch_norm", choice)

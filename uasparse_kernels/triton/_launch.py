@@ -104,8 +104,8 @@ def longest_first(offsets: Tensor) -> Tensor | None:
     """The rows of ``offsets`` (crow or ccol) by falling length, so that the last programs of a grid are short ones.
 
     Kept per tensor, version of its contents and stream (another stream might read it before it is there). Any
-    permutation gives right results, so that one that went stale (a topology update while a CUDA graph replays) costs
-    speed at most. While a graph is captured nothing new may be kept: what is there already serves, or None.
+    permutation gives right results, so that one that went stale (a topology update while a CUDA graph replays, a freed
+    tensor's address used again) costs speed at most. While a graph is captured nothing new may be kept: what is there already serves, or None.
     """
     key = (offsets.device, offsets.data_ptr(), offsets.numel())
     kept = _orders.get(key, {})
