@@ -96,7 +96,7 @@ def read_study(path: Path) -> Study:
 
 
 def shared_settings(config: FitConfig) -> dict[str, Any]:
-    """The settings that a run shares with its study: all but sparsity, seed, classes held out, and what its arm sets."""
+    """The settings that a run shares with its study: not sparsity, seed, classes held out, or what its arm sets."""
     named = set(config.arm.split("+"))
     of_arm = {name for tokens in ARM_PARTS.values() for token in named & tokens.keys() for name in tokens[token]}
     return {name: value for name, value in config.to_dict().items() if name not in OF_A_RUN | of_arm}

@@ -105,7 +105,8 @@ def longest_first(offsets: Tensor) -> Tensor | None:
 
     Kept per tensor, version of its contents and stream (another stream might read it before it is there). Any
     permutation gives right results, so that one that went stale (a topology update while a CUDA graph replays, a freed
-    tensor's address used again) costs speed at most. While a graph is captured nothing new may be kept: what is there already serves, or None.
+    tensor's address used again) costs speed at most. While a graph is captured nothing new may be kept: what is there
+    already serves, or None.
     """
     key = (offsets.device, offsets.data_ptr(), offsets.numel())
     kept = _orders.get(key, {})
