@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+import uasparse_kernels as ua
 from training import report
 from training.checkpoint import load_checkpoint, read_json, save_checkpoint, write_atomically, write_json
 from training.config import FitConfig
@@ -61,6 +62,7 @@ def fit(
     NonFiniteLossError leaves the last good checkpoint.
     """
     console = console or Console()
+    ua.keep_freed_memory()
     data = data or load_data(config)
     unknown_sets = [load_unknowns(spec, data, data_dir=config.data_dir or None) for spec in unknowns]
     last = run_dir / "last.pt"

@@ -1,7 +1,7 @@
 """Fast dynamic sparse training for PyTorch, with networks that say when an input is of a kind that they never saw."""
 
 from uasparse_kernels import nn, ops, topology
-from uasparse_kernels._library import free_workspaces
+from uasparse_kernels._library import free_workspaces, keep_freed_memory
 from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
@@ -19,6 +19,7 @@ __all__ = [
     "densify",
     "explain",
     "free_workspaces",
+    "keep_freed_memory",
     "nn",
     "ops",
     "sparsify",
