@@ -58,8 +58,9 @@ def keep_freed_memory() -> bool:
     """Has the C library keep memory that tensors on the CPU free, for the rest of the process; returns whether it does.
 
     glibc gives large blocks back to the system, so that every training step asks for its activations again and pays for
-    each page that it touches: a fifth of a sparse ResNet-18's step. With this the process stays as large as it was at
-    its largest; blocks over 32 MiB are given back nonetheless. Call it before training. False for other C libraries.
+    each page that it touches: in the step of a sparse ResNet-18 a good part of the time. With this the process stays as
+    large as it was at its largest; blocks over 32 MiB are given back nonetheless. Call it before training. False for
+    other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # M_MMAP_THRESHOLD, at the most that glibc takes, and M_TRIM_THRESHOLD: never.
