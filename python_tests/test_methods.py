@@ -217,6 +217,60 @@ def test_mest_drops_by_weight_and_gradient():
     assert zeros.numel() == k and not set(zeros.tolist()) & set(kept.tolist())
 
 
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize(
+    "shape, block", [((9, 7), (1, 1)), ((8, 5, 3, 2), (1, 1)), ((8, 6), (4, 1)), ((6, 6, 2, 2), (2, 2))]
+)
+def test_relative_magnitude_is_the_share_of_a_row(shape, block, storage):
+    pattern = ua.SparsityPattern.random(shape, 0.4, block=block, generator=torch.Generator().manual_seed(len(shape)))
+    dense = pattern.unpack(torch.randn(pattern.packed_shape, dtype=torch.float64))
+    blocks = pattern.blocks()
+    dense[: block[0]] = 0  # a row whose weights were grown just now
+    columns = pattern.grid[1]
+    norms = topology.magnitude(topology.LayerUpdate(dense, None, pattern, 1, _no_gradient))
+    expected = []
+    for index, norm in zip(blocks.tolist(), norms.tolist(), strict=True):
+        total = sum(n for i, n in zip(blocks.tolist(), norms.tolist(), strict=True) if i // columns == index // columns)
+        expected.append(norm / total if total else 0.0)
+    weight = pattern.pack(dense) if storage == "packed" else dense
+    before = weight.clone()
+    layer = topology.LayerUpdate(weight, None, pattern, pattern.num_blocks, _no_gradient)
+    torch.testing.assert_close(topology.relative_magnitude(layer).tolist(), expected, rtol=1e-12, atol=0)
+    assert torch.equal(topology.relative_magnitude(dataclasses.replace(layer, last=True)), norms)
+    assert torch.equal(weight, before)
+
+
+def test_relative_magnitude_keeps_outputs_alive():
+    """The weights of large rows push out those of small ones by magnitude; a share of the row does not."""
+    alive = {}
+    for drop in (topology.magnitude, topology.relative_magnitude):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            ua.SparseLinear(40, 60, sparsity=0.97, bias=False),
+            nn.BatchNorm1d(60),
+            nn.ReLU(),
+            ua.SparseLinear(60, 8, sparsity=0.5),
+        )
+        with torch.no_grad():
+            crow = model[0].pattern.crow
+            model[0].weight[: int(crow[10])] *= 100
+        before = int((crow.diff() > 0).sum())
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        dst = ua.DynamicSparsity(model, optimizer, method=topology.RigL(drop=drop), total_steps=40, delta_t=2)
+        while not dst.frozen:
+            nn.functional.cross_entropy(model(torch.randn(32, 40)), torch.randint(8, (32,))).backward()
+            optimizer.step()
+            dst.step()
+            optimizer.zero_grad()
+        alive[drop] = int((model[0].pattern.crow.diff() > 0).sum())
+    lost = {drop: before - n for drop, n in alive.items()}
+    assert lost[topology.relative_magnitude] <= 1 and lost[topology.magnitude] >= 4, lost
+
+
+def _no_gradient():
+    raise AssertionError("dropping needs no dense gradient")
+
+
 @pytest.mark.parametrize("shape", [(6, 8), (6, 12, 3, 2)])
 @pytest.mark.parametrize("structure", ["2:4", "1:2", "3:4"])
 @pytest.mark.parametrize("tile", [1, 50, 1 << 20])

@@ -19,6 +19,7 @@ from uasparse_kernels.topology.methods import (
     Update,
     magnitude,
     magnitude_and_gradient,
+    relative_magnitude,
 )
 from uasparse_kernels.topology.schedule import CosineSchedule, cubic_sparsity
 from uasparse_kernels.topology.structure import structured_pattern
@@ -44,5 +45,6 @@ __all__ = [
     "layer_densities",
     "magnitude",
     "magnitude_and_gradient",
+    "relative_magnitude",
     "structured_pattern",
 ]

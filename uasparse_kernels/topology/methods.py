@@ -77,6 +77,22 @@ def magnitude(layer: LayerUpdate) -> Tensor:
     return active_norms(layer.weight, layer.pattern)
 
 
+def relative_magnitude(layer: LayerUpdate) -> Tensor:
+    """``|w| / sum of |w| over the row``: a weight's share of its output. Of the model's last layer :func:`magnitude`.
+
+    Batch norm after a layer makes the scale of a row arbitrary, and where few weights are left those of a few large
+    rows push out all others: outputs lose their last weight. By this score the last weight of a row is the last to go.
+    The outputs of the network are compared with each other, so that there scale counts. (RIA, Zhang et al., ICLR 2024,
+    prunes by this share plus that of the column.)
+    """
+    norms = magnitude(layer)
+    if layer.last:
+        return norms
+    lengths = row_counts(layer.pattern).to(torch.int64)
+    sums = torch.segment_reduce(norms, "sum", lengths=lengths)  # in a fixed order: processes must agree
+    return norms.div_(sums.clamp_(min=torch.finfo(norms.dtype).tiny).repeat_interleave(lengths, output_size=len(norms)))
+
+
 def magnitude_and_gradient(weight_of_gradient: float) -> Callable[[LayerUpdate], Tensor]:
     """``|w| + lambda * |dL/dw|`` (MEST, arXiv 2110.14032), for blocks of Frobenius norms."""
 
@@ -267,7 +283,8 @@ def lowest_of_all(scores: Sequence[Tensor], k: int) -> list[int]:
 class RigL(Method):
     """Drops the smallest magnitudes, grows the largest dense gradients (Evci et al., arXiv 1911.11134).
 
-    On patterns of blocks it is block RigL: norms of blocks instead of magnitudes.
+    On patterns of blocks it is block RigL: norms of blocks instead of magnitudes. With ``drop=relative_magnitude`` it
+    keeps more outputs alive at extreme sparsity (docs/methods.md).
     """
 
 
