@@ -18,7 +18,7 @@ from training.data import load_train_test, load_unknowns
 from training.errors import TrainingError
 from training.evaluate import evaluate
 from training.losses import LOSSES, LossSpec
-from training.recipe import Trainer
+from training.recipe import Trainer, topology_method
 from training.scores import SCORES
 from training.unknowns import PatchShuffle, shuffle_patches
 from training.weight_dropout import WeightDropout
@@ -32,6 +32,7 @@ TINY = FitConfig(
 STUDY_ARMS = (
     "dense", "rigl", "rigl+vote", "rigl+moon", "rigl+moon+vote", "rigl+reweight+vote", "rigl+logitnorm+vote",
     "rigl+cigl", "rigl+moon+vote+as-released", "set+moon+vote", "rigl+vote+patch-shuffle",
+    "rigl+relative+vote+patch-shuffle",
 )  # fmt: skip
 
 
@@ -58,6 +59,16 @@ def test_every_arm_trains_and_has_every_score(digits, arm):
 def test_arm_is_its_own_name(arm):
     assert with_arm(TINY, arm).arm == arm
     assert with_arm(with_arm(TINY, "set+moon+cigl+patch-shuffle+as-released"), arm) == with_arm(TINY, arm)
+
+
+def test_drop_is_the_topology_s(digits):
+    method = topology_method(with_arm(TINY, "set+relative"))
+    assert isinstance(method, ua.topology.SET) and method.drop is ua.topology.relative_magnitude
+    granet = topology_method(replace(TINY, method="granet", drop="relative", sparsity=0.7))
+    assert granet.drop is ua.topology.relative_magnitude and granet.final_sparsity == 0.7
+    assert topology_method(with_arm(TINY, "rigl")).drop is ua.topology.magnitude
+    with pytest.raises(TrainingError, match="method of set, rigl, granet with drop relative, got mest"):
+        replace(TINY, method="mest", drop="relative")
 
 
 def test_tokens_are_unique():

@@ -16,6 +16,8 @@ METHODS = ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "srigl", "
 FIXED_SPARSITY = {"dense": 0.0, "2:4": 0.5}  # whatever the config says
 INITIAL_SPARSITY = {"gmp": 0.0, "granet": 0.5}  # of methods that prune gradually to the config's
 UPDATE_STEPS = ("instead", "extra")
+DROP_SCORES = ("magnitude", "relative")  # relative: a weight's share of its output
+DROPS_BY_CHOICE = ("set", "rigl", "granet")  # the others say themselves what they drop
 
 
 def option(default: Any, help: str) -> Any:
@@ -42,6 +44,7 @@ class FitConfig:
     block: str = option("1x1", "Size of the blocks that are pruned and grown, rows x columns.")
     storage: str = option("auto", "Weights packed (active ones only), dense, or auto.")
     delta_t: int = option(100, "Steps between topology updates.")
+    drop: str = option("magnitude", f"What an update drops: the lowest by one of {', '.join(DROP_SCORES)}.")
     drop_fraction: float = option(0.3, "Share of the active weights that the first update moves; decays by a cosine.")
     stop_fraction: float = option(0.75, "Share of the steps after which the topology is frozen.")
     update_step: str = option("instead", "A topology update comes instead of the optimiser step, or extra after it.")
@@ -80,6 +83,7 @@ class FitConfig:
         for name, allowed in (
             ("model", MODELS), ("method", METHODS), ("loss", LOSSES), ("unknowns", UNKNOWNS),
             ("augment", AUGMENTATIONS), ("update_step", UPDATE_STEPS), ("precision", ("float32", "bfloat16")),
+            ("drop", DROP_SCORES),
             ("distribution", ("erk", "er", "uniform")), ("storage", ("auto", "packed", "dense")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
@@ -93,6 +97,9 @@ class FitConfig:
             raise TrainingError(f"Expected weight_dropout in [0, 1), got {self.weight_dropout}.")
         if self.weight_dropout and self.method == "dense":
             raise TrainingError("Expected a sparse method with weight_dropout: it drops weights of sparse layers.")
+        if self.drop != "magnitude" and self.method not in DROPS_BY_CHOICE:
+            named = ", ".join(DROPS_BY_CHOICE)
+            raise TrainingError(f"Expected a method of {named} with drop {self.drop}, got {self.method}.")
         if self.as_released and self.method not in ("rigl", "set"):
             raise TrainingError(f"Expected method rigl or set with as_released, got {self.method}.")
         if self.logit_temperature <= 0:
@@ -198,6 +205,7 @@ def with_arm(config: FitConfig, arm: str) -> FitConfig:
 # What an arm consists of: at most one token a kind, and what it sets.
 ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {name: {"method": name} for name in METHODS},
+    "drop": {"relative": {"drop": "relative"}},
     "loss": {name: {"loss": name} for name in LOSSES},
     "average": {"vote": {"vote": True}, "cigl": {"vote": True, "weight_dropout": 0.1}},
     "unknowns": {
@@ -213,5 +221,6 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "faults": {"as-released": {"as_released": True}},
 }
 PLAIN_ARM: dict[str, Any] = {
-    "method": "rigl", "loss": "ce", "vote": False, "weight_dropout": 0.0, "unknowns": "none", "as_released": False,
+    "method": "rigl", "drop": "magnitude", "loss": "ce", "vote": False, "weight_dropout": 0.0, "unknowns": "none",
+    "as_released": False,
 }  # fmt: skip

@@ -73,9 +73,14 @@ def sparsity_options(config: FitConfig) -> dict[str, Any]:
 
 def topology_method(config: FitConfig) -> str | ua.topology.Method:
     """The argument of `DynamicSparsity`."""
+    if config.method not in ua.topology.METHODS:
+        return config.method
+    method = ua.topology.METHODS[config.method]()
     if config.method in INITIAL_SPARSITY:
-        return replace(ua.topology.METHODS[config.method](), final_sparsity=config.sparsity)
-    return config.method
+        method = replace(method, final_sparsity=config.sparsity)
+    if config.drop == "relative":
+        method = replace(method, drop=ua.topology.relative_magnitude)
+    return method
 
 
 class Trainer:
