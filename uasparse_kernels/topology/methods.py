@@ -78,16 +78,13 @@ def magnitude(layer: LayerUpdate) -> Tensor:
 
 
 def relative_magnitude(layer: LayerUpdate) -> Tensor:
-    """``|w| / sum of |w| over the row``: a weight's share of its output. Of the model's last layer :func:`magnitude`.
+    """``|w| / sum of |w| over the row``: a weight's share of its output, for blocks of Frobenius norms.
 
     Batch norm after a layer makes the scale of a row arbitrary, and where few weights are left those of a few large
     rows push out all others: outputs lose their last weight. By this score the last weight of a row is the last to go.
-    The outputs of the network are compared with each other, so that there scale counts. (RIA, Zhang et al., ICLR 2024,
-    prunes by this share plus that of the column.)
+    (RIA, Zhang et al., ICLR 2024, prunes by this share plus that of the column.)
     """
     norms = magnitude(layer)
-    if layer.last:
-        return norms
     lengths = row_counts(layer.pattern).to(torch.int64)
     sums = torch.segment_reduce(norms, "sum", lengths=lengths)  # in a fixed order: processes must agree
     return norms.div_(sums.clamp_(min=torch.finfo(norms.dtype).tiny).repeat_interleave(lengths, output_size=len(norms)))
