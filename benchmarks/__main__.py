@@ -25,6 +25,7 @@ SUITES = {
     "prune-grow": "bench_prune_grow",
     "loss": "bench_unknown_aware_loss",
     "batch-norm": "bench_batch_norm",
+    "recipe": "bench_recipe",
 }
 
 

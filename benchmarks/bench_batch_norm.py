@@ -8,8 +8,6 @@ one write forward, two reads and one write backward.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,18 +57,9 @@ def row(shape: tuple[int, ...], which: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed, as a network in training keeps it busy. Whether the pages of an output are new
-    at every call, which costs more than the pass itself, is chance otherwise.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3
-        library.mallopt(trim_threshold, 1 << 30)
-        library.mallopt(mmap_threshold, 1 << 25)
-
-
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
-    keep_freed_memory()
+    # Whether the pages of an output are new at every call, which costs more than the pass itself, is chance otherwise.
+    ua.keep_freed_memory()
     return harness.rows(row(shape, which, seconds) for shape in SHAPES for which in PASSES)
 
 

@@ -19,7 +19,8 @@ import uasparse_kernels as ua
 
 RESULTS = Path(__file__).parent / "results"
 # Where the tables of the results are shown.
-PAGES = (Path(__file__).parents[1] / "README.md", Path(__file__).parents[1] / "docs" / "cpu-kernels.md")
+_ROOT = Path(__file__).parents[1]
+PAGES = (_ROOT / "README.md", _ROOT / "docs" / "cpu-kernels.md", _ROOT / "docs" / "evidence.md")
 
 
 def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:

@@ -31,7 +31,11 @@ def table(suite: str, rows: Rows) -> None:
 
 
 def markdown(rows: Rows) -> str:
-    """Speed-up over dense (and over each other rival) by shape and sparsity, as the README shows it."""
+    """Speed-up over dense (and over each other rival) by shape and sparsity, as the README shows it; of the suite
+    recipe what each arm costs.
+    """
+    if rows and "more_time" in rows[0]:
+        return _costs(rows)
     compared = [row for row in rows if "speedup_over" in row and row["sparsity"] >= 0.5]
     levels = sorted({row["sparsity"] for row in compared})
     lines = ["| | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
@@ -43,6 +47,15 @@ def markdown(rows: Rows) -> str:
                 more = f" ({', '.join(f'{value:.1f}' for value in others)})" if others else ""
                 cells[row["sparsity"]] = f"**{dense:.1f}**{more}"
         lines.append(f"| {shape} {kind} | " + " | ".join(cells.get(level, "") for level in levels) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _costs(rows: Rows) -> str:
+    lines = ["| network | arm | ms a step | more time | more memory |", "|---|---|---|---|---|"]
+    for row in rows:
+        for arm, ms in row["ms"].items():
+            more = [f"{row[name][arm]:+.1%}" if arm in row[name] else "" for name in ("more_time", "more_memory")]
+            lines.append(f"| {row['shape']} | {arm} | {ms:.3g} | {' | '.join(more)} |")
     return "\n".join(lines) + "\n"
 
 

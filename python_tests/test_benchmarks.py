@@ -62,6 +62,17 @@ def test_every_variant_of_batch_norm_runs(which):
     assert row["ms"].keys() == {"torch", "torch channels_last", "ours"} and row["of_copy_roof"] > 0
 
 
+def test_parts_of_the_recipe_are_timed():
+    pytest.importorskip("pytorch_ood")
+    from benchmarks import bench_recipe
+
+    row = bench_recipe.row(bench_recipe.Case("convnet", (1, 28, 28), 32, 2), "rigl", seconds=0, epochs=5)
+    assert row["ms"].keys() == {"rigl" + arm for arm in bench_recipe.ARMS}
+    assert -0.02 < row["more_memory"]["rigl+vote+mixed-shuffle"] < 0.02 and min(row["ms"].values()) > 0
+    text = plots.markdown([row])
+    assert text.count("\n| convnet") == len(bench_recipe.ARMS)
+
+
 def test_threads_are_set_back():
     before = torch.get_num_threads()
     row = bench_threads.row("x", {"ours": lambda: torch.ones(3).sum()}, 0.0)

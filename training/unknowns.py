@@ -7,6 +7,7 @@ batch lose their class: their patches are permuted, so that local statistics sta
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -73,14 +74,21 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int 
     patches = patches.gather(2, order[:, None].expand_as(patches))
     if seam == 0:
         return F.fold(patches, padded, size, stride=stride)
-    window = torch.outer(_trapezoid(stride[0], seam, x), _trapezoid(stride[1], seam, x)).flatten()
-    window = window.repeat(channels)[None, :, None]
-    mixed = F.fold(patches * window, padded, size, stride=stride)
+    window, weight = _blend(channels, stride, grid, seam, x.dtype, x.device)
+    mixed = F.fold(patches.mul_(window), padded, size, stride=stride)
+    return mixed[..., seam:-seam, seam:-seam] / weight
+
+
+@lru_cache(maxsize=16)
+def _blend(
+    channels: int, stride: tuple[int, int], grid: int, seam: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The weights of a patch with its margins [1, channels * pixels, 1], and what they add up to at every pixel."""
+    sides = []
+    for length in stride:
+        rise = (torch.arange(length + 2 * seam, device=device, dtype=dtype) + 0.5) / (2 * seam)
+        sides.append(torch.minimum(rise, rise.flip(0)).clamp(max=1))
+    window = torch.outer(*sides).flatten().repeat(channels)[None, :, None]
+    padded, size = (tuple(count * s + 2 * seam for s in stride) for count in (grid, 1))
     weight = F.fold(window.expand(1, -1, grid * grid), padded, size, stride=stride)
-    return (mixed / weight)[..., seam:-seam, seam:-seam]
-
-
-def _trapezoid(length: int, seam: int, like: Tensor) -> Tensor:
-    """Weights of a patch of `length` with its margins; neighbours' add up to 1 over the 2 * seam shared pixels."""
-    rise = (torch.arange(length + 2 * seam, device=like.device, dtype=like.dtype) + 0.5) / (2 * seam)
-    return torch.minimum(rise, rise.flip(0)).clamp(max=1)
+    return window, weight[..., seam:-seam, seam:-seam]

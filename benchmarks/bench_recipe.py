@@ -1,0 +1,83 @@
+"""Suite recipe: what the parts of the method add to sparse training, in time and memory.
+
+    python -m benchmarks recipe
+
+A call is a small training from the first step to the last: loss, topology updates, synthetic unknowns, votes. The
+images are noise, for the time does not depend on them. What ends a training, and evaluation, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import uasparse_kernels as ua
+from benchmarks import harness
+from training.config import FitConfig, with_arm
+from training.cost import training_cost
+from training.data import ImageSet, TrainTest
+from training.recipe import Trainer
+
+# An arm, and the one that it is compared with.
+ARMS = {
+    "": "",
+    "+vote": "",
+    "+moon+vote": "",
+    "+vote+mixed-shuffle": "+vote",
+    "+relative+vote+mixed-shuffle": "+vote",
+}
+
+
+class Case(NamedTuple):
+    """A network, the size of its images, and the steps of an epoch."""
+
+    model: str
+    image: tuple[int, int, int]
+    batch_size: int
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.batch_size} x {'x'.join(map(str, self.image))}"
+
+
+CASES = [Case("convnet", (1, 28, 28), 128, 40), Case("wrn-22-2", (3, 32, 32), 64, 4)]
+
+
+def row(case: Case, method: str, seconds: float, epochs: int = 5) -> dict[str, Any]:
+    steps = epochs * case.steps
+    trainers: dict[str, Trainer] = {}
+    calls = {arm: _training(case, method + arm, epochs, arm, trainers) for arm in ARMS}
+    ms = {arm: 1e3 * s / steps for arm, s in harness.interleave(calls, seconds=seconds, rounds=9).items()}
+    cost = {arm: training_cost(trainer.model, trainer.optimizer) for arm, trainer in trainers.items()}
+    held = {arm: c["memory_bytes"] + c["index_bytes"] for arm, c in cost.items()}
+    return {
+        "shape": str(case),
+        "method": method,
+        "sparsity": 0.9,
+        "ms": {method + arm: value for arm, value in ms.items()},
+        "more_time": {method + arm: ms[arm] / ms[base] - 1 for arm, base in ARMS.items() if arm != base},
+        "more_memory": {method + arm: held[arm] / held[base] - 1 for arm, base in ARMS.items() if arm != base},
+    }
+
+
+def _training(case: Case, arm: str, epochs: int, key: str, trainers: dict[str, Trainer]) -> Callable[[], Any]:
+    """A call that builds a trainer and trains it, leaving it in `trainers`."""
+    images = torch.randint(256, (case.steps * case.batch_size, *case.image), dtype=torch.uint8)
+    labels, names = torch.randint(10, (len(images),)), tuple("abcdefghij")
+    data = TrainTest(ImageSet("noise", images, labels, names), ImageSet("noise", images[:1], labels[:1], names))
+    shared = FitConfig(model=case.model, batch_size=case.batch_size, epochs=epochs, warmup_epochs=1, delta_t=10)
+    config = with_arm(shared, arm)
+
+    def call() -> None:
+        trainers[key] = trainer = Trainer(config, data)
+        for _ in range(config.epochs):
+            trainer.train_epoch()
+
+    return call
+
+
+def run(seconds: float = 1.0) -> list[dict[str, Any]]:
+    ua.keep_freed_memory()
+    return harness.rows(row(case, method, seconds) for case in CASES for method in ("rigl", "set"))
