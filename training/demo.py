@@ -12,12 +12,12 @@ from training.compare import auroc_table, compare
 from training.suites import SUITES, Suite
 
 BASELINE = "rigl"
-OWN_SCORE = {"rigl+moon+vote": "moon", "rigl+vote+patch-shuffle": "u"}  # the score that each method brings
+OWN_SCORE = {"moon": "moon", "patch-shuffle": "u", "mixed-shuffle": "u"}  # the score that a part of an arm brings
 SCORES_SHOWN = ("msp", "energy", "moon", "u")
 EXPLAINED = {
     "rigl": "RigL, cross entropy",
     "rigl+moon+vote": "RigL + MOON as published (unknown-aware loss, vote)",
-    "rigl+vote+patch-shuffle": "RigL + vote + synthetic unknowns (patch-shuffle) as targets of the unknown output",
+    "rigl+vote+mixed-shuffle": "RigL + vote + synthetic unknowns (shuffled patches) as targets of the unknown output",
 }
 
 
@@ -83,7 +83,7 @@ def verdict(summary: dict[str, Any]) -> list[str]:
         f"RigL ({best}, {scores[best]:.1f}):"
     ]
     for label, arm in arms.items():
-        own = OWN_SCORE.get(label)
+        own = next((score for part, score in OWN_SCORE.items() if part in label.split("+")), None)
         if own is None or own not in arm["mean_auroc"]:
             continue
         auroc = arm["mean_auroc"][own]["mean"] * 100

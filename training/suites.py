@@ -130,7 +130,7 @@ _cifar = Suite(
 SUITES: dict[str, Suite] = {
     "demo": Suite(
         FitConfig(epochs=6, warmup_epochs=1, batch_size=128, delta_t=50),
-        arms=("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"),
+        arms=("rigl", "rigl+moon+vote", "rigl+vote+mixed-shuffle"),
         unknowns=("mnist", "photos", "blobs", "noise", "inverted"),
     ),
     # A CPU's study: two more seeds of what the claims rest on, seven of the ten classes in six splits (near-OOD; they
