@@ -43,8 +43,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    Case("convnet", (1, 28, 28), 128, 20): ("rigl", "set"),
-    Case("wrn-22-2", (3, 32, 32), 64, 2): ("rigl",),
+    Case("convnet", (1, 28, 28), 128, 8): ("rigl", "set"),
+    Case("wrn-22-2", (3, 32, 32), 64, 1): ("rigl",),
 }
 
 
@@ -52,7 +52,7 @@ def row(case: Case, method: str, seconds: float, epochs: int = 5) -> dict[str, A
     steps = epochs * case.steps
     trainers: dict[str, Trainer] = {}
     calls = {arm: _training(case, method + arm, epochs, arm, trainers) for arm in ARMS}
-    ms = {arm: 1e3 * s / steps for arm, s in harness.interleave(calls, seconds=seconds, rounds=7).items()}
+    ms = {arm: 1e3 * s / steps for arm, s in harness.interleave(calls, seconds=seconds, rounds=15).items()}
     cost = {arm: training_cost(trainer.model, trainer.optimizer) for arm, trainer in trainers.items()}
     held = {arm: c["memory_bytes"] + c["index_bytes"] for arm, c in cost.items()}
     return {
