@@ -2,8 +2,9 @@
 
     python -m benchmarks recipe
 
-A call is a small training from the first step to the last: loss, topology updates, synthetic unknowns, votes. The
-images are noise, for the time does not depend on them. What ends a training, and evaluation, are left out.
+A call is a small training from the first step to the last: loss, topology updates (one in ten steps, more than usual),
+synthetic unknowns, votes. The images are noise, for the time does not depend on them. What ends a training, and
+evaluation, are left out.
 """
 
 from __future__ import annotations
