@@ -21,7 +21,7 @@ from training.config import FitConfig, with_arm
 from training.data import load_train_test, load_unknowns, unknown_name
 from training.run import fit
 from training.scores import SCORES
-from training.suites import STUDY_ARMS, SUITES, Suite, changed, plan
+from training.suites import MAIN_ARMS, RELATIVE_ARMS, STUDY_ARMS, SUITES, Suite, changed, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,10 +39,14 @@ def test_fashion_is_the_grid_of_the_study():
     for run in runs:
         if not run.config.holdout and run.config.method != "dense":
             seeds[run.config.arm, run.config.sparsity] += 1
-    assert {arm for arm, _ in seeds} == set(STUDY_ARMS) - {"dense"}
-    assert {sparsity: n for (_, sparsity), n in seeds.items()} == {0.8: 3, 0.9: 5, 0.95: 5, 0.99: 3}
+    assert {arm for arm, _ in seeds} == set(STUDY_ARMS) - {"dense"} | set(RELATIVE_ARMS)
+    for (arm, sparsity), n in seeds.items():
+        assert n == (5 if arm in MAIN_ARMS and sparsity in (0.9, 0.95) else 3)
+        assert arm not in RELATIVE_ARMS or sparsity == 0.99
+    assert len(seeds) == 20 * 4 + 4
     splits = {run.config.holdout for run in runs} - {""}
-    assert len(splits) == 3 and all(len(split.split(",")) == 3 for split in splits)
+    assert len(splits) == 6 and all(len(split.split(",")) == 3 for split in splits)
+    assert {run.config.arm for run in runs if run.config.holdout} == set(MAIN_ARMS)
     assert all(("holdout" in run.unknowns) == bool(run.config.holdout) for run in runs)
     assert [run.config.seed for run in runs] == sorted(run.config.seed for run in runs)
     assert SUITES["fashion"].scores == tuple(SCORES)
@@ -72,10 +76,13 @@ def test_options_change_a_suite():
     runs = plan(new)
     assert {run.config.arm for run in runs} == {"rigl", "dense"}
     assert {run.config.sparsity for run in runs} == {0.95, 0.0}
-    assert {run.config.seed for run in runs if not run.config.holdout} == {0, 1, 2, 3}
-    assert {run.config.seed for run in runs if run.config.holdout} == {0, 1, 2}
+    assert {run.config.seed for run in runs} == {0, 1, 2, 3}
+    assert not any(run.config.holdout for run in runs)  # they are at 90 % only
     assert all(run.unknowns[: len(new.unknowns)] == new.unknowns for run in runs)
     assert changed(suite, wish, set()) == suite
+    with_more = changed(suite, wish, {"ood"})
+    assert [grid.arms for grid in with_more.grids] == [grid.arms for grid in suite.grids]
+    assert all(grid.unknowns == new.unknowns for grid in with_more.grids)
 
 
 def test_unknowns_have_a_name(tmp_path):

@@ -71,7 +71,8 @@ def changed(suite: Suite, wish: Suite, given: set[str]) -> Suite:
         seeds = tuple(s for s in grid.seeds if "seeds" not in given or s in wish.seeds)
         sparsities = tuple(s for s in grid.sparsities if "sparsity" not in given or s in wish.sparsities)
         if seeds and sparsities:
-            also.append(replace(new, seeds=seeds, sparsities=sparsities, holdouts=grid.holdouts))
+            arms = new.arms if "arm" in given else grid.arms
+            also.append(replace(new, arms=arms, seeds=seeds, sparsities=sparsities, holdouts=grid.holdouts))
     seeds = wish.seeds if "seeds" in given else suite.seeds
     sparsities = wish.sparsities if "sparsity" in given else suite.sparsities
     return replace(new, seeds=seeds, sparsities=sparsities, also=tuple(also))
