@@ -499,62 +499,6 @@ def test_a_compiled_model_follows(name):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("storage", ["packed", "dense"])
-@pytest.mark.parametrize("block", [(1, 1), (3, 1), (2, 2)])
-@pytest.mark.parametrize(("out", "come"), [(5, 2), (3, 0), (0, 3), (2, 4), (0, 0)])
-def test_resize_moves_everything(block, storage, out, come):
-    g = torch.Generator().manual_seed(out)
-    pattern = ua.SparsityPattern.random((12, 6, 1, 3), 0.4, block=block, generator=g)
-    dense = torch.randn(pattern.shape, generator=g, dtype=torch.float64)
-    tensors = [torch.nn.Parameter(dense.clone()), dense + 5]
-    with torch.no_grad():
-        tensors = [pattern.pack(t) if storage == "packed" else t.mul_(pattern.to_mask()) for t in tensors]
-    kept = pattern.to_mask()
-    active = pattern.blocks()
-    dropped = active[torch.randperm(active.numel(), generator=g)[:out]].sort().values
-    kept &= ~pattern.mask_of(dropped)
-    others = (~torch.isin(torch.arange(math.prod(pattern.grid)), active)).nonzero().squeeze(1)
-    grown = torch.cat([dropped[:1], others[torch.randperm(others.numel(), generator=g)]])[:come].sort().values
-    versions = [t._version for t in tensors]
-    resize(tensors[0], pattern, dropped, grown, tensors[1:])
-    expected = torch.cat([active[~torch.isin(active, dropped)], grown]).sort().values
-    assert torch.equal(pattern.blocks(), expected)
-    for tensor, old, version in zip(tensors, [dense, dense + 5], versions, strict=True):
-        got = pattern.unpack(tensor) if storage == "packed" else tensor
-        assert torch.equal(got.detach(), old * kept)
-        assert tensor._version > version
-
-
-def test_an_old_graph_is_refused_and_a_new_one_is_right():
-    layer = ua.SparseLinear(6, 5, sparsity=0.5, dtype=torch.float64)
-    x = torch.randn(3, 6, dtype=torch.float64)
-    calls = []
-    layer.weight.register_post_accumulate_grad_hook(calls.append)
-    old, done = layer(x).square().sum(), layer(x).sum()
-    done.backward(retain_graph=True)
-    blocks = layer.pattern.blocks()
-    resize(layer.weight, layer.pattern, blocks[::3], blocks[:0], [layer.weight.grad])
-    with pytest.raises(RuntimeError):
-        old.backward()
-    layer.weight.grad = None
-    new = layer(x).square().sum()
-    new.backward()
-    dense = layer.to_dense()
-    dense(x).square().sum().backward()
-    torch.testing.assert_close(layer.weight.grad, layer.pattern.pack(dense.weight.grad))
-    assert len(calls) == 2
-
-
-@pytest.mark.parametrize(("dropped", "grown"), [([1], []), ([2, 0], []), ([9], []), ([], [2]), ([0, 0], [])])
-def test_resize_refuses_bad_blocks_and_changes_nothing(dropped, grown):
-    pattern = ua.SparsityPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 1]]))
-    weight = torch.tensor([1.0, 2.0, 3.0])
-    before = [t.clone() for t in (weight, *pattern.buffers())]
-    with pytest.raises(ValueError, match="active"):
-        resize(weight, pattern, *(torch.tensor(x, dtype=torch.int64) for x in (dropped, grown)))
-    assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.buffers()), before, strict=True))
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -81,8 +81,9 @@ def relative_magnitude(layer: LayerUpdate) -> Tensor:
     """``|w| / sum of |w| over the row``: a weight's share of its output, for blocks of Frobenius norms.
 
     Batch norm after a layer makes the scale of a row arbitrary, and where few weights are left those of a few large
-    rows push out all others: outputs lose their last weight. By this score the last weight of a row is the last to go.
-    (RIA, Zhang et al., ICLR 2024, prunes by this share plus that of the column.)
+    rows push out all others: outputs lose their last weight. By this score the only weight of a row stands highest. It
+    is for growth by gradient: random growth revives outputs by itself (docs/methods.md has figures). RIA (Zhang et al.,
+    ICLR 2024) prunes by this share plus that of the column.
     """
     norms = magnitude(layer)
     lengths = row_counts(layer.pattern).to(torch.int64)
