@@ -2,6 +2,7 @@
 
 python -m benchmarks                    all suites of the CPU
 python -m benchmarks linear conv        some of them
+python -m benchmarks linear --folder benchmarks/results/avx2    kept, and shown, apart from those of another machine
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+import uasparse_kernels as ua
 from benchmarks import harness, plots
 
 SUITES = {
@@ -38,6 +40,8 @@ def main(
     unknown = sorted(set(suites or ()) - SUITES.keys())
     if unknown:
         raise typer.BadParameter(f"Expected suites of {', '.join(SUITES)}, got {', '.join(unknown)}.")
+    # As `python -m training` does, for the rivals too: else new pages can cost as much as a kernel.
+    ua.keep_freed_memory()
     for suite in suites or SUITES:
         _pin(None if suite == "threads" else threads)
         torch.set_num_threads(threads)
@@ -50,8 +54,8 @@ def main(
         path = harness.save(suite, rows, folder, roofs=roofs)
         plots.table(suite, rows)
         written = [path, *plots.draw(suite, rows, folder)]
-        if folder == harness.RESULTS:
-            written += [page for page in harness.PAGES if plots.insert(suite, plots.markdown(rows), page)]
+        if name := harness.table_name(path):
+            written += [page for page in harness.PAGES if plots.insert(name, plots.markdown(rows), page)]
         print("written:", *written)
 
 

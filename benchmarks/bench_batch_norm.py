@@ -58,8 +58,6 @@ def row(shape: tuple[int, ...], which: str, seconds: float) -> dict[str, Any]:
 
 
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
-    # Whether the pages of an output are new at every call, which costs more than the pass itself, is chance otherwise.
-    ua.keep_freed_memory()
     return harness.rows(row(shape, which, seconds) for shape in SHAPES for which in PASSES)
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-import uasparse_kernels as ua
 from benchmarks import harness
 from training.config import FitConfig, with_arm
 from training.cost import training_cost
@@ -83,5 +82,4 @@ def _training(case: Case, arm: str, epochs: int, key: str, trainers: dict[str, T
 
 
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
-    ua.keep_freed_memory()
     return harness.rows(row(case, method, seconds) for case, methods in CASES.items() for method in methods)

@@ -106,7 +106,6 @@ def row(case: Case, seconds: float) -> dict[str, Any]:
 
 
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
-    ua.keep_freed_memory()  # as `python -m training` does; the dense networks gain too
     return harness.rows(row(case, seconds) for case in CASES)
 
 

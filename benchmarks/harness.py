@@ -17,10 +17,16 @@ from torch import nn
 
 import uasparse_kernels as ua
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 # Where the tables of the results are shown.
 _ROOT = Path(__file__).parents[1]
 PAGES = (_ROOT / "README.md", _ROOT / "docs" / "cpu-kernels.md", _ROOT / "docs" / "evidence.md")
+
+
+def table_name(path: Path) -> str:
+    """The table of a file of results in the pages: "linear", or "avx2/linear" in a folder of its own; "" elsewhere."""
+    path = path.resolve()
+    return path.relative_to(RESULTS).with_suffix("").as_posix() if path.is_relative_to(RESULTS) else ""
 
 
 def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:

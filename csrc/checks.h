@@ -5,11 +5,14 @@
 
 namespace uasparse {
 
-// crow and col (int32, contiguous, one device) belong to a grid of blocks over a weight of this shape.
-inline void check_csr(const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef shape, at::IntArrayRef block) {
+// crow and col (int32, contiguous, one device) belong to a grid of blocks over a weight of this shape. With `or_short` col
+// may be int16 too.
+inline void check_csr(const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef shape, at::IntArrayRef block,
+                      bool or_short = false) {
   TORCH_CHECK_VALUE((shape.size() == 2 || shape.size() == 4) && block.size() == 2,
                     "Expected a weight shape of 2 or 4 sizes and a block of 2, got ", shape, " and ", block, ".");
-  TORCH_CHECK_TYPE(crow.scalar_type() == at::kInt && col.scalar_type() == at::kInt,
+  TORCH_CHECK_TYPE(crow.scalar_type() == at::kInt &&
+                       (col.scalar_type() == at::kInt || (or_short && col.scalar_type() == at::kShort)),
                    "Expected int32 pattern tensors, got ", crow.scalar_type(), " and ", col.scalar_type(), ".");
   TORCH_CHECK_VALUE(crow.is_contiguous() && col.is_contiguous() && crow.device() == col.device(),
                     "Expected contiguous pattern tensors on one device.");

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import importlib
 import os
+import pickle
 import subprocess
 import sys
 
@@ -15,6 +18,7 @@ from hypothesis import strategies as st
 import uasparse_kernels as ua
 from uasparse_kernels import SparsityPattern, ops
 from uasparse_kernels.ops._common import Choice, pattern_tensors
+from uasparse_kernels.ops.prune_grow import resize
 
 # The package gives the function of this name; the tests need the module.
 module = importlib.import_module("uasparse_kernels.ops.masked_linear")
@@ -309,6 +313,80 @@ def test_public_function_by_every_kernel(kernel, packed, monkeypatch):
     want = _gradients(reference, input, weight, pattern, bias, grad_output)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(37, 29), (3, 2**16), (130, 700), (1, 1)], ids=str)
+@pytest.mark.parametrize("density", [0, 0.02, 0.3, 1])
+def test_columns_of_16_bits_give_the_same_bits(shape, density, dtype):
+    pattern = _pattern(*shape, density)
+    crow, col, *rest = pattern_tensors(pattern)
+    op = torch.ops.uasparse.masked_linear
+    for batch in (1, 2, 4, 5, module.SHORT_BATCH):
+        input, weight, bias, _ = _problem(pattern, (batch,), dtype, True)
+        short = op(input, weight, bias, crow, col.to(torch.int16), *rest, pattern.shape, pattern.block)
+        assert torch.equal(short, _op(input, weight, pattern, bias))
+
+
+def test_inference_follows_its_pattern(monkeypatch):
+    """The columns of 16 bits are made anew when a topology update, a load or a move changed the pattern."""
+    monkeypatch.setattr(module, "choose", lambda *_, **__: Choice("cpu", "test"))
+    layer = ua.SparseLinear(30, 20, sparsity=0.8, storage="packed")
+    x = torch.randn(2, 30)
+
+    def check(layer):
+        with torch.no_grad():
+            got = [layer(x), layer(x)]
+        assert all(torch.equal(y, _op(x, layer.weight, layer.pattern, layer.bias)) for y in got)
+        assert module._short[layer.pattern][2].dtype == torch.int16
+
+    check(layer)
+    layer.pattern.assign_(_pattern(20, 30, 0.2, seed=5))
+    twin = copy.deepcopy(layer)  # before `layer` has noticed
+    check(layer)
+    check(twin)
+    blocks = layer.pattern.blocks()
+    resize(layer.weight, layer.pattern, blocks[::3], blocks[:0], [])
+    check(layer)
+    check(layer.double().float())
+    check(pickle.loads(pickle.dumps(layer)))
+    used = len(module._short)
+    del layer, twin
+    gc.collect()
+    assert len(module._short) <= used - 2
+
+
+def test_columns_of_16_bits_only_where_they_fit():
+    pattern = _pattern(12, 10, 0.3)
+    crow, col, *rest = pattern_tensors(pattern)
+    tensors, op = (crow, col.to(torch.int16), *rest), torch.ops.uasparse.masked_linear
+    input, weight, bias, _ = _problem(pattern, (module.SHORT_BATCH + 1,), torch.float32, True)
+    for wrong in (input, input[:2].bfloat16()):  # too many, and not a dtype of that kernel
+        with pytest.raises(TypeError, match="int32"):
+            op(wrong, weight.to(wrong.dtype), bias.to(wrong.dtype), *tensors, pattern.shape, pattern.block)
+    with pytest.raises(TypeError, match="int32"):
+        op(input[:2], pattern.unpack(weight), bias, *tensors, pattern.shape, pattern.block)
+    wide = _pattern(1, 2**16 + 1, 0.1)
+    crow, col, *rest = pattern_tensors(wide)
+    with pytest.raises(TypeError, match="int32"):
+        op(
+            torch.ones(1, 2**16 + 1),
+            torch.ones(wide.nnz),
+            None,
+            crow,
+            col.to(torch.int16),
+            *rest,
+            wide.shape,
+            wide.block,
+        )
+    for grad, size in ((True, 2), (False, module.SHORT_BATCH + 1)):
+        with torch.set_grad_enabled(grad):
+            ops.masked_linear(input[:size], weight, pattern, bias)
+        assert pattern not in module._short
+    with torch.inference_mode():
+        made_here = _pattern(12, 10, 0.3)
+        y = ops.masked_linear(input[:2], weight, made_here, bias)
+    torch.testing.assert_close(y, reference(input[:2], weight, pattern, bias))
 
 
 def test_choice_depends_on_dtype():

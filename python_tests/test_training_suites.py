@@ -52,6 +52,16 @@ def test_fashion_is_the_grid_of_the_study():
     assert SUITES["fashion"].scores == tuple(SCORES)
 
 
+def test_colour_differs_from_fashion_in_its_images_alone():
+    colour, fashion = SUITES["colour"], SUITES["fashion"]
+    assert replace(colour.config, data=fashion.config.data) == fashion.config
+    runs = plan(colour)
+    assert Counter(run.config.method for run in runs) == {"dense": 3, "rigl": 12, "set": 12}
+    assert {run.config.sparsity for run in runs} == {0.0, 0.9}
+    for suite in (colour, SUITES["cifar"]):  # colour images are mirrored in training, so that mirrored ones are known
+        assert "mirrored" not in suite.unknowns and suite.config.data not in suite.unknowns
+
+
 def test_cifar_is_the_papers_protocol():
     config = SUITES["cifar"].config
     assert (config.model, config.epochs, config.batch_size, config.precision) == ("resnet18", 100, 128, "bfloat16")

@@ -53,7 +53,9 @@ constexpr int64_t kTaskPanels = 4;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Grid {
-  const int32_t *crow, *col, *ccol, *row, *perm;
+  const int32_t *crow, *col;  // col or
+  const uint16_t* short_col;  // short_col, the other null
+  const int32_t *ccol, *row, *perm;
   int64_t rows, columns, blocks, bh, bw;
 
   int64_t out() const { return rows * bh; }
@@ -165,7 +167,10 @@ void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, cons
   });
 }
 
-// A batch of at most kNarrow.
+bool is_narrow(int64_t batch, int64_t block_size, at::ScalarType type) {
+  return batch <= kNarrow && block_size == 1 && type != at::kBFloat16;
+}
+
 template <typename T>
 void narrow_forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
   const LinearKernels<T>& kernels = linear_kernels<T>();
@@ -181,13 +186,14 @@ void narrow_forward(const at::Tensor& input, const T* values, const T* bias, con
   }
   const int64_t grain = std::max<int64_t>(1, 32768 * grid.rows / std::max<int64_t>(1, grid.blocks));
   at::parallel_for(0, grid.rows, grain, [&](int64_t begin, int64_t end) {
-    kernels.narrow({grid.crow, grid.col, values, begin, end, batch, width, in, bias, output.mutable_data_ptr<T>(), grid.out()});
+    kernels.narrow({grid.crow, grid.col, grid.short_col, values, begin, end, batch, width, in, bias,
+                    output.mutable_data_ptr<T>(), grid.out()});
   });
 }
 
 template <typename T>
 void forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
-  if (input.size(0) <= kNarrow && grid.bh * grid.bw == 1 && input.scalar_type() != at::kBFloat16)
+  if (is_narrow(input.size(0), grid.bh * grid.bw, input.scalar_type()))
     return narrow_forward(input, values, bias, grid, output);
   const Panels<T> panels(input.size(0));
   const Workspace packed(panels.bytes(grid.in()));
@@ -273,18 +279,20 @@ void bias_gradient(const T* grad_panels, const Panels<T>& panels, int64_t output
 
 at::ScalarType compute_type(at::ScalarType type) { return type == at::kBFloat16 ? at::kFloat : type; }
 
-// The pattern's tensors, checked against the weight's shape, block and device.
+// The pattern's tensors, checked against the weight's shape, block and device. With `or_short` col may hold the low 16 bits.
 Grid check_grid(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
-                const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block) {
+                const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block, bool or_short = false) {
   TORCH_CHECK_VALUE(shape.size() == 2, "masked_linear: expected a weight shape [out, in], got ", shape, ".");
-  check_csr(crow, col, shape, block);
+  check_csr(crow, col, shape, block, or_short && shape[1] <= 1 << 16);
   check_csr(ccol, row, {shape[1], shape[0]}, {block[1], block[0]});
   TORCH_CHECK_TYPE(perm.scalar_type() == at::kInt, "Expected an int32 perm, got ", perm.scalar_type(), ".");
   TORCH_CHECK_VALUE(row.numel() == col.numel() && perm.numel() == col.numel() && perm.is_contiguous(), "Expected ",
                     col.numel(), " entries in row and perm, got ", row.numel(), " and ", perm.numel(), ".");
-  return {crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), ccol.const_data_ptr<int32_t>(),
-          row.const_data_ptr<int32_t>(), perm.const_data_ptr<int32_t>(), shape[0] / block[0], shape[1] / block[1],
-          col.numel(), block[0], block[1]};
+  const bool is_short = col.scalar_type() == at::kShort;
+  return {crow.const_data_ptr<int32_t>(), is_short ? nullptr : col.const_data_ptr<int32_t>(),
+          is_short ? reinterpret_cast<const uint16_t*>(col.const_data_ptr<int16_t>()) : nullptr,
+          ccol.const_data_ptr<int32_t>(), row.const_data_ptr<int32_t>(), perm.const_data_ptr<int32_t>(),
+          shape[0] / block[0], shape[1] / block[1], col.numel(), block[0], block[1]};
 }
 
 void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
@@ -320,7 +328,9 @@ void dispatch(at::ScalarType type, Body body) {
 at::Tensor masked_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
                          const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block) {
-  const Grid grid = check_grid(crow, col, ccol, row, perm, shape, block);
+  const int64_t batch = c10::multiply_integers(input.sizes().slice(0, std::max<int64_t>(input.dim() - 1, 0)));
+  const bool or_short = weight.sizes() != shape && is_narrow(batch, c10::multiply_integers(block), input.scalar_type());
+  const Grid grid = check_grid(crow, col, ccol, row, perm, shape, block, or_short);
   TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == grid.in(), "masked_linear: expected an input [..., ",
                     grid.in(), "], got ", input.sizes(), ".");
   check_tensor("weight", weight, input);

@@ -54,7 +54,8 @@ struct Sddmm : Blocks {
 // Up to kNarrow inputs, 1x1 blocks: out[b, r] = bias[r] + sum of val * in[idx, b] for the rows [begin, end).
 template <typename T>
 struct Narrow {
-  const int32_t *ptr, *idx;
+  const int32_t *ptr, *idx;   // idx or
+  const uint16_t* short_idx;  // short_idx, the other null
   const T* val;
   int64_t begin, end;
   int64_t batch, width;  // width: 1, 4 or 8, at least the batch

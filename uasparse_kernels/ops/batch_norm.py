@@ -41,7 +41,7 @@ def batch_norm(
         return batch_norm_reference(input, weight, bias, running_mean, running_var, training, momentum, eps)
     if kernel != "cpu":
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    output, stats, _ = torch.ops.uasparse.batch_norm(input, weight, bias, eps)
+    output, stats, _ = torch.ops.uasparse.batch_norm.default(input, weight, bias, eps)
     if running_mean is not None and running_var is not None:
         torch._foreach_lerp_([running_mean, running_var], list(stats.unbind()), momentum)
     return output

@@ -73,7 +73,7 @@ def masked_conv2d(
         return F.conv2d(input, dense_form(weight, pattern), bias, stride, padding, dilation, groups)
     if kernel in ("triton", "cuda"):
         weight = packed_form(weight, pattern)
-    return torch.ops.uasparse.masked_conv2d(
+    return torch.ops.uasparse.masked_conv2d.default(
         input,
         weight,
         bias,

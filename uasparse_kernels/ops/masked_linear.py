@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from uasparse_kernels.ops._common import (
 from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
 from uasparse_kernels.pattern import SparsityPattern
+
+SHORT_BATCH, SHORT_COLUMNS = 8, 2**16  # what the CPU's kernel for few inputs takes, and takes with 16-bit columns
 
 
 def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None = None) -> Tensor:
@@ -50,8 +53,11 @@ def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias:
         return F.linear(input, dense_form(weight, pattern), bias)
     if kernel in ("triton", "cuda"):
         weight = packed_form(weight, pattern)
-    return torch.ops.uasparse.masked_linear(
-        input, weight, bias, *pattern_tensors(pattern), pattern.shape, pattern.block
+    crow, col, *transposed = pattern_tensors(pattern)
+    if kernel == "cpu" and not torch.is_grad_enabled() and _is_bound_by_indices(input, weight, pattern):
+        col = _short_columns(pattern, col)
+    return torch.ops.uasparse.masked_linear.default(
+        input, weight, bias, crow, col, *transposed, pattern.shape, pattern.block
     )
 
 
@@ -74,6 +80,35 @@ def choose(
         work = math.prod(input_shape[:-1]) * math.prod(pattern.shape)
         return choose_cuda("masked_linear", dtype, pattern, work, packed=packed)
     return choose_cpu("masked_linear", dtype, pattern, math.prod(input_shape[:-1]), packed=packed)
+
+
+def _is_bound_by_indices(input: Tensor, weight: Tensor, pattern: SparsityPattern) -> bool:
+    """Whether reading values and indices takes most of the time, and columns of 16 bits will do."""
+    return (
+        input.numel() <= SHORT_BATCH * input.shape[-1]
+        and pattern.shape[1] <= SHORT_COLUMNS
+        and pattern.block == (1, 1)
+        and weight.shape != pattern.shape
+        and input.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+    )
+
+
+# Per pattern: its `col`, that tensor's version when it was copied, and the low 16 bits of each column. Not kept on the
+# pattern, so that it is neither copied nor saved with it.
+_short: weakref.WeakKeyDictionary[SparsityPattern, tuple[weakref.ref[Tensor], int, Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _short_columns(pattern: SparsityPattern, col: Tensor) -> Tensor:
+    if col.is_inference():  # has no version
+        return col
+    of, version, short = _short.get(pattern, (None, -1, col))
+    if of is None or of() is not col or version != col._version:
+        short = col.to(torch.int16)
+        _short[pattern] = weakref.ref(col), col._version, short
+    return short
 
 
 def _check(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:

@@ -52,7 +52,7 @@ def unknown_aware_loss(
         alpha = alpha.detach().to(logits.device, dtype).reshape(())
     else:
         alpha = torch.full((), alpha, dtype=dtype, device=logits.device)
-    loss, threshold, _ = torch.ops.uasparse.unknown_aware_loss(
+    loss, threshold, _ = torch.ops.uasparse.unknown_aware_loss.default(
         logits, target, alpha, float(unknown_weight), _REDUCTIONS[reduction]
     )
     return loss, threshold
