@@ -48,7 +48,7 @@ namespace {
 // Outputs of a task, over all its panels: they stay in a core's L2 cache, as do the weights of one column block, which
 // all panels of a task share.
 constexpr int64_t kTaskOutputs = 512;
-constexpr int64_t kTaskPanels = 4;
+constexpr int64_t kTaskPanels = 2;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -84,7 +84,7 @@ struct Panels {
     for (int64_t first = 0; first < count;) {
       const int64_t equal = last == tile || first + 1 == count ? count - first : count - first - 1;
       const int64_t size = std::min(equal, most);
-      parts.push_back(Panels(std::min(batch - first * tile, size * tile), first * tile));
+      parts.push_back(Panels(std::min(batch - first * tile, size * tile), start + first * tile));
       first += size;
     }
     return parts;
@@ -102,7 +102,13 @@ int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_colum
   return std::clamp<int64_t>(std::max(near, wanted), 1, columns);
 }
 
-// Rows of `tensor` [batch, channels], contiguous, into panels.
+// The panels that are packed and used together, before the next ones: so they are still in a near cache when they are used.
+template <typename T>
+std::vector<Panels<T>> parts_of(int64_t batch) {
+  return Panels<T>(batch).groups(kTaskPanels * at::get_num_threads());
+}
+
+// The panels' rows of `tensor` [batch, channels], contiguous, packed.
 template <typename T>
 void pack_panels(const at::Tensor& tensor, const Panels<T>& panels, T* to) {
   const LinearKernels<T>& kernels = linear_kernels<T>();
@@ -110,7 +116,7 @@ void pack_panels(const at::Tensor& tensor, const Panels<T>& panels, T* to) {
   at::parallel_for(0, panels.count * chunks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / chunks, c = task % chunks * chunk, width = panels.width(panel);
-      const int64_t offset = panel * panels.tile * channels + c, count = std::min(chunk, channels - c);
+      const int64_t offset = (panels.start + panel * panels.tile) * channels + c, count = std::min(chunk, channels - c);
       T* out = to + panel * panels.tile * channels + c * width;
       if (tensor.scalar_type() == at::kBFloat16) {
         const auto* from = static_cast<const uint16_t*>(tensor.const_data_ptr()) + offset;
@@ -123,7 +129,7 @@ void pack_panels(const at::Tensor& tensor, const Panels<T>& panels, T* to) {
   });
 }
 
-// result [batch, outputs] = what `product` describes, over all panels. `rows` grid rows.
+// The rows of result [batch, outputs] that are in the panels = what `product` describes. `rows` grid rows.
 template <typename T>
 void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, const at::Tensor& result) {
   const LinearKernels<T>& kernels = linear_kernels<T>();
@@ -147,7 +153,7 @@ void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, cons
       p.width = group.last;
       p.in_panel = group.tile * inputs;
       p.out_panel = count * block * p.width;
-      p.in = product.in + group.start * inputs;
+      p.in = product.in + (group.start - panels.start) * inputs;
       p.out = outs.as<T>();
       p.bias = product.bias ? product.bias + row * block : nullptr;
       p.scratch = scratch.as<int32_t>();
@@ -195,16 +201,18 @@ template <typename T>
 void forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
   if (is_narrow(input.size(0), grid.bh * grid.bw, input.scalar_type()))
     return narrow_forward(input, values, bias, grid, output);
-  const Panels<T> panels(input.size(0));
-  const Workspace packed(panels.bytes(grid.in()));
-  pack_panels<T>(input, panels, packed.as<T>());
+  const std::vector<Panels<T>> parts = parts_of<T>(input.size(0));
+  const Workspace packed(parts.front().bytes(grid.in()));
   Product<T> p{};
   p.ptr = grid.crow, p.idx = grid.col, p.val = values;
   p.columns = grid.columns, p.blocks = grid.blocks, p.block_out = grid.bh, p.block_in = grid.bw;
   p.stride_out = grid.bw, p.stride_in = 1;
   p.bias = bias, p.in = packed.as<T>();
-  p.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
-  run_product(p, grid.rows, panels, output);
+  for (const Panels<T>& part : parts) {
+    pack_panels<T>(input, part, packed.as<T>());
+    p.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * part.width(0));
+    run_product(p, grid.rows, part, output);
+  }
 }
 
 // Values in the order by columns.
@@ -220,13 +228,10 @@ void transpose_values(const T* values, const Grid& grid, T* to) {
 }
 
 template <typename T>
-void input_gradient(const T* grad_panels, const Panels<T>& panels, const T* values, const Grid& grid,
+void input_gradient(const T* grad_panels, const Panels<T>& panels, const T* transposed, const Grid& grid,
                     const at::Tensor& grad_input) {
-  const Workspace transposed(sizeof(T) * grid.values());
-  T* to = transposed.as<T>();
-  transpose_values(values, grid, to);
   Product<T> p{};
-  p.ptr = grid.ccol, p.idx = grid.row, p.val = to;
+  p.ptr = grid.ccol, p.idx = grid.row, p.val = transposed;
   p.columns = grid.rows, p.blocks = grid.blocks, p.block_out = grid.bw, p.block_in = grid.bh;
   p.stride_out = 1, p.stride_in = grid.bw;
   p.in = grad_panels;
@@ -253,8 +258,8 @@ void weight_gradient(const T* grad_panels, const T* input_panels, const Panels<T
       s.grad = grad_values;
       s.grad_panel = panels.tile * grid.out(), s.input_panel = panels.tile * grid.in();
       for (const Panels<T>& group : groups) {
-        s.grad_output = grad_panels + group.start * grid.out();
-        s.input = input_panels + group.start * grid.in();
+        s.grad_output = grad_panels + (group.start - panels.start) * grid.out();
+        s.input = input_panels + (group.start - panels.start) * grid.in();
         s.panels = group.count;
         s.width = group.last;
         s.accumulate = group.start > 0;
@@ -270,7 +275,7 @@ void bias_gradient(const T* grad_panels, const Panels<T>& panels, int64_t output
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t width = panels.width(panel);
       const T* from = grad_panels + panel * panels.tile * outputs + begin * width;
-      linear_kernels<T>().row_sums(from, width, end - begin, sums + begin, panel > 0);
+      linear_kernels<T>().row_sums(from, width, end - begin, sums + begin, panels.start + panel > 0);
     }
   });
 }
@@ -381,30 +386,31 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_linear_backward(
   }
   dispatch(input.scalar_type(), [&](auto number) {
     using T = decltype(number);
-    const Panels<T> panels(batch);
-    const Workspace grads(panels.bytes(grid.out()));
-    pack_panels<T>(grad_output.reshape({-1, grid.out()}).contiguous(), panels, grads.as<T>());
-    if (output_mask[0]) {
-      const at::Tensor values = compute_values(weight, dense, crow, col, block);
-      input_gradient<T>(grads.as<T>(), panels, values.const_data_ptr<T>(), grid, grad_input.view({-1, grid.in()}));
+    const auto [to_input, to_weight, to_bias] = output_mask;
+    const std::vector<Panels<T>> parts = parts_of<T>(batch);
+    const Workspace grads(parts.front().bytes(grid.out())), inputs(to_weight ? parts.front().bytes(grid.in()) : 0);
+    const Workspace transposed(to_input ? sizeof(T) * grid.values() : 0);
+    if (to_input)
+      transpose_values(compute_values(weight, dense, crow, col, block).const_data_ptr<T>(), grid, transposed.as<T>());
+    std::vector<int64_t> packed_sizes = {to_weight ? grid.blocks : 0};
+    if (to_weight && grid.bh * grid.bw > 1) packed_sizes.insert(packed_sizes.end(), {grid.bh, grid.bw});
+    const at::Tensor values = at::empty(packed_sizes, options.dtype(compute));
+    const at::Tensor sums = at::empty(grad_bias.sizes(), options.dtype(compute));
+    const at::Tensor grad_rows = grad_output.reshape({-1, grid.out()}).contiguous();
+    const at::Tensor input_rows = to_weight ? input.reshape({-1, grid.in()}).contiguous() : at::Tensor();
+    for (const Panels<T>& part : parts) {
+      pack_panels<T>(grad_rows, part, grads.as<T>());
+      if (to_input)
+        input_gradient<T>(grads.as<T>(), part, transposed.as<T>(), grid, grad_input.view({-1, grid.in()}));
+      if (to_weight) {
+        pack_panels<T>(input_rows, part, inputs.as<T>());
+        weight_gradient<T>(grads.as<T>(), inputs.as<T>(), part, grid, values.mutable_data_ptr<T>());
+      }
+      if (to_bias) bias_gradient<T>(grads.as<T>(), part, grid.out(), sums.mutable_data_ptr<T>());
     }
-    if (output_mask[1]) {
-      const Workspace inputs(panels.bytes(grid.in()));
-      pack_panels<T>(input.reshape({-1, grid.in()}).contiguous(), panels, inputs.as<T>());
-      std::vector<int64_t> packed_sizes = {grid.blocks};
-      if (grid.bh * grid.bw > 1) packed_sizes.insert(packed_sizes.end(), {grid.bh, grid.bw});
-      at::Tensor values = at::empty(packed_sizes, options.dtype(compute));
-      weight_gradient<T>(grads.as<T>(), inputs.as<T>(), panels, grid, values.mutable_data_ptr<T>());
-      values = values.to(input.scalar_type());
-      grad_weight = dense ? unpack(values, crow, col, shape, block) : values;
-    } else {
-      grad_weight = at::empty({0}, options);
-    }
-    if (output_mask[2]) {
-      at::Tensor sums = compute == input.scalar_type() ? grad_bias : at::empty({grid.out()}, options.dtype(compute));
-      bias_gradient<T>(grads.as<T>(), panels, grid.out(), sums.mutable_data_ptr<T>());
-      if (compute != input.scalar_type()) grad_bias.copy_(sums);
-    }
+    grad_weight = values.to(input.scalar_type());
+    if (to_weight && dense) grad_weight = unpack(grad_weight, crow, col, shape, block);
+    grad_bias = sums.to(input.scalar_type());
   });
   return {grad_input, grad_weight, grad_bias};
 }
