@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from uasparse_kernels import _crossovers
+from uasparse_kernels import _crossovers, _library
 from uasparse_kernels.ops._common import Choice
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -16,8 +16,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # The density up to which the sparse kernel is faster than unpacking, the vendor's dense kernel and packing gradients:
 # by op, dtype, structure and how many vectors the weight meets (forward alone up to 16, else a training step).
-# Measured by uasparse_kernels.tune() on an AMD EPYC of the Zen 4 generation (AVX-512), one thread, torch 2.14.
-DEFAULT: _crossovers.Table = {
+# Measured by uasparse_kernels.tune() on an AMD EPYC of the Zen 4 generation (AVX-512, with bfloat16 instructions) and on
+# one of the Zen 3 generation (AVX2), one thread, torch 2.14.
+_AVX512: _crossovers.Table = {
     "masked_linear": {
         "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.39, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.42}},
@@ -27,6 +28,17 @@ DEFAULT: _crossovers.Table = {
         "bfloat16": {"1x1": {">16": 0.33}, "blocks": {">16": 0.3}},
     },
 }
+_AVX2: _crossovers.Table = {
+    "masked_linear": {
+        "float32": {"1x1": {"1": 1.0, "2-16": 1.0, ">16": 0.48}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.58}},
+        "bfloat16": {"1x1": {"1": 0.36, "2-16": 1.0, ">16": 1.0}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
+    },
+    "masked_conv2d": {
+        "float32": {"1x1": {">16": 0.64}, "blocks": {">16": 0.61}},
+        "bfloat16": {"1x1": {">16": 1.0}, "blocks": {">16": 1.0}},
+    },
+}
+DEFAULT = _AVX512 if _library.compiled is not None and _library.compiled.cpu_isa() == "avx512" else _AVX2
 
 
 def choose_cpu(op: str, dtype: torch.dtype, pattern: SparsityPattern, vectors: int, *, packed: bool) -> Choice:
