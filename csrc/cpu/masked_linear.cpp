@@ -1,6 +1,7 @@
 // masked_linear on the CPU: checks, storage, threads and workspaces around the kernels of masked_linear.h.
 //
-// With B the batch (all leading dimensions), activations are packed to panels [channels][64 of the batch]; then
+// With B the batch (all leading dimensions), activations are packed to panels [channels][64 of the batch], a few panels a
+// thread at a time; then
 //   forward      output panel   = W x input panel             tasks: panels x ranges of grid rows
 //   grad input   input panel    = W^T x grad_output panel     tasks: panels x ranges of grid columns
 //   grad weight  dots of rows of the two panels (SDDMM)       tasks: ranges of grid rows, over all panels in order

@@ -16,8 +16,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # The density up to which the sparse kernel is faster than unpacking, the vendor's dense kernel and packing gradients:
 # by op, dtype, structure and how many vectors the weight meets (forward alone up to 16, else a training step).
-# Measured by uasparse_kernels.tune() on an AMD EPYC of the Zen 4 generation (AVX-512, with bfloat16 instructions) and on
-# one of the Zen 3 generation (AVX2), one thread, torch 2.14.
+# Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2).
 _AVX512: _crossovers.Table = {
     "masked_linear": {
         "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
