@@ -12,7 +12,7 @@ def faults():
     start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(7 * 2**20) for _ in range(3)]  # 28 MiB each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
-print([faults() for _ in range(3)][-1])
+print(min([faults() for _ in range(6)][2:]))  # a small block may once stand in the way of a large one
 """
 
 
