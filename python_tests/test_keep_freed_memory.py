@@ -12,16 +12,18 @@ def faults():
     start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(7 * 2**20) for _ in range(3)]  # 28 MiB each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
-print(min([faults() for _ in range(6)][2:]))  # a small block may once stand in the way of a large one
+print(*[faults() for _ in range(6)])
 """
 
 
-def count(call: str) -> int:
+def rounds(call: str) -> list[int]:
     done = subprocess.run([sys.executable, "-c", COUNT.format(call=call)], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+    return [int(number) for number in done.stdout.split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_pages_are_asked_for_once():
-    assert count("") > 1000
-    assert count("assert ua.keep_freed_memory()") < 100
+    # The C library alone gives all back once, then keeps more or less of it. With the call a small block may stand in the
+    # way of a large one for a round or two; after that all have their places.
+    assert rounds("")[1] > 20_000
+    assert max(rounds("assert ua.keep_freed_memory()")[3:]) < 100
