@@ -23,7 +23,7 @@ def rounds(call: str) -> list[int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_pages_are_asked_for_once():
-    # The C library alone gives all back once, then keeps more or less of it. With the call a small block may stand in the
-    # way of a large one for a round or two; after that all have their places.
+    # The C library alone gives all back once, then keeps more or less of it. With the call a small block may stand in
+    # the way of a large one for a round or two; after that all have their places.
     assert rounds("")[1] > 20_000
     assert max(rounds("assert ua.keep_freed_memory()")[3:]) < 100
