@@ -241,25 +241,6 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
   });
 }
 
-// The same for a kernel of one tap that takes each position once: nothing is packed; several images share a dot product.
-template <typename T>
-void run_dots_in_place(const ConvKernels<T>& kernels, const ConvPlaces& places, const at::Tensor& grad_output,
-                       const at::Tensor& input, int64_t images, PartialSums<T>& sums, int64_t parts) {
-  const int64_t width = grad_output.size(3), channels = grad_output.size(1), batch = input.size(0);
-  const int64_t tiles = ceil_div(batch, images);
-  at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t chunk = task / parts, part = task % parts;
-      for (int64_t tile = tiles * chunk / sums.chunks; tile < tiles * (chunk + 1) / sums.chunks; ++tile)
-        kernels.sddmm({places.offset(), places.first(), places.blocks, channels * part / parts,
-                       channels * (part + 1) / parts, input.const_data_ptr<T>() + tile * images * input.stride(0),
-                       input.stride(0), grad_output.const_data_ptr<T>() + tile * images * grad_output.stride(0),
-                       grad_output.stride(0), grad_output.stride(1), std::min(images, batch - tile * images),
-                       width / kernels.lanes, sums.weight(chunk)});
-    }
-  });
-}
-
 bool has_plain_planes(const at::Tensor& t) { return t.stride(3) == 1 && t.stride(2) == t.size(3); }
 
 // A kernel of one tap sees no rows: a plane is one run of positions, where a register tile can hold it.
@@ -324,30 +305,16 @@ bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, cons
 }
 
 template <typename T>
-bool weight_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad,
+bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
-  if (!is_plain(geometry, grad, input)) return false;
+  if (!is_plain(g, grad_output, input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
-  const Geometry g = without_rows(geometry, kernels);
   if (g.out_width % kernels.lanes != 0) return false;
-  Planes<T> planes = Planes<T>::for_dots(g.forward_y(), g.forward_x(), g.in, kernels);
-  const at::Tensor grad_output = without_rows(grad, g.out_height, g.out_width);
-  // Images that share a dot product, of 32 vectors.
-  int64_t images = 1;
-  const bool in_place = g.out_height == 1 && g.height == 1 && planes.pitch == g.width && w.taps == 1;
-  if (in_place) {
-    planes.source_channel = input.stride(1);
-    images = std::clamp<int64_t>(32 * kernels.lanes / g.width, 1, g.batch);
-  }
+  const Planes<T> planes = Planes<T>::for_dots(g.forward_y(), g.forward_x(), g.in, kernels);
   if (!fits(planes)) return false;
-  const int64_t block = in_place ? w.in : planes.source_block(w.density() * double(w.taps), w.in);
-  const ConvPlaces places(w, planes.taps(), block);
-  PartialSums<T> sums(ceil_div(g.batch, images), w.nonzeros(), 0);
-  if (in_place)
-    run_dots_in_place(kernels, places, grad_output, without_rows(input, g.height, g.width), images, sums,
-                      sums.parts(g));
-  else
-    run_dots(kernels, planes, places, grad_output, input, sums, sums.parts(g));
+  const ConvPlaces places(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in));
+  PartialSums<T> sums(g.batch, w.nonzeros(), 0);
+  run_dots(kernels, planes, places, grad_output, input, sums, sums.parts(g));
   sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
   return true;
 }

@@ -1,5 +1,5 @@
-// What the two ways of masked_conv2d share: by_batch (a vector holds one position of several images) and by_space (a
-// vector holds neighbouring positions of one image).
+// What the ways of masked_conv2d share: in_place (one tap: neighbouring positions where they are), by_space (a vector
+// holds neighbouring positions of a row) and by_batch (a vector holds one position of several images).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -153,7 +153,16 @@ template <typename T, typename S>
 void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
                        const at::Tensor& weight, const ConvGradients& gradients);
 
-// These return false, and do nothing, where they cannot do it, or by_batch is quicker.
+// These return false, and do nothing, where they cannot do it, or another way is quicker.
+template <typename T>
+bool forward_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                      const std::vector<T>& bias, const at::Tensor& output);
+template <typename T>
+bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
+                             const at::Tensor& weight, const at::Tensor& grad_input);
+template <typename T>
+bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
+                              const at::Tensor& input, const at::Tensor& grad_weight);
 template <typename T>
 bool forward_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output);

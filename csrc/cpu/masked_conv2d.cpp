@@ -1,4 +1,4 @@
-// masked_conv2d on the CPU: checks, storage and the choice between the two ways of conv_pass.h.
+// masked_conv2d on the CPU: checks, storage and the choice between the ways of conv_pass.h.
 //
 // Every output is summed in the order of the entries, and grad weight in the order of fixed chunks of the batch, so
 // results do not depend on the number of threads. bfloat16 is computed in float32.
@@ -90,7 +90,9 @@ at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
       for (int64_t o = 0; o < g.out; ++o)
         biases.push_back(to_number(static_cast<const S*>(bias_values.const_data_ptr())[o]));
     if constexpr (std::is_same_v<T, S>)
-      if (forward_by_space<T>(g, w, input, values, biases, output)) return;
+      if (forward_in_place<T>(g, w, input, values, biases, output) ||
+          forward_by_space<T>(g, w, input, values, biases, output))
+        return;
     forward_by_batch<T, S>(g, w, input, values, biases, output);
   });
   return output;
@@ -119,9 +121,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
     // What is not asked for has no say in how the rest is computed.
     ConvGradients rest = gradients;
     if constexpr (std::is_same_v<T, S>) {
-      if (rest.input.defined() && input_gradient_by_space<T>(g, w, grad_output, values, gradients.input))
+      if (rest.input.defined() && (input_gradient_in_place<T>(g, w, grad_output, values, gradients.input) ||
+                                   input_gradient_by_space<T>(g, w, grad_output, values, gradients.input)))
         rest.input = at::Tensor();
-      if (rest.weight.defined() && weight_gradient_by_space<T>(g, w, grad_output, input, gradients.weight))
+      if (rest.weight.defined() && (weight_gradient_in_place<T>(g, w, grad_output, input, gradients.weight) ||
+                                    weight_gradient_by_space<T>(g, w, grad_output, input, gradients.weight)))
         rest.weight = at::Tensor();
       if (rest.bias.defined() && bias_gradient_by_space<T>(grad_output, gradients.bias)) rest.bias = at::Tensor();
     }

@@ -111,7 +111,7 @@ constexpr int kConvGroup = 8;  // dot products that sddmm takes together
 template <typename T>
 struct ConvKernels {
   int lanes;
-  int max_vectors;  // accumulators of one tile
+  int max_vectors, max_rows;  // of one tile: accumulators, and rows of `product`
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);

@@ -509,9 +509,8 @@ void copy_planes(const ConvPlanes<T>& p) {
 
 template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
-    kLanes<T>,     kMaxVectors<T>, product<T>,   sddmm<T>,
-    shifted_product<T>, copy_planes<T>,
-    pack<T, T>,    unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
+    kLanes<T>,          kMaxVectors<T>, kMaxRows, product<T>, sddmm<T>, shifted_product<T>, copy_planes<T>, pack<T, T>,
+    unpack<T, T>, pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
 const ConvKernels<float> conv_float = kConvKernels<float>;
