@@ -48,36 +48,47 @@ int64_t positions_of(at::IntArrayRef shape) {
   return positions;
 }
 
+// Calls run(word), of the unsigned integer that has the size of an element.
+template <typename Run>
+void as_words(int64_t element_size, Run run) {
+  switch (element_size) {
+    case 1: return run(uint8_t{});
+    case 2: return run(uint16_t{});
+    case 4: return run(uint32_t{});
+    case 8: return run(uint64_t{});
+    default: TORCH_CHECK_TYPE(false, "keep_active_: expected elements of 1, 2, 4 or 8 bytes, got ", element_size, ".");
+  }
+}
+
 void keep_active(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef block) {
   check_csr(crow, col, dense.sizes(), block);
   const at::Tensor work = dense.contiguous();  // itself, but for gradients of channels_last convolutions
   const int64_t bh = block[0], bw = block[1], channels = dense.size(1), positions = positions_of(dense.sizes());
   const int64_t columns = channels / bw * positions;
-  AT_DISPATCH_ALL_TYPES_AND3(at::kBFloat16, at::kHalf, at::kBool, dense.scalar_type(), "keep_active_", [&] {
-    scalar_t* to = work.mutable_data_ptr<scalar_t>();
+  as_words(dense.element_size(), [&]<typename Word>(Word) {
+    Word* to = static_cast<Word*>(work.mutable_data_ptr());
     const int32_t *rows = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
     at::parallel_for(0, crow.size(0) - 1, 64, [&](int64_t begin, int64_t end) {
       const bool single = bh == 1 && bw == 1;
-      const std::unique_ptr<scalar_t[]> scratch(new scalar_t[single ? columns : 0]);
+      const std::unique_ptr<uint8_t[]> mask(new uint8_t[single ? columns : 0]());
       for (int64_t r = begin; r < end; ++r) {
-        scalar_t* row = to + r * bh * channels * positions;
+        Word* row = to + r * bh * channels * positions;
         if (single) {
-          // Single weights are taken out and put back: to clear the gaps between them would mispredict at each.
-          const int32_t* __restrict c = cols + rows[r];
-          scalar_t* __restrict kept = scratch.get();
-          const int64_t count = rows[r + 1] - rows[r];
-          for (int64_t i = 0; i < count; ++i) kept[i] = row[c[i]];
-          std::fill_n(row, columns, scalar_t(0));
-          for (int64_t i = 0; i < count; ++i) row[c[i]] = kept[i];
+          // By a mask of the row: to clear the gaps between single weights would mispredict at each.
+          uint8_t* __restrict active = mask.get();
+          Word* __restrict words = row;
+          for (int64_t i = rows[r]; i < rows[r + 1]; ++i) active[cols[i]] = 1;
+          for (int64_t c = 0; c < columns; ++c) words[c] = Word(words[c] & -Word(active[c]));
+          std::fill_n(active, columns, uint8_t(0));
           continue;
         }
         int64_t next = 0;
         for (int64_t i = rows[r]; i <= rows[r + 1]; ++i) {
           const int64_t stop = i < rows[r + 1] ? cols[i] : columns;
           for (int64_t c = next; c < stop; ++c) {
-            scalar_t* corner = row + c / positions * bw * positions + c % positions;
+            Word* corner = row + c / positions * bw * positions + c % positions;
             for (int64_t y = 0; y < bh; ++y)
-              for (int64_t x = 0; x < bw; ++x) corner[(y * channels + x) * positions] = scalar_t(0);
+              for (int64_t x = 0; x < bw; ++x) corner[(y * channels + x) * positions] = 0;
           }
           next = stop + 1;
         }
