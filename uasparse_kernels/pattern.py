@@ -124,7 +124,7 @@ class SparsityPattern(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.crow.device
+        return self._buffers["crow"].device
 
     @property
     def packed_shape(self) -> tuple[int, ...]:

@@ -52,10 +52,18 @@ def choose_cpu(op: str, dtype: torch.dtype, pattern: SparsityPattern, vectors: i
     if not packed and width != ">16":
         return Choice("dense", "dense-stored: packing the weight would cost as much as the product")
     limit, source = crossover(op, dtype, "1x1" if pattern.block == (1, 1) else "blocks", width)
-    density = pattern.density
+    if torch.compiler.is_compiling():
+        return _by_crossover(pattern.density, limit, source)
+    return _by_known_crossover(pattern.density, limit, source)
+
+
+def _by_crossover(density: float, limit: float, source: str) -> Choice:
     if density > limit:
         return Choice("dense", f"density {density:.3g} over the crossover of {limit:.3g} ({source})")
     return Choice("cpu", f"sparse kernel: density {density:.3g} up to the crossover of {limit:.3g} ({source})")
+
+
+_by_known_crossover = functools.lru_cache(_by_crossover)  # formatting would cost more than all the rest
 
 
 @torch.compiler.assume_constant_result
