@@ -46,14 +46,16 @@ struct Planes {
         source_channels(source_channels),
         width(std::max(x.destination.length, columns.end - columns.begin)) {
     const int64_t height = y.destination.length, lanes = kernels.lanes;
-    // The cheapest register tiles: a vector costs one, what comes with an entry about two.
+    // The cheapest register tiles: a vector costs one, what comes with an entry about two, and results that have to be
+    // copied to their place a tenth more.
     double best = std::numeric_limits<double>::max();
     images = pitch = rows = 0;
     for (int64_t n = 1; n <= batch && n <= 4 * lanes; ++n) {
       const int64_t vectors = ceil_div(n * width, lanes);
       if (vectors > kernels.max_vectors) break;
       const int64_t tiles = ceil_div(height, std::min(height, kernels.max_vectors / vectors));
-      const double cost = double(2 * tiles + height * vectors) / double(n);
+      const bool direct = n == 1 && x.destination.extent == vectors * lanes;
+      const double cost = (double(2 * tiles) + (direct ? 1 : 1.1) * double(height * vectors)) / double(n);
       if (cost < best) {
         best = cost;
         images = n;
