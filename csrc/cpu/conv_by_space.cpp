@@ -6,8 +6,10 @@
 //   products      sum the entries of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So a source is
 //                 packed once, by copying rows (no transpose), and as many channels as possible fit L1. Where one image
 //                 fills the vectors, results go straight to their place.
-//   dot products  take the source copied once for each column of the kernel, already shifted: here lists by shift would be
-//                 short, and a branch mispredicted for each costs more than the copies.
+//   dot products  take the source with a gap between rows, which are read as they come, aligned or not. Where a vector
+//                 is a cache line, so that each such read would meet two, or a row is shorter than one, the source is
+//                 copied once for each column of the kernel, already shifted. (Lists by shift would be short here, and a
+//                 branch mispredicted for each costs more than the copies.)
 
 #include <limits>
 
@@ -37,7 +39,8 @@ struct Planes {
   int64_t images, pitch, rows;  // side by side; of a row; of a register tile
   int64_t group;                // rows of a group: what is packed together
   bool copies = false;          // the source is there once for each column of the kernel (for dot products)
-  int64_t source_plane, source_channel, destination_plane;
+  int64_t gap = 0;              // columns between the source's rows, and before the first (for dot products)
+  int64_t source_row, source_plane, source_channel, destination_plane;
 
   Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t batch, const ConvKernels<T>& kernels)
       : y(std::move(y_pass)),
@@ -67,15 +70,22 @@ struct Planes {
     set_strides();
   }
 
-  // The source of dot products: one image, copied for each column of the kernel, shifted to meet grad_output.
+  // The source of dot products: one image.
   static Planes for_dots(AxisPass y, AxisPass x, int64_t source_channels, const ConvKernels<T>& kernels) {
     Planes p(std::move(y), std::move(x), source_channels, 0, kernels);
     const int64_t height = p.y.destination.length;
-    p.copies = true;
     p.images = 1;
     p.width = p.pitch = p.x.destination.length;
-    // Dot products of 16 vectors.
-    p.rows = ceil_div(height, ceil_div(height, std::clamp<int64_t>(16 * kernels.lanes / p.pitch, 1, height)));
+    const int64_t before = -p.x.source.origin;
+    const int64_t after = p.width + p.x.reach - before - p.x.source.extent;
+    constexpr int64_t kLine = 64 / sizeof(T);
+    if (kernels.lanes < kLine && p.width >= kLine && std::max(before, after) <= kernels.lanes)
+      p.gap = kernels.lanes;
+    else
+      p.copies = true;
+    // Dot products of so many vectors: a third of the source, so that twice as many fit L1.
+    const int64_t vectors = p.copies ? 16 : 32;
+    p.rows = ceil_div(height, ceil_div(height, std::clamp<int64_t>(vectors * kernels.lanes / p.pitch, 1, height)));
     p.set_strides();
     return p;
   }
@@ -84,17 +94,19 @@ struct Planes {
   int64_t source_planes() const { return copies ? int64_t(x.shift.size()) : 1; }
 
   void set_strides() {
-    const int64_t row_bytes = sizeof(T) * source_channels * source_planes() * pitch;
+    source_row = gap > 0 ? std::max(width, x.source.extent) + gap : pitch;
+    const int64_t row_bytes = sizeof(T) * source_channels * source_planes() * source_row;
     const int64_t fit = std::max<int64_t>(1, (kL2Bytes / row_bytes - y.reach) / rows);
     group = std::min(ceil_div(y.destination.length, rows), fit) * rows;
-    source_plane = (group + y.reach) * pitch;
-    source_channel = source_planes() * source_plane;
+    source_plane = (group + y.reach) * source_row;
+    source_channel = source_planes() * source_plane + gap;
     // Channels a multiple of 4096 bytes apart would share their sets of L1.
     if (source_channel % 512 == 0) source_channel += 2 * 16;
     destination_plane = rows * pitch;
   }
 
-  int64_t column_shift(size_t k) const { return copies ? 0 : x.shift[k] - columns.begin; }
+  // Of sums.
+  int64_t column_shift(size_t k) const { return copies || gap > 0 ? 0 : x.shift[k] - columns.begin; }
   // The segment of entries that need no shift.
   int64_t zero() const {
     int64_t least = 0;
@@ -111,7 +123,8 @@ struct Planes {
     ConvTaps taps{source_channel, {}, {}, 1, {}, segments()};
     for (const int64_t shift_y : y.shift)
       for (size_t kx = 0; kx < x.shift.size(); ++kx) {
-        taps.offset.push_back((copies ? int64_t(kx) * source_plane : 0) + shift_y * pitch);
+        const int64_t column = copies ? int64_t(kx) * source_plane : gap > 0 ? gap + x.shift[kx] + x.source.origin : 0;
+        taps.offset.push_back(shift_y * source_row + column);
         taps.phase.push_back(0);
         taps.segment.push_back(zero() + column_shift(kx));
       }
@@ -119,7 +132,7 @@ struct Planes {
   }
 
   int64_t source_block(double nonzeros_a_channel, int64_t channels) const {
-    return channels_a_block(sizeof(T) * source_planes() * (rows + y.reach) * pitch, nonzeros_a_channel, channels);
+    return channels_a_block(sizeof(T) * source_planes() * (rows + y.reach) * source_row, nonzeros_a_channel, channels);
   }
 };
 
@@ -158,18 +171,18 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
     T* const plane = to + k * p.source_plane;
     for (int64_t c = 0; c < p.source_channels; ++c) {
       T* const channel = plane + c * p.source_channel;
-      std::fill(channel, channel + (run.begin - begin) * p.pitch, T(0));
-      std::fill(channel + (run.end - begin) * p.pitch, channel + (end - begin) * p.pitch, T(0));
+      std::fill(channel, channel + (run.begin - begin) * p.source_row, T(0));
+      std::fill(channel + (run.end - begin) * p.source_row, channel + (end - begin) * p.source_row, T(0));
     }
     const Run columns = p.copies ? run_of(x, p.x.shift[k], p.x.shift[k] + p.pitch) : p.columns;
-    const int64_t column = p.copies ? columns.begin - p.x.shift[k] : 0;
+    const int64_t column = p.copies ? columns.begin - p.x.shift[k] : p.gap > 0 ? p.gap + columns.begin + x.origin : 0;
     ConvPlanes<T> planes{p.source_channels, images, run.end - run.begin, columns.end - columns.begin,
                          t.const_data_ptr<T>() + image * t.stride(0) + (run.begin + y.origin) * t.stride(2) +
                              columns.begin + x.origin,
                          t.stride(1), t.stride(0), t.stride(2),
-                         plane + (run.begin - begin) * p.pitch + column,
-                         p.source_channel, p.width, p.pitch};
-    if (p.images == 1 && planes.from_row == planes.width && planes.width == p.pitch) {
+                         plane + (run.begin - begin) * p.source_row + column,
+                         p.source_channel, p.width, p.source_row};
+    if (p.images == 1 && planes.from_row == planes.width && planes.width == p.source_row) {
       planes.width *= planes.rows;
       planes.rows = 1;
     }
@@ -231,13 +244,15 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
         for (int64_t begin = 0; begin < height; begin += p.group) {
           const int64_t end = std::min(begin + p.group, height);
           pack_source(kernels, p, input, image, begin, end + p.y.reach, packed.as<T>());
-          for (int64_t r = begin; r < end; r += p.rows)
+          for (int64_t r = begin; r < end; r += p.rows) {
+            const int64_t rows = std::min(r + p.rows, end) - r, vectors = p.pitch / kernels.lanes;
             for (int64_t b = 0; b < places.blocks; ++b)
               kernels.sddmm({places.offset(), places.first() + b, places.blocks, channels * part / parts,
-                             channels * (part + 1) / parts, packed.as<const T>() + (r - begin) * p.pitch, 0,
-                             grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + r * p.pitch, 0,
-                             grad_output.stride(1), 1, (std::min(r + p.rows, end) - r) * p.pitch / kernels.lanes,
+                             channels * (part + 1) / parts, packed.as<const T>() + (r - begin) * p.source_row,
+                             p.source_row, grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + r * p.pitch,
+                             p.pitch, grad_output.stride(1), p.gap > 0 ? rows : 1, p.gap > 0 ? vectors : rows * vectors,
                              sums.weight(chunk)});
+          }
         }
     }
   });

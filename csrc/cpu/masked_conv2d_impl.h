@@ -296,19 +296,20 @@ UASPARSE_INLINE void sddmm_group(const ConvSddmm<T>& p, const T* grad_output, co
   // Few entries: several sums each, so that the latency of the multiply-add does not bound the loop.
   constexpr int kChains = kCount <= 2 ? 4 : kCount <= 4 ? 2 : 1;
   Vec<T> sum[kCount][kChains] = {};
+  const T* input[kCount];
+  for (int i = 0; i < kCount; ++i) input[i] = p.input + offset[i];
   for (int64_t r = 0; r < p.rows; ++r) {
     const T* g = grad_output + r * p.grad_row;
-    const T* input[kCount];
-    for (int i = 0; i < kCount; ++i) input[i] = p.input + r * p.input_row + offset[i];
-    int64_t x = 0;
-    for (; x + kChains <= p.vectors; x += kChains)
+    int64_t at = r * p.input_row;
+    const int64_t end = at + p.vectors * L;
+    for (; at + (kChains - 1) * L < end; at += kChains * L, g += kChains * L)
       for (int k = 0; k < kChains; ++k) {
-        const Vec<T> v = load(g + (x + k) * L);
-        for (int i = 0; i < kCount; ++i) sum[i][k] += v * load(input[i] + (x + k) * L);
+        const Vec<T> v = load(g + k * L);
+        for (int i = 0; i < kCount; ++i) sum[i][k] += v * load(input[i] + at + k * L);
       }
-    for (; x < p.vectors; ++x) {
-      const Vec<T> v = load(g + x * L);
-      for (int i = 0; i < kCount; ++i) sum[i][0] += v * load(input[i] + x * L);
+    for (; at < end; at += L, g += L) {
+      const Vec<T> v = load(g);
+      for (int i = 0; i < kCount; ++i) sum[i][0] += v * load(input[i] + at);
     }
   }
   Vec<T> total[kGroup] = {};
