@@ -124,7 +124,7 @@ def test_stride_one(batch, size, shape, padding, dilation, dtype):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_tap(seed, dtype):
-    """Planes of whole vectors: pieces of one, one, several, too few to fill a register tile."""
+    """Planes of whole vectors: pieces of one, one, several, too few to fill a register tile; with strides too."""
     r = random.Random(seed)
     size = r.choice([(32, 32), (16, 16), (8, 8), (4, 4), (4, 2), (3, 16), (13, 8), (56, 56), (5, 40)])
     batch, groups, block = r.choice([1, 2, 5, 9]), r.choice([1, 1, 3]), r.choice([(1, 1), (1, 1), (4, 1), (2, 2)])
@@ -133,7 +133,7 @@ def test_one_tap(seed, dtype):
     x = torch.randn(2 * batch, shape[1] * groups + 1, *size, dtype=dtype)[::2, 1:]
     weight = torch.randn(pattern.packed_shape, dtype=dtype)
     bias = torch.randn(shape[0], dtype=dtype) if r.random() < 0.5 else None
-    arguments = ((1, 1), (0, 0), (r.randint(1, 2), 1), groups)
+    arguments = (r.choice([(1, 1), (1, 1), (2, 2), (1, 3)]), (0, 0), (r.randint(1, 2), 1), groups)
     got = results(kernel, x, weight, bias, pattern, *arguments, rounded_to=dtype)
     exact = [t if t is None else t.double() for t in (x, weight, bias)]
     expected = results(masked_conv2d_reference, *exact, pattern, *arguments, rounded_to=dtype)
@@ -145,10 +145,11 @@ def test_one_tap(seed, dtype):
 
 @needs_kernel
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_memory_format_follows_the_input(format):
-    pattern = SparsityPattern.random((8, 6, 3, 3), 0.3)
+@pytest.mark.parametrize("size,stride", [(3, 1), (1, 1), (1, 2)])
+def test_memory_format_follows_the_input(format, size, stride):
+    pattern = SparsityPattern.random((8, 6, size, size), 0.3)
     x = torch.randn(4, 6, 7, 9).to(memory_format=format).requires_grad_()
-    output = kernel(x, torch.randn(pattern.packed_shape), pattern)
+    output = kernel(x, torch.randn(pattern.packed_shape), pattern, stride=(stride, stride))
     output.sum().backward()
     assert output.is_contiguous(memory_format=format)
     assert x.grad.is_contiguous(memory_format=format)
