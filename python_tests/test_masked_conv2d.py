@@ -103,6 +103,7 @@ def test_matches_reference(seed, dtype):
         (2, (9, 16), (6, 9, 7, 7), (3, 3), (1, 1)),
         (2, (8, 32), (6, 9, 1, 1), (1, 1), (1, 1)),
         (2, (8, 30), (6, 9, 1, 1), (9, 9), (1, 1)),
+        (2, (8, 30), (6, 9, 1, 1), (1, 1), (1, 1)),
         (5, (7, 7), (6, 9, 1, 1), (0, 0), (1, 1)),
         (1, (100, 48), (40, 70, 3, 3), (1, 1), (1, 1)),
     ],
@@ -139,6 +140,15 @@ def test_one_tap(seed, dtype):
     expected = results(masked_conv2d_reference, *exact, pattern, *arguments, rounded_to=dtype)
     assert torch.equal(kernel(x, weight, pattern, bias, *arguments), got[0])  # of the slice itself
     positions = batch * size[0] * size[1]
+    # All gradients, of input and grad_output that lie otherwise.
+    grad = torch.randn(got[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(dtype)
+    index = (*pattern_tensors(pattern), pattern.shape, pattern.block)
+    for layout in LAYOUTS.values():
+        other = torch.ops.uasparse.masked_conv2d_backward(
+            layout(grad), layout(x), weight, *index, *arguments, [True, True, True]
+        )
+        for one, two, terms in zip(other, expected[1:], [shape[0], positions, positions], strict=False):
+            assert_near(one, two, terms)
     for one, other, terms in zip(got, expected, [shape[1], shape[0], positions, positions], strict=False):
         assert_near(one, other, terms)
 
@@ -148,11 +158,11 @@ def test_one_tap(seed, dtype):
 @pytest.mark.parametrize("size,stride", [(3, 1), (1, 1), (1, 2)])
 def test_memory_format_follows_the_input(format, size, stride):
     pattern = SparsityPattern.random((8, 6, size, size), 0.3)
-    x = torch.randn(4, 6, 7, 9).to(memory_format=format).requires_grad_()
-    output = kernel(x, torch.randn(pattern.packed_shape), pattern, stride=(stride, stride))
-    output.sum().backward()
+    x = torch.randn(4, 6, 8, 8).to(memory_format=format).requires_grad_() * 1  # autograd gives leaves their own format
+    output = kernel(x, torch.randn(pattern.packed_shape, requires_grad=True), pattern, stride=(stride, stride))
+    (grad,) = torch.autograd.grad(output.square().sum(), x)
     assert output.is_contiguous(memory_format=format)
-    assert x.grad.is_contiguous(memory_format=format)
+    assert grad.is_contiguous(memory_format=format)
 
 
 @needs_kernel

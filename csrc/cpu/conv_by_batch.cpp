@@ -21,10 +21,10 @@ struct Tiling {
   int64_t rows, vectors;  // of a tile
   int64_t group;          // rows of a group
 
-  Tiling(int64_t height, int64_t width, int max_vectors) {
+  Tiling(int64_t height, int64_t width, int max_vectors, int max_rows) {
     const int64_t strips = ceil_div(width, max_vectors);
     vectors = ceil_div(width, strips);
-    rows = strips > 1 ? 1 : std::clamp<int64_t>(max_vectors / width, 1, std::min<int64_t>(4, height));
+    rows = strips > 1 ? 1 : std::clamp<int64_t>(max_vectors / width, 1, std::min<int64_t>(max_rows, height));
     rows = ceil_div(height, ceil_div(height, rows));  // no small rest
     group = std::min(height, ceil_div(std::max(rows, ceil_div(kGroupPositions, width)), rows) * rows);
   }
@@ -80,7 +80,7 @@ void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& 
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const int64_t lanes = kernels.lanes;
   const Pass pass = g.forward(lanes);
-  const Tiling tiling(g.out_height, g.out_width, kernels.max_vectors);
+  const Tiling tiling(g.out_height, g.out_width, kernels.max_vectors, kernels.max_rows);
   check_offsets(pass, tiling.group);
   const int64_t block =
       source_block<T>(pass, tiling.rows, tiling.vectors, lanes, w.density() * double(w.taps), w.in);
@@ -117,7 +117,7 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
   const bool wants_input = gradients.input.defined(), wants_weight = gradients.weight.defined(), wants_bias = gradients.bias.defined();
   const Pass pass = g.backward(lanes), forward_pass = g.forward(lanes);
   const int64_t rows = pass.y.destination.length, width = pass.x.destination.length;
-  const Tiling tiling(rows, width, kernels.max_vectors);
+  const Tiling tiling(rows, width, kernels.max_vectors, kernels.max_rows);
   check_offsets(pass, tiling.group);
   check_offsets(forward_pass, tiling.group);
   const double density = w.density();

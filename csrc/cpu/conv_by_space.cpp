@@ -7,8 +7,8 @@
 //                 packed once, by copying rows (no transpose), and as many channels as possible fit L1. Where one image
 //                 fills the vectors, results go straight to their place.
 //   dot products  take the source with a gap between rows, which are read as they come, aligned or not. Where a vector
-//                 is a cache line, so that each such read would meet two, or a row is shorter than one, the source is
-//                 copied once for each column of the kernel, already shifted. (Lists by shift would be short here, and a
+//                 is a cache line, so that each such read would meet two, a row is shorter than one, or the padding is
+//                 wider than a vector, the source is copied once for each column of the kernel, already shifted. (Lists by shift would be short here, and a
 //                 branch mispredicted for each costs more than the copies.)
 
 #include <limits>
@@ -57,8 +57,8 @@ struct Planes {
       const int64_t vectors = ceil_div(n * width, lanes);
       if (vectors > kernels.max_vectors) break;
       const int64_t tiles = ceil_div(height, std::min(height, kernels.max_vectors / vectors));
-      const bool direct = n == 1 && x.destination.extent == vectors * lanes;
-      const double cost = (double(2 * tiles) + (direct ? 1 : 1.1) * double(height * vectors)) / double(n);
+      const double copied = is_direct(n, vectors * lanes) ? 1 : 1.1;
+      const double cost = (double(2 * tiles) + copied * double(height * vectors)) / double(n);
       if (cost < best) {
         best = cost;
         images = n;
@@ -76,10 +76,9 @@ struct Planes {
     const int64_t height = p.y.destination.length;
     p.images = 1;
     p.width = p.pitch = p.x.destination.length;
-    const int64_t before = -p.x.source.origin;
-    const int64_t after = p.width + p.x.reach - before - p.x.source.extent;
+    const int64_t padding = -p.x.source.origin;
     constexpr int64_t kLine = 64 / sizeof(T);
-    if (kernels.lanes < kLine && p.width >= kLine && std::max(before, after) <= kernels.lanes)
+    if (kernels.lanes < kLine && p.width >= kLine && padding <= kernels.lanes)
       p.gap = kernels.lanes;
     else
       p.copies = true;
@@ -90,11 +89,14 @@ struct Planes {
     return p;
   }
 
+  // Whether results are where they belong.
+  bool is_direct(int64_t images, int64_t pitch) const { return images == 1 && x.destination.extent == pitch; }
+
   // Of a channel.
   int64_t source_planes() const { return copies ? int64_t(x.shift.size()) : 1; }
 
   void set_strides() {
-    source_row = gap > 0 ? std::max(width, x.source.extent) + gap : pitch;
+    source_row = gap > 0 ? x.source.extent + gap : pitch;
     const int64_t row_bytes = sizeof(T) * source_channels * source_planes() * source_row;
     const int64_t fit = std::max<int64_t>(1, (kL2Bytes / row_bytes - y.reach) / rows);
     group = std::min(ceil_div(y.destination.length, rows), fit) * rows;
@@ -154,11 +156,6 @@ class Edges {
   std::vector<T> left_, right_;
 };
 
-// Whether rows of a plane are where a kernel can take them.
-bool in_place(const Axis& x, int64_t images, int64_t pitch) {
-  return images == 1 && x.extent == pitch;
-}
-
 // Packed rows [begin, end) of the images from `image` onwards. `to` is zero where nothing was packed yet.
 template <typename T>
 void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Tensor& t, int64_t image, int64_t begin,
@@ -195,7 +192,7 @@ template <typename T>
 void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvEntries<T>& lists,
                   const at::Tensor& source, const at::Tensor& destination, const T* bias) {
   const int64_t height = p.y.destination.length, channels = destination.size(1);
-  const bool direct = in_place(p.x.destination, p.images, p.pitch);
+  const bool direct = p.is_direct(p.images, p.pitch);
   const Edges<T> edges(p);
   const int64_t tiles = ceil_div(source.size(0), p.images), groups = ceil_div(height, p.group);
   const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles * groups), 1, channels);
@@ -258,15 +255,12 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
   });
 }
 
-bool has_plain_planes(const at::Tensor& t) { return t.stride(3) == 1 && t.stride(2) == t.size(3); }
-
-// A kernel of one tap sees no rows: a plane is one run of positions, where a register tile can hold it.
+// A kernel of one tap sees no rows: a plane is one run of positions, where a register tile can hold it. What comes here
+// was left by conv_in_place.cpp: planes that are not whole vectors, or too few of them for a tile.
 template <typename T>
 Geometry without_rows(Geometry g, const ConvKernels<T>& kernels) {
   const int64_t positions = g.height * g.width;
-  const bool one_tap = g.kernel_h * g.kernel_w == 1 && g.out_height == g.height && g.out_width == g.width &&
-                       g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 && g.padding[1] == 0;
-  if (!one_tap || positions > kernels.max_vectors * kernels.lanes) return g;
+  if (!g.is_one_tap() || positions > kernels.max_vectors * kernels.lanes) return g;
   g.height = g.out_height = 1;
   g.width = g.out_width = positions;
   return g;

@@ -2,8 +2,7 @@
 //
 // Such a kernel meets every position once, and where it is. So a vector holds neighbouring positions of a plane, whatever
 // its rows, and a register tile is a piece of a plane, or several small planes. Packing the source, which 3x3 kernels pay
-// for by nine taps, would cost as much as the products: 32x128@16-128 took 1.5 ms packed and 0.7 ms so at 90 %, and even
-// at 50 % 4.5 and 2.4 ms (AVX2, forward).
+// for by nine taps, would cost as much as the products (docs/cpu-kernels.md, "What was tried").
 
 #include <limits>
 #include <numeric>
@@ -29,18 +28,10 @@ Tile product_tile(const Geometry& g, const ConvKernels<T>& kernels) {
   return Tile(g.height * g.width, kernels.lanes, kernels.max_vectors, std::min<int64_t>(kernels.max_rows, g.batch));
 }
 
-bool has_plain_planes(const at::Tensor& t) {
-  return t.stride(3) == 1 && t.stride(2) == t.size(3) && t.size(1) * t.stride(1) <= std::numeric_limits<int32_t>::max();
-}
-
-bool is_one_tap(const Geometry& g) {
-  return g.kernel_h * g.kernel_w == 1 && g.stride[0] == 1 && g.stride[1] == 1 && g.padding[0] == 0 && g.padding[1] == 0;
-}
-
 template <typename T>
-bool can(const Geometry& g, const ConvKernels<T>& kernels, const at::Tensor& a, const at::Tensor& b) {
-  return g.batch > 0 && is_one_tap(g) && g.height * g.width % kernels.lanes == 0 && has_plain_planes(a) &&
-         has_plain_planes(b);
+bool can(const Geometry& g, const ConvKernels<T>& kernels, const at::Tensor& source, const at::Tensor& other) {
+  return g.batch > 0 && g.is_one_tap() && g.height * g.width % kernels.lanes == 0 && has_plain_planes(source) &&
+         has_plain_planes(other) && source.size(1) * source.stride(1) <= std::numeric_limits<int32_t>::max();
 }
 
 // The taps of a source as it is.
@@ -111,7 +102,7 @@ template <typename T>
 bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
   const ConvKernels<T>& kernels = conv_kernels<T>();
-  if (!can(g, kernels, grad_output, input)) return false;
+  if (!can(g, kernels, input, grad_output)) return false;
   const Tile tile(g.height * g.width, kernels.lanes, 32, g.batch);
   const ConvPlaces places(w, taps_of(input), w.in);
   const int64_t tiles = ceil_div(g.batch, tile.images);

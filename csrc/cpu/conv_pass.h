@@ -39,6 +39,9 @@ struct Geometry {
   int64_t batch, in, height, width, out, out_height, out_width, kernel_h, kernel_w, groups;
   at::IntArrayRef stride, padding, dilation;
 
+  bool is_one_tap() const {
+    return kernel_h * kernel_w == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
+  }
   AxisPass forward_y() const { return forward_axis(height, out_height, kernel_h, stride[0], padding[0], dilation[0]); }
   AxisPass forward_x() const { return forward_axis(width, out_width, kernel_w, stride[1], padding[1], dilation[1]); }
   AxisPass backward_y() const { return backward_axis(height, out_height, kernel_h, stride[0], padding[0], dilation[0]); }
@@ -67,6 +70,8 @@ inline void from_number(float x, BFloat16* to) {
   to->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+
+inline bool has_plain_planes(const at::Tensor& t) { return t.stride(3) == 1 && t.stride(2) == t.size(3); }
 
 // The weight without its nonzeros, for lists of a gradient that is not asked for.
 struct NoWeight {

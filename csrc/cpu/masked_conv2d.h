@@ -1,7 +1,7 @@
 // The kernels of masked_conv2d as plain functions on raw pointers: what masked_conv2d.cpp (checks, threads, order of
 // work) asks of masked_conv2d_impl.h, compiled once for each instruction set (isa.h).
 //
-// Activations are packed: row q of a window of rows is [channels][phases][columns][lanes], one lane an image of the
+// by_batch (conv_pass.h names the ways) packs activations: row q of a window of rows is [channels][phases][columns][lanes], one lane an image of the
 // batch. conv_geometry.h says how a strided convolution becomes a unit-stride one over phases. So a nonzero weight is one
 // number times contiguous vectors at a fixed offset, whatever the kernel's size, stride or dilation.
 #pragma once
@@ -14,7 +14,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// A nonzero weight: `offset` leads from the packed source position of an output to the one that this weight multiplies.
+// A nonzero weight: `offset` leads from the source position of an output to the one that this weight multiplies.
 template <typename T>
 struct ConvEntry;
 template <>

@@ -77,7 +77,8 @@ def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """The weight as a dense tensor for a vendor's kernel; the gradient comes back masked, in the weight's storage."""
     if pattern.is_packed(weight):
         return pattern.unpack(weight)
-    if not (weight.requires_grad and torch.is_grad_enabled()) or pattern.density == 1:
+    # Without gradients outside inference mode the weight may still carry a tangent, which has to be masked, or refused.
+    if pattern.density == 1 or torch.is_inference_mode_enabled():
         return weight
     return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
 
