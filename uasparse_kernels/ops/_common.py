@@ -78,7 +78,8 @@ def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     if pattern.is_packed(weight):
         return pattern.unpack(weight)
     # Without gradients outside inference mode the weight may still carry a tangent, which has to be masked, or refused.
-    if pattern.density == 1 or torch.is_inference_mode_enabled():
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    if inference or pattern.density == 1:
         return weight
     return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
 
