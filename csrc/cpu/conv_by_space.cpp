@@ -8,8 +8,8 @@
 //                 fills the vectors, results go straight to their place.
 //   dot products  take the source with a gap between rows, which are read as they come, aligned or not. Where a vector
 //                 is a cache line, so that each such read would meet two, a row is shorter than one, or the padding is
-//                 wider than a vector, the source is copied once for each column of the kernel, already shifted. (Lists by shift would be short here, and a
-//                 branch mispredicted for each costs more than the copies.)
+//                 wider than a vector, the source is copied once for each column of the kernel, already shifted. (Lists
+//                 by shift would be short here, and a branch mispredicted for each costs more than the copies.)
 
 #include <limits>
 

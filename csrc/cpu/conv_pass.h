@@ -39,6 +39,7 @@ struct Geometry {
   int64_t batch, in, height, width, out, out_height, out_width, kernel_h, kernel_w, groups;
   at::IntArrayRef stride, padding, dilation;
 
+  // At every position, and at no other.
   bool is_one_tap() const {
     return kernel_h * kernel_w == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
   }

@@ -1,9 +1,10 @@
 // The kernels of masked_conv2d as plain functions on raw pointers: what masked_conv2d.cpp (checks, threads, order of
 // work) asks of masked_conv2d_impl.h, compiled once for each instruction set (isa.h).
 //
-// by_batch (conv_pass.h names the ways) packs activations: row q of a window of rows is [channels][phases][columns][lanes], one lane an image of the
-// batch. conv_geometry.h says how a strided convolution becomes a unit-stride one over phases. So a nonzero weight is one
-// number times contiguous vectors at a fixed offset, whatever the kernel's size, stride or dilation.
+// by_batch (conv_pass.h names the ways) packs activations: row q of a window of rows is [channels][phases][columns]
+// [lanes], one lane an image of the batch. conv_geometry.h says how a strided convolution becomes a unit-stride one over
+// phases. So a nonzero weight is one number times contiguous vectors at a fixed offset, whatever the kernel's size,
+// stride or dilation.
 #pragma once
 
 #include <cstdint>
