@@ -13,8 +13,8 @@ from typing import Literal
 FAR = ("mnist", "kmnist", "fashion-mnist", "svhn", "cifar10", "photos", "noise", "blobs", "inverted")
 # What mixed-shuffle and the rule of the combined scores were chosen on: these sets, mirrored images, held-out classes,
 # with seeds 100 and 101 and the splits 0,4,6 and 1,5,9, six epochs at 90 %. No study uses those seeds or splits.
-# The claims on the combined score with features against 93 and the logits were added when the study had its figures, and
-# those on u of the published loss when that in colour had its.
+# The claims on the combined score with features against 93 and the logits were added when the study in grey had its
+# figures, those on u and the combined score of the published loss when that in colour had its own.
 CHOSEN_ON = ("mnist", "photos")
 UNTOUCHED = tuple(name for name in FAR if name not in CHOSEN_ON)
 HELD_OUT, MIRRORED = ("holdout",), ("mirrored",)
