@@ -140,10 +140,11 @@ def test_one_tap(seed, dtype):
     expected = results(masked_conv2d_reference, *exact, pattern, *arguments, rounded_to=dtype)
     assert torch.equal(kernel(x, weight, pattern, bias, *arguments), got[0])  # of the slice itself
     positions = batch * size[0] * size[1]
-    # All gradients, of input and grad_output that lie otherwise.
+    # The same, and all gradients, of input and grad_output that lie otherwise.
     grad = torch.randn(got[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(dtype)
     index = (*pattern_tensors(pattern), pattern.shape, pattern.block)
     for layout in LAYOUTS.values():
+        assert_near(kernel(layout(x), weight, pattern, bias, *arguments), expected[0], shape[1])
         other = torch.ops.uasparse.masked_conv2d_backward(
             layout(grad), layout(x), weight, *index, *arguments, [True, True, True]
         )

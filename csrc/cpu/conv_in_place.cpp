@@ -14,12 +14,12 @@ namespace {
 
 // Positions that a kernel takes together: `images` whole planes, or a piece of one, in vectors.
 struct Tile {
-  int64_t images, plane, piece;
+  int64_t plane, piece, images;
 
   Tile(int64_t positions, int64_t lanes, int64_t max_vectors, int64_t max_images)
-      : images(1), plane(positions / lanes), piece(ceil_div(plane, ceil_div(plane, max_vectors))) {
-    images = std::clamp<int64_t>(max_vectors / plane, 1, max_images);
-  }
+      : plane(positions / lanes),
+        piece(ceil_div(plane, ceil_div(plane, max_vectors))),
+        images(std::clamp<int64_t>(max_vectors / plane, 1, max_images)) {}
   int64_t vectors() const { return images * piece; }
 };
 
@@ -32,6 +32,12 @@ template <typename T>
 bool can(const Geometry& g, const ConvKernels<T>& kernels, const at::Tensor& source, const at::Tensor& other) {
   return g.batch > 0 && g.is_one_tap() && g.height * g.width % kernels.lanes == 0 && has_plain_planes(source) &&
          has_plain_planes(other) && source.size(1) * source.stride(1) <= std::numeric_limits<int32_t>::max();
+}
+
+// Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker.
+template <typename T>
+bool is_filled(const Tile& tile, const ConvKernels<T>& kernels) {
+  return 2 * tile.vectors() >= kernels.max_vectors;
 }
 
 // The taps of a source as it is.
@@ -77,7 +83,7 @@ bool forward_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& 
   const ConvKernels<T>& kernels = conv_kernels<T>();
   if (!can(g, kernels, input, output)) return false;
   const Tile tile = product_tile(g, kernels);
-  if (2 * tile.vectors() < kernels.max_vectors) return false;
+  if (!is_filled(tile, kernels)) return false;
   const auto lists = ConvEntries<T>::forward(w, taps_of(input), source_block(kernels, tile, input, w.density(), w.in),
                                              weight.const_data_ptr<T>());
   run_products(kernels, tile, lists, input, output, bias.empty() ? nullptr : bias.data());
@@ -90,7 +96,7 @@ bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::T
   const ConvKernels<T>& kernels = conv_kernels<T>();
   if (!can(g, kernels, grad_output, grad_input)) return false;
   const Tile tile = product_tile(g, kernels);
-  if (2 * tile.vectors() < kernels.max_vectors) return false;
+  if (!is_filled(tile, kernels)) return false;
   const int64_t block = source_block(kernels, tile, grad_output, w.density(), w.out / w.groups);
   const auto lists = ConvEntries<T>::backward(w, taps_of(grad_output), block, weight.const_data_ptr<T>());
   run_products(kernels, tile, lists, grad_output, grad_input, static_cast<const T*>(nullptr));
