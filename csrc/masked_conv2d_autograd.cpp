@@ -42,9 +42,10 @@ struct MaskedConv2d : torch::autograd::Function<MaskedConv2d> {
                         std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                         int64_t groups) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    // Only what some gradient needs is kept alive: the input for the weight's, nothing but its shape for its own.
+    // Only what some gradient needs is kept alive: the input for the weight's, but its shape and format for its own.
     ctx->save_for_backward({weight.requires_grad() ? input : Tensor(), weight, crow, col, ccol, row, perm});
     ctx->saved_data["input_shape"] = input.sizes().vec();
+    ctx->saved_data["input_format"] = static_cast<int64_t>(input.suggest_memory_format());
     ctx->saved_data["shape"] = shape;
     ctx->saved_data["block"] = block;
     ctx->saved_data["stride"] = stride;
@@ -67,7 +68,8 @@ struct MaskedConv2d : torch::autograd::Function<MaskedConv2d> {
                       numbers("block"), numbers("stride"), numbers("padding"), numbers("dilation"),
                       ctx->saved_data["groups"].toInt(), mask);
     variable_list results(14);
-    if (mask[0]) results[0] = std::move(grad_input);
+    const auto format = static_cast<at::MemoryFormat>(ctx->saved_data["input_format"].toInt());
+    if (mask[0]) results[0] = grad_input.contiguous(format);  // copied only where a stand-in could not say it
     if (mask[1]) results[1] = std::move(grad_weight);
     if (mask[2]) results[2] = std::move(grad_bias);
     return results;

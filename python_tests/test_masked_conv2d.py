@@ -157,10 +157,11 @@ def test_one_tap(seed, dtype):
 @needs_kernel
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("size,stride", [(3, 1), (1, 1), (1, 2)])
-def test_memory_format_follows_the_input(format, size, stride):
+@pytest.mark.parametrize("trained", [True, False])
+def test_memory_format_follows_the_input(format, size, stride, trained):
     pattern = SparsityPattern.random((8, 6, size, size), 0.3)
     x = torch.randn(4, 6, 8, 8).to(memory_format=format).requires_grad_() * 1  # autograd gives leaves their own format
-    output = kernel(x, torch.randn(pattern.packed_shape, requires_grad=True), pattern, stride=(stride, stride))
+    output = kernel(x, torch.randn(pattern.packed_shape, requires_grad=trained), pattern, stride=(stride, stride))
     (grad,) = torch.autograd.grad(output.square().sum(), x)
     assert output.is_contiguous(memory_format=format)
     assert grad.is_contiguous(memory_format=format)
