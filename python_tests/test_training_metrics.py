@@ -144,6 +144,8 @@ def test_combined_scores_are_the_largest_of_standardised_ones(num_outputs):
 
     parts = [standardised(name) for name in ("energy", "mahalanobis", "u")[: num_outputs - 1]]
     torch.testing.assert_close(SCORES["combined-features"].make(judge)(outputs), torch.stack(parts).amax(0))
+    joined = torch.stack([*parts, standardised("knn")]).amax(0)
+    torch.testing.assert_close(SCORES["combined-all"].make(judge)(outputs), joined)
     if num_outputs == 4:
         expected = torch.maximum(parts[0], parts[2])
         torch.testing.assert_close(SCORES["combined"].make(judge)(outputs), expected)

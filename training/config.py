@@ -61,10 +61,13 @@ class FitConfig:
     unknowns: str = option("none", f"Synthetic unknowns in each batch: one of {', '.join(UNKNOWNS)}.")
     unknown_share: float = option(0.125, "Share of each batch that is replaced by synthetic unknowns.")
     unknown_weight: float = option(0.25, "Weight of a synthetic unknown in the loss.")
-    unknown_grid: str = option("4", "patch-shuffle: patches per side; several, comma-separated, take equal parts.")
+    unknown_grid: str = option(
+        "4", "patch-shuffle: patches per side, 0 for single pixels; several, comma-separated, take equal parts."
+    )
     unknown_seam: str = option(
         "0", "patch-shuffle: pixels beyond each seam over which patches fade into each other; one, or one a grid."
     )
+    unknown_outputs: int = option(1, "Outputs of the network that are joined (log-sum-exp) to its unknown output.")
     as_released: bool = option(
         False, "Repeat two faults of MOON's released program: a drop fraction that is 0 almost at once, and a vote "
         "over the first tenth of each epoch.",
@@ -88,7 +91,7 @@ class FitConfig:
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"Expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("epochs", "batch_size", "delta_t", "votes_per_epoch"):
+        for name in ("epochs", "batch_size", "delta_t", "votes_per_epoch", "unknown_outputs"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"Expected {name} to be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.sparsity < 1:
@@ -210,6 +213,14 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "average": {"vote": {"vote": True}, "cigl": {"vote": True, "weight_dropout": 0.1}},
     "unknowns": {
         "patch-shuffle": {"unknowns": "patch-shuffle"},
+        "hard-shuffle": {
+            "unknowns": "patch-shuffle",
+            "unknown_grid": "4,2,0",
+            "unknown_seam": "0",
+            "unknown_share": 0.03125,
+            "unknown_weight": 0.5,
+            "unknown_outputs": 8,
+        },
         "mixed-shuffle": {
             "unknowns": "patch-shuffle",
             "unknown_grid": "4,4,2",

@@ -9,15 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from training.compare import auroc_table, compare
+from training.config import ARM_PARTS
 from training.suites import SUITES, Suite
 
 BASELINE = "rigl"
-OWN_SCORE = {"moon": "moon", "patch-shuffle": "u", "mixed-shuffle": "u"}  # the score that a part of an arm brings
+OWN_SCORE = {"moon": "moon"} | dict.fromkeys(ARM_PARTS["unknowns"], "u")  # the score that a part of an arm brings
 SCORES_SHOWN = ("msp", "energy", "moon", "u")
 EXPLAINED = {
     "rigl": "RigL, cross entropy",
     "rigl+moon+vote": "RigL + MOON as published (unknown-aware loss, vote)",
-    "rigl+vote+mixed-shuffle": "RigL + vote + synthetic unknowns (shuffled patches) as targets of the unknown output",
+    "rigl+vote+hard-shuffle": "RigL + vote + synthetic unknowns (shuffled patches) as targets of the unknown output",
 }
 
 

@@ -1,8 +1,8 @@
 """Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
 
-"combined" and "combined-features" join several. Those on class logits see the first K only. Post-hoc detectors are
-pytorch-ood's, with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted on
-training images.
+"combined", "combined-features" and "combined-all" join several. Those on class logits see the first K only. Post-hoc
+detectors are pytorch-ood's, with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is
+fitted on training images.
 """
 
 from __future__ import annotations
@@ -186,5 +186,6 @@ SCORES: dict[str, Score] = {
     "mahalanobis": Score(_mahalanobis, "Mahalanobis"),
     "combined": Score(_combined(("u", "energy")), "max of u, energy", needs_unknown_output=True),
     "combined-features": Score(_combined(("u", "energy", "mahalanobis")), "max of (u,) energy, Mahalanobis"),
+    "combined-all": Score(_combined(("u", "energy", "mahalanobis", "knn")), "max of (u,) energy, Mahalanobis, KNN"),
 }
 CHEAP_SCORES = ("moon", "u", "msp", "maxlogit", "energy", "entropy")

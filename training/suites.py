@@ -96,9 +96,9 @@ def _runs(grid: Suite, name_sparsity: bool) -> list[Run]:
 # In the order of what one wants to see first.
 ABLATION = (
     "", "+vote", "+moon+vote", "+vote+patch-shuffle", "+moon", "+reweight+vote", "+logitnorm+vote", "+cigl",
-    "+moon+vote+as-released", "+vote+mixed-shuffle",
+    "+moon+vote+as-released", "+vote+hard-shuffle", "+vote+mixed-shuffle",
 )  # fmt: skip
-MAIN = ("", "+vote", "+moon+vote", "+vote+mixed-shuffle")
+MAIN = ("", "+vote", "+moon+vote", "+vote+hard-shuffle")
 STUDY_ARMS = ("dense", *(f"{method}{rest}" for method in ("rigl", "set") for rest in ABLATION))
 MAIN_ARMS = tuple(f"{method}{rest}" for method in ("rigl", "set") for rest in MAIN)
 RELATIVE_ARMS = tuple(
@@ -132,7 +132,7 @@ _cifar = Suite(
 SUITES: dict[str, Suite] = {
     "demo": Suite(
         FitConfig(epochs=6, warmup_epochs=1, batch_size=128, delta_t=50),
-        arms=("rigl", "rigl+moon+vote", "rigl+vote+mixed-shuffle"),
+        arms=("rigl", "rigl+moon+vote", "rigl+vote+hard-shuffle"),
         unknowns=("mnist", "photos", "blobs", "noise", "inverted"),
     ),
     # A CPU's study: two more seeds of what the claims rest on, seven of the ten classes in six splits (near-OOD; they
@@ -145,11 +145,11 @@ SUITES: dict[str, Suite] = {
             replace(_fashion, arms=RELATIVE_ARMS, sparsities=(0.99,)),
         ),
     ),
-    # The same in colour: the settings, and the synthetic unknowns, as they were chosen on grey images.
+    # The same in colour, by the settings chosen on grey images; of the synthetic unknowns also those chosen there.
     "colour": replace(
         _fashion,
         config=replace(_fashion.config, data="cifar10"),
-        arms=("dense", *MAIN_ARMS),
+        arms=("dense", *MAIN_ARMS, "rigl+vote+mixed-shuffle", "set+vote+mixed-shuffle"),
         unknowns=COLOUR_FAR,
         sparsities=(0.9,),
     ),

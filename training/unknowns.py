@@ -23,6 +23,7 @@ class PatchShuffle:
 
     The image is cut into g x g patches, which are permuted; every second one is also turned by 90 degrees. With several
     `grids` each takes its part of the images, with its own of the `seams` (or all with the one): see `shuffle_patches`.
+    A grid of 0 permutes single pixels.
     Called as (x [B, C, H, W], y [B], generator) -> (x, y) of the same shapes; the inputs are left as they were.
     """
 
@@ -31,8 +32,9 @@ class PatchShuffle:
     ) -> None:
         if not 0 < share < 1:
             raise TrainingError(f"Expected a share of unknowns between 0 and 1, got {share}.")
-        if not grids or min(grids) < 2:
-            raise TrainingError(f"Expected at least 2 patches a side, got {', '.join(map(str, grids)) or 'none'}.")
+        if not grids or any(grid < 2 and grid != 0 for grid in grids):
+            listed = ", ".join(map(str, grids)) or "none"
+            raise TrainingError(f"Expected at least 2 patches a side, or 0 for single pixels, got {listed}.")
         if len(seams) not in (1, len(grids)):
             raise TrainingError(f"Expected one seam, or one for each of {len(grids)} grids, got {len(seams)}.")
         self.unknown_label, self.share, self.grids = unknown_label, share, tuple(grids)
@@ -54,22 +56,23 @@ class PatchShuffle:
 
 
 def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int = 0) -> Tensor:
-    """Permutes the grid x grid patches of each image of [B, C, H, W], each image by its own permutation.
+    """Permutes the grid x grid patches (0: all pixels) of each image of [B, C, H, W], each by its own permutation.
 
     With a `seam`, patches are cut that many pixels larger on every side and fade into their neighbours over 2 * seam
     pixels, so that no edge gives the shuffling away. Raises TrainingError unless H and W are multiples of `grid` and
     patches are at least 2 * seam wide. The permutations come from `generator` (on the CPU).
     """
     num, channels, height, width = x.shape
-    if height % grid or width % grid:
+    rows, columns = (grid, grid) if grid else (height, width)
+    if height % rows or width % columns:
         raise TrainingError(
             f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid."
         )
-    stride = height // grid, width // grid
+    stride = height // rows, width // columns
     if not 0 <= 2 * seam <= min(stride):
         raise TrainingError(f"Expected a seam of at most half of the {stride[0]}x{stride[1]} patches, got {seam}.")
     size, padded = (stride[0] + 2 * seam, stride[1] + 2 * seam), (height + 2 * seam, width + 2 * seam)
-    order = torch.rand(num, grid * grid, generator=generator).argsort(1).to(x.device, non_blocking=True)
+    order = torch.rand(num, rows * columns, generator=generator).argsort(1).to(x.device, non_blocking=True)
     patches = F.unfold(F.pad(x, (seam,) * 4, mode="replicate") if seam else x, size, stride=stride)
     patches = patches.gather(2, order[:, None].expand_as(patches))
     if seam == 0:
