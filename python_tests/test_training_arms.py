@@ -18,7 +18,6 @@ from training.data import load_train_test, load_unknowns
 from training.errors import TrainingError
 from training.evaluate import evaluate
 from training.losses import LOSSES, LossSpec
-from training.models import build_model, head_of
 from training.recipe import Trainer, topology_method
 from training.scores import SCORES
 from training.unknowns import PatchShuffle, shuffle_patches
@@ -227,35 +226,12 @@ def test_a_grid_of_0_shuffles_pixels():
     assert torch.equal(new.flatten(2), taken)  # the channels of a pixel stay together
 
 
-def test_joined_unknown_outputs():
-    torch.manual_seed(0)
-    model = build_model("mlp", 4, 1, 8, unknown_outputs=5).double()
-    x = torch.randn(7, 1, 8, 8, dtype=torch.float64)
-    logits, joined = model[0](x), model(x)
-    assert logits.shape == (7, 8) and joined.shape == (7, 4)
-    p = logits.softmax(1)
-    torch.testing.assert_close(joined.softmax(1), torch.cat([p[:, :3], p[:, 3:].sum(1, keepdim=True)], 1))
-
-
-def test_training_with_several_unknown_outputs(digits, tmp_path):
-    trainer = Trainer(with_arm(TINY, "rigl+vote+hard-shuffle"), digits)
-    first = trainer.train_epoch()["train_loss"]
-    for _ in range(TINY.epochs - 1):
-        last = trainer.train_epoch()["train_loss"]
-    assert last < first
-    assert trainer.result()(torch.zeros(2, 1, 8, 8)).shape == (2, digits.train.num_classes + 1)
-    assert head_of(trainer.model).out_features == digits.train.num_classes + 8
-    with pytest.raises(TrainingError, match="unknown_outputs to be at least 1"):
-        replace(TINY, unknown_outputs=0)
-
-
 def test_settings_of_unknowns():
     config = with_arm(TINY, "rigl+vote+mixed-shuffle")
     assert (config.unknowns, config.unknown_grids, config.unknown_seams) == ("patch-shuffle", (4, 4, 2), (0, 3, 0))
     assert config.arm == "rigl+vote+mixed-shuffle"
     config = with_arm(TINY, "rigl+vote+hard-shuffle")
     assert (config.unknowns, config.unknown_grids, config.unknown_seams) == ("patch-shuffle", (4, 2, 0), (0,))
-    assert config.unknown_outputs == 8
     assert config.arm == "rigl+vote+hard-shuffle"
     with pytest.raises(TrainingError, match="patches per side as 4 or 2,4"):
         replace(TINY, unknown_grid="two")

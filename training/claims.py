@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-FAR = ("mnist", "kmnist", "fashion-mnist", "svhn", "cifar10", "photos", "noise", "blobs", "inverted")
-# What mixed-shuffle and the rule of the combined scores were chosen on: these sets, mirrored images, held-out classes,
-# with seeds 100 and 101 and the splits 0,4,6 and 1,5,9, six epochs at 90 %. No study uses those seeds or splits.
-# The claims on the combined score with features against 93 and the logits were added when the study in grey had its
-# figures, those on u and the combined score of the published loss when that in colour had its own.
-CHOSEN_ON = ("mnist", "photos")
+FAR = ("mnist", "kmnist", "fashion-mnist", "svhn", "cifar10", "icons", "photos", "noise", "blobs", "inverted")
+# What hard-shuffle was chosen on, with seeds 100 to 102 at 90 % (what came before it, mixed-shuffle and the rule of the
+# combined scores, with 100 and 101, and the splits 0,4,6 and 1,5,9): in colour all sets of its suite, in grey digits,
+# photographs, mirrored images and held-out classes. No study uses those seeds or splits. Claims on scores combined
+# with features against 93 and the logits, and those on u and combined-features of the published loss, were added when
+# the first studies had their figures.
+CHOSEN_ON = ("mnist", "fashion-mnist", "photos", "noise", "blobs", "inverted")
 UNTOUCHED = tuple(name for name in FAR if name not in CHOSEN_ON)
 HELD_OUT, MIRRORED = ("holdout",), ("mirrored",)
 POST_HOC = ("msp", "maxlogit", "energy", "entropy", "odin", "react", "knn", "mahalanobis")
@@ -78,7 +79,7 @@ PUBLISHED = (
     Claim("Memory is at most 3 % more than plain sparse training's", "moon+vote", "", "memory", above=-3.0),
 )  # fmt: skip
 
-OURS_ARM = "vote+mixed-shuffle"
+OURS_ARM = "vote+hard-shuffle"
 OURS = (
     Claim("Far-OOD AUROC by u is at least 93", OURS_ARM, None, score="u", sets=FAR, above=93.0),
     Claim("Far-OOD AUROC by u is at least 93 on sets never used to choose anything",
@@ -87,32 +88,33 @@ OURS = (
           OURS_ARM, "vote", score="u", baseline_scores=OUTPUT_SCORES, sets=FAR, above=25.0),
     Claim("By u at least 25 above the best post-hoc score of sparse training + vote, features included, far-OOD",
           OURS_ARM, "vote", score="u", baseline_scores=POST_HOC, sets=FAR, above=25.0),
-    Claim("Far-OOD AUROC by the combined score with features is at least 93",
-          OURS_ARM, None, score="combined-features", sets=FAR, above=93.0),
-    Claim("By it at least 25 above the best score of the logits of sparse training + vote, far-OOD",
-          OURS_ARM, "vote", score="combined-features", baseline_scores=OUTPUT_SCORES, sets=FAR, above=25.0),
-    Claim("The combined score is above the best of MSP and energy of sparse training: held-out classes",
+    Claim("Far-OOD AUROC by all scores combined is at least 93",
+          OURS_ARM, None, score="combined-all", sets=FAR, above=93.0),
+    Claim("Far-OOD AUROC by all scores combined is at least 93 on sets never used to choose anything",
+          OURS_ARM, None, score="combined-all", sets=UNTOUCHED, above=93.0),
+    Claim("By them at least 25 above the best score of the logits of sparse training + vote, far-OOD",
+          OURS_ARM, "vote", score="combined-all", baseline_scores=OUTPUT_SCORES, sets=FAR, above=25.0),
+    Claim("All combined are above the best of MSP and energy of sparse training: held-out classes",
+          OURS_ARM, "", score="combined-all", baseline_scores=("msp", "energy"), sets=HELD_OUT),
+    Claim("All combined are above the best of MSP and energy of sparse training: mirrored images",
+          OURS_ARM, "", score="combined-all", baseline_scores=("msp", "energy"), sets=MIRRORED),
+    Claim("All combined are at most 2 below u on far-OOD",
+          OURS_ARM, OURS_ARM, score="combined-all", baseline_scores=("u",), sets=FAR, above=-2.0),
+    Claim("u and energy combined are above the best of MSP and energy of sparse training: held-out classes",
           OURS_ARM, "", score="combined", baseline_scores=("msp", "energy"), sets=HELD_OUT),
-    Claim("The combined score is above the best of MSP and energy of sparse training: mirrored images",
+    Claim("u and energy combined are above the best of MSP and energy of sparse training: mirrored images",
           OURS_ARM, "", score="combined", baseline_scores=("msp", "energy"), sets=MIRRORED),
-    Claim("The combined score is at most 2 below u on far-OOD",
+    Claim("u and energy combined are at most 2 below u on far-OOD",
           OURS_ARM, OURS_ARM, score="combined", baseline_scores=("u",), sets=FAR, above=-2.0),
-    Claim("With features, the combined score is above the best of MSP and energy of sparse training: held-out classes",
-          OURS_ARM, "", score="combined-features", baseline_scores=("msp", "energy"), sets=HELD_OUT),
-    Claim("With features, the combined score is above the best of MSP and energy of sparse training: mirrored images",
-          OURS_ARM, "", score="combined-features", baseline_scores=("msp", "energy"), sets=MIRRORED),
-    Claim("With features, the combined score is at most 2 below u on far-OOD",
-          OURS_ARM, OURS_ARM, score="combined-features", baseline_scores=("u",), sets=FAR, above=-2.0),
-    Claim("u adds to the combined score with features: far-OOD, against sparse training + vote by the same without u",
+    Claim("u adds to energy and Mahalanobis distance: far-OOD, against these of sparse training + vote",
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=FAR),
-    Claim("u adds to the combined score with features: held-out classes, against the same without u",
+    Claim("u adds to energy and Mahalanobis distance: held-out classes, against these of sparse training + vote",
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=HELD_OUT),
-    Claim("Few unknowns of two sizes with hard and soft seams (mixed-shuffle) cost less accuracy than patch-shuffle's",
-          OURS_ARM, "vote+patch-shuffle", "accuracy"),
-    Claim("The same by u, far-OOD",
+    Claim("By u it beats soft seams beside hard ones (mixed-shuffle), far-OOD",
+          OURS_ARM, "vote+mixed-shuffle", score="u", baseline_scores=("u",), sets=FAR),
+    Claim("By u it beats one image in eight of one size (patch-shuffle), far-OOD",
           OURS_ARM, "vote+patch-shuffle", score="u", baseline_scores=("u",), sets=FAR),
-    Claim("The same by u on sets never used to choose anything",
-          OURS_ARM, "vote+patch-shuffle", score="u", baseline_scores=("u",), sets=UNTOUCHED),
+    Claim("It has more accuracy than patch-shuffle", OURS_ARM, "vote+patch-shuffle", "accuracy"),
     Claim("Accuracy is as good as sparse training's + vote, within its seed noise",
           OURS_ARM, "vote", "accuracy", above=SEED_NOISE),
     Claim("ECE is lower than sparse training's + vote", OURS_ARM, "vote", "ece"),
@@ -120,6 +122,6 @@ OURS = (
     Claim("A step takes at most 5 % longer than sparse training's + vote", OURS_ARM, "vote", "step_time", above=-5.0),
     Claim("At 99 %: dropping by the share of an output (relative) gives more accuracy than by magnitude",
           "relative+vote", "vote", "accuracy"),
-    Claim("At 99 %: with it, u detects far-OOD better than with magnitude",
-          "relative+vote+mixed-shuffle", OURS_ARM, score="u", baseline_scores=("u",), sets=FAR),
+    Claim("At 99 %: with it, u of mixed-shuffle detects far-OOD better than with magnitude",
+          "relative+vote+mixed-shuffle", "vote+mixed-shuffle", score="u", baseline_scores=("u",), sets=FAR),
 )  # fmt: skip

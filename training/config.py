@@ -67,7 +67,6 @@ class FitConfig:
     unknown_seam: str = option(
         "0", "patch-shuffle: pixels beyond each seam over which patches fade into each other; one, or one a grid."
     )
-    unknown_outputs: int = option(1, "Outputs of the network that are joined (log-sum-exp) to its unknown output.")
     as_released: bool = option(
         False, "Repeat two faults of MOON's released program: a drop fraction that is 0 almost at once, and a vote "
         "over the first tenth of each epoch.",
@@ -91,7 +90,7 @@ class FitConfig:
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"Expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("epochs", "batch_size", "delta_t", "votes_per_epoch", "unknown_outputs"):
+        for name in ("epochs", "batch_size", "delta_t", "votes_per_epoch"):
             if getattr(self, name) < 1:
                 raise TrainingError(f"Expected {name} to be at least 1, got {getattr(self, name)}.")
         if not 0 <= self.sparsity < 1:
@@ -219,7 +218,6 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
             "unknown_seam": "0",
             "unknown_share": 0.03125,
             "unknown_weight": 0.5,
-            "unknown_outputs": 8,
         },
         "mixed-shuffle": {
             "unknowns": "patch-shuffle",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torchvision
 from pytorch_ood.model import WideResNet
 from torch import Tensor, nn
@@ -32,13 +31,8 @@ class ModelSpec:
         return self.stem == "cifar" or (self.stem == "auto" and self.image_size <= 64)
 
 
-def build_model(
-    name: str, num_outputs: int, in_channels: int, image_size: int, stem: str = "auto", unknown_outputs: int = 1
-) -> nn.Module:
-    """Builds a dense network; `uasparse_kernels.sparsify` makes it sparse. Raises TrainingError.
-
-    With several `unknown_outputs` the last of the `num_outputs` joins so many outputs of the head: see JoinUnknowns.
-    """
+def build_model(name: str, num_outputs: int, in_channels: int, image_size: int, stem: str = "auto") -> nn.Module:
+    """Builds a dense network; `uasparse_kernels.sparsify` makes it sparse. Raises TrainingError."""
     if name not in MODELS:
         raise TrainingError(f"Unknown model {name!r}. Expected one of {', '.join(MODELS)}.")
     if stem not in ("auto", "cifar", "imagenet"):
@@ -49,24 +43,7 @@ def build_model(
             f"{name} needs images of at least {smallest}x{smallest}, got {image_size}x{image_size}: give --image-size "
             f"{smallest}."
         )
-    network = MODELS[name](ModelSpec(num_outputs - 1 + unknown_outputs, in_channels, image_size, stem))
-    return nn.Sequential(network, JoinUnknowns(num_outputs - 1)) if unknown_outputs > 1 else network
-
-
-class JoinUnknowns(nn.Module):
-    """Logits [N, K + M] to [N, K + 1]: the last is the log-sum-exp of the M outputs for "unknown".
-
-    Its probability is the sum of theirs. One output is a half-space of the features, so that what is unknown on one
-    side makes the other side known; M of them leave a convex region to the classes.
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-
-    def forward(self, logits: Tensor) -> Tensor:
-        joined = logits[:, self.num_classes :].logsumexp(1, keepdim=True)
-        return torch.cat([logits[:, : self.num_classes], joined], 1)
+    return MODELS[name](ModelSpec(num_outputs, in_channels, image_size, stem))
 
 
 def head_of(model: nn.Module) -> nn.Module:

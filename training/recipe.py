@@ -52,14 +52,7 @@ def build_network(
             logit_temperature=config.logit_temperature,
         )
     )
-    model = build_model(
-        config.model,
-        cast(int, loss_fn.num_outputs),
-        in_channels,
-        image_size,
-        config.stem,
-        config.unknown_outputs if config.has_unknown_output else 1,
-    )
+    model = build_model(config.model, cast(int, loss_fn.num_outputs), in_channels, image_size, config.stem)
     if config.method != "dense":
         model = ua.sparsify(model, **sparsity_options(config))
     return model, loss_fn

@@ -15,10 +15,10 @@ from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from training.report import save_figure
 from training.study import Judgement, Row, judge, read_study, spread_of
 
-SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features")
+SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
     ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"),
-    ("vote+patch-shuffle", "u"), ("vote", "combined-features"), (OURS_ARM, "combined-features"),
+    ("vote+mixed-shuffle", "u"), ("vote", "combined-features"), (OURS_ARM, "combined-all"),
 )  # fmt: skip
 VERDICT_COLOURS = {"holds": "tab:green", "does not hold": "tab:red", "not decided": "tab:gray"}
 START = """# Evidence
