@@ -25,8 +25,8 @@ ARMS = {
     "": "",
     "+vote": "",
     "+moon+vote": "",
-    "+vote+mixed-shuffle": "+vote",
-    "+relative+vote+mixed-shuffle": "+vote",
+    "+vote+hard-shuffle": "+vote",
+    "+relative+vote+hard-shuffle": "+vote",
 }
 
 

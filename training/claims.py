@@ -108,6 +108,8 @@ OURS = (
           OURS_ARM, OURS_ARM, score="combined", baseline_scores=("u",), sets=FAR, above=-2.0),
     Claim("u adds to energy and Mahalanobis distance: far-OOD, against these of sparse training + vote",
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=FAR),
+    Claim("u adds to all others combined: far-OOD, against these of sparse training + vote",
+          OURS_ARM, "vote", score="combined-all", baseline_scores=("combined-all",), sets=FAR),
     Claim("u adds to energy and Mahalanobis distance: held-out classes, against these of sparse training + vote",
           OURS_ARM, "vote", score="combined-features", baseline_scores=("combined-features",), sets=HELD_OUT),
     Claim("By u it beats soft seams beside hard ones (mixed-shuffle), far-OOD",

@@ -28,9 +28,9 @@ What the method's claims come to on real data. Everything between the marks is w
 
 A claim *holds* if the whole 95 % bootstrap interval of its paired difference (same topology method, sparsity, seed and
 classes held out) is on its side of what it needs, *does not hold* if the whole interval is on the other, and is *not
-decided* else. Pairs are taken as independent. Differences are in percentage points and turned so that more is better.
-Step times are compute seconds of runs on the same machine. The claims are listed in `training/claims.py`, which also
-says what anything was chosen on.
+decided* else. A claim without a pair is left out. Pairs are taken as independent. Differences are in percentage points,
+turned so that more is better. Step times are compute seconds of runs on the same machine. The claims are listed in
+`training/claims.py`, which also says what anything was chosen on.
 """
 
 
@@ -47,7 +47,8 @@ def write_study(folder: Path, page: Path) -> list[Path]:
         study = study.with_stored(stored)
     study.write(stored)
     rows = read_study(stored).rows
-    published, ours = ([judge(claim, rows) for claim in claims] for claims in (PUBLISHED, OURS))
+    judged = ([judge(claim, rows) for claim in claims] for claims in (PUBLISHED, OURS))
+    published, ours = ([j for j in judgements if j.pairs] for judgements in judged)
     figures = [
         save_figure(draw_claims(published + ours), beside / f"{name}-claims.png"),
         save_figure(draw_sparsity(rows), beside / f"{name}-sparsity.png"),
@@ -166,7 +167,7 @@ def write_means(rows: Sequence[Row], path: Path) -> None:
 
 def draw_claims(judgements: Sequence[Judgement]) -> Figure:
     """The interval of each claim about AUROC differences against what it needs."""
-    drawn = [j for j in judgements if j.claim.metric == "auroc" and j.claim.baseline is not None and j.pairs > 0]
+    drawn = [j for j in judgements if j.claim.metric == "auroc" and j.claim.baseline is not None]
     figure, axis = plt.subplots(figsize=(10, 1 + 0.4 * max(1, len(drawn))), layout="constrained")
     for at, j in enumerate(drawn):
         axis.plot([j.low, j.high], [at, at], color=VERDICT_COLOURS[j.verdict], linewidth=3, solid_capstyle="butt")
