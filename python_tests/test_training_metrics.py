@@ -1,6 +1,7 @@
 """Scores and metrics of training/ against values worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -149,6 +150,22 @@ def test_combined_scores_are_the_largest_of_standardised_ones(num_outputs):
     if num_outputs == 4:
         expected = torch.maximum(parts[0], parts[2])
         torch.testing.assert_close(SCORES["combined"].make(judge)(outputs), expected)
+
+
+def test_what_combined_scores_share_is_computed_once(monkeypatch):
+    judge, images = _judge(num_outputs=4, num_classes=3)
+    outputs, seen, knn = judge.outputs(images[:30]), [], SCORES["knn"]
+
+    def make(judge):
+        score = knn.make(judge)
+        return lambda outputs: seen.append(outputs) or score(outputs)
+
+    monkeypatch.setitem(SCORES, "knn", replace(knn, make=make))
+    alone, joined = judge.scorer("knn")(outputs), judge.scorer("combined-all")(outputs)
+    assert len(seen) == 2 and seen[0] is outputs and seen[1] is judge.fit
+    monkeypatch.undo()
+    torch.testing.assert_close(alone, SCORES["knn"].make(judge)(outputs))
+    torch.testing.assert_close(joined, SCORES["combined-all"].make(judge)(outputs))
 
 
 def test_collect_gives_the_input_of_the_last_layer():

@@ -51,7 +51,7 @@ def evaluate(
     judge = Judge.of(model, normalise, num_classes, data.train.images, data.train.labels, device)
     known = judge.outputs(data.test.images)
     has_unknown = known.logits.shape[1] > num_classes
-    scorers = {n: SCORES[n].make(judge) for n in names if has_unknown or not SCORES[n].needs_unknown_output}
+    scorers = {n: judge.scorer(n) for n in names if has_unknown or not SCORES[n].needs_unknown_output}
 
     def apply(images: ImageSet, outputs: Outputs) -> dict[str, Tensor]:
         return {n: scorer(images.images if SCORES[n].takes == "images" else outputs) for n, scorer in scorers.items()}

@@ -8,7 +8,8 @@ fitted on training images.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10
 REACT_QUANTILE = 0.9  # of all activations, the paper's choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outputs:
     """What one pass gives: logits [N, K or K+1] (float64), penultimate features [N, D] (float32), on the CPU."""
 
@@ -42,6 +43,7 @@ class Judge:
     fit_labels: Tensor
     device: torch.device
     batch_size: int = 500
+    scorers: dict[str, Callable[[Any], Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -57,6 +59,13 @@ class Judge:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FIT_IMAGES]
         fit = collect(model, images[order], normalise, device)
         return cls(model.eval(), normalise, num_classes, fit, labels[order], device)
+
+    def scorer(self, name: str) -> Callable[[Any], Tensor]:
+        """A score by its name: fitted once, and of outputs that it just had (combined scores ask again) remembered."""
+        if name not in self.scorers:
+            score = SCORES[name].make(self)
+            self.scorers[name] = lru_cache(maxsize=2)(score) if SCORES[name].takes == "outputs" else score
+        return self.scorers[name]
 
     def outputs(self, images: Tensor) -> Outputs:
         return collect(self.model, images, self.normalise, self.device, self.batch_size)
@@ -112,7 +121,7 @@ def _combined(names: Sequence[str]) -> Callable[[Judge], Callable[[Outputs], Ten
 
     def make(judge: Judge) -> Callable[[Outputs], Tensor]:
         has_unknown = judge.fit.logits.shape[1] > judge.num_classes
-        parts = [SCORES[n].make(judge) for n in names if has_unknown or not SCORES[n].needs_unknown_output]
+        parts = [judge.scorer(n) for n in names if has_unknown or not SCORES[n].needs_unknown_output]
         fitted = [part(judge.fit).double() for part in parts]
         scale = [(values.mean(), values.std().clamp(min=1e-12)) for values in fitted]
 
