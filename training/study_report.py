@@ -190,7 +190,7 @@ def _short(claim: Claim) -> str:
 
 
 def draw_sparsity(rows: Sequence[Row]) -> Figure:
-    """Mean far-OOD AUROC against sparsity, RigL and SET; whiskers one standard deviation over the seeds."""
+    """Mean far-OOD AUROC, over the sets that a run has, against sparsity; whiskers one deviation over the seeds."""
     methods = [m for m in ("rigl", "set") if any(row.method == m for row in rows)] or ["rigl"]
     figure, axes = plt.subplots(1, len(methods), figsize=(5.5 * len(methods), 4), squeeze=False, layout="constrained")
     for axis, method in zip(axes[0], methods, strict=True):
@@ -209,6 +209,7 @@ def draw_sparsity(rows: Sequence[Row]) -> Figure:
                 axis.errorbar([100 * level for level in levels], means, spreads, marker="o", capsize=3, label=label)
         axis.axhline(50, color="0.8", zorder=0)
         axis.set(title=method, xlabel="sparsity, %", ylabel="AUROC, far-OOD, %")
-        if axis.has_data() and axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize="x-small")
+    handles = {label: h for axis in axes[0] for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize="x-small")
     return figure
