@@ -43,7 +43,7 @@ def test_fashion_is_the_grid_of_the_study():
     for (arm, sparsity), n in seeds.items():
         assert n == (5 if arm in MAIN_ARMS and sparsity in (0.9, 0.95) else 3)
         assert arm not in RELATIVE_ARMS or sparsity == 0.99
-    assert len(seeds) == 20 * 4 + 4
+    assert len(seeds) == 22 * 4 + 4
     splits = {run.config.holdout for run in runs} - {""}
     assert len(splits) == 6 and all(len(split.split(",")) == 3 for split in splits)
     assert {run.config.arm for run in runs if run.config.holdout} == set(MAIN_ARMS)
@@ -56,7 +56,7 @@ def test_colour_differs_from_fashion_in_its_images_alone():
     colour, fashion = SUITES["colour"], SUITES["fashion"]
     assert replace(colour.config, data=fashion.config.data) == fashion.config
     runs = plan(colour)
-    assert Counter(run.config.method for run in runs) == {"dense": 3, "rigl": 12, "set": 12}
+    assert Counter(run.config.method for run in runs) == {"dense": 3, "rigl": 15, "set": 15}
     assert {run.config.sparsity for run in runs} == {0.0, 0.9}
     for suite in (colour, SUITES["cifar"]):  # colour images are mirrored in training, so that mirrored ones are known
         assert "mirrored" not in suite.unknowns and suite.config.data not in suite.unknowns
