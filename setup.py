@@ -85,6 +85,7 @@ files = sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
 common = {
     "include_dirs": [str(ROOT / "csrc")],
     "define_macros": [("UASPARSE_TORCH_VERSION", f'"{torch.__version__}"')],
+    "py_limited_api": True,
     "depends": sources("csrc/*.h") + sources("csrc/*/*.h") + sources("csrc/*/*.cuh"),
 }
 if build_cuda():
@@ -104,5 +105,6 @@ else:
 
 setup(
     ext_modules=[extension],
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
     cmdclass={"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
 )

@@ -41,7 +41,7 @@ KINDS = [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Integers that are multiples of 16: sizes of blocks of features.
-ALIGNED = ("stride_x", "stride_y", "stride_dy", "channels", "out_channels")
+ALIGNED = ("stride_x", "stride_y", "stride_dy", "stride_out", "channels", "out_channels", "features", "width")
 
 
 class Case(NamedTuple):
@@ -95,7 +95,12 @@ def _linear_cases(dtype: str, precision: str, block: int, quick: bool) -> Iterat
             masked_linear.sampled_kernel,
             {"dy": pointer, "x": pointer, "out": pointer, "col": index, "row": index, "perm": index},
             ["tokens", "blocks", "part", "stride_dy", "stride_x"],
-            {"BLOCK": block, "TILE": config.tile, "PRECISION": precision},
+            {
+                "BLOCK": block,
+                "TILE": config.tile,
+                "BY_FEATURES": masked_linear.along_the_sum(precision),
+                "PRECISION": precision,
+            },
             config,
             f"{dtype} {precision if dtype == 'fp32' else ''} b{block}",
         )
@@ -149,6 +154,10 @@ def _other_cases(quick: bool) -> Iterator[Case]:
         yield Case(
             "add parts", masked_linear.add_parts_kernel, parts, ["count", "splits"], {"TILE": 1024}, config, dtype
         )
+        if dtype == "fp32":
+            matrices = {"x": "*fp32", "out": "*fp32"}
+            integers = ["tokens", "features", "stride_x", "stride_out"]
+            yield Case("transpose", masked_linear.transpose_kernel, matrices, integers, {"TILE": 64}, config, dtype)
         for block in ((1, 1),) if quick else ((1, 1), (4, 1), (64, 64)):
             shape = {"BLOCK_ROWS": block[0], "BLOCK_COLUMNS": block[1], "TILE": 1024}
             indices = {"crow": "*i32", "col": "*i32"}
@@ -167,7 +176,7 @@ def _other_cases(quick: bool) -> Iterator[Case]:
                 pattern.keep_active_kernel,
                 {"dense": f"*{dtype}", **indices},
                 ["width", "stride_out"],
-                {**shape, "ZEROS": 2048},
+                shape,
                 config,
                 f"{dtype} b{block[0]}x{block[1]}",
             )

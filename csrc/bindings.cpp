@@ -6,7 +6,7 @@
 // order of packed values. `shape` is the weight's shape, `block` the block's. A weight of `shape` is dense-stored
 // (inactive entries are zero), any other is packed: [nnz] for 1x1 blocks, else [blocks, block_rows, block_columns].
 
-#include <pybind11/pybind11.h>
+#include <Python.h>  // first, as it asks
 #include <torch/library.h>
 
 #include "cpu/isa.h"
@@ -64,10 +64,40 @@ TORCH_LIBRARY(uasparse, m) {
         "float unknown_weight, int reduction) -> Tensor");
 }
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of uasparse_kernels; importing it registers the ops of torch.ops.uasparse.";
-  m.attr("torch_version") = UASPARSE_TORCH_VERSION;
-  m.attr("compiler") = __VERSION__;
-  m.def("cpu_isa", [] { return uasparse::isa_name(uasparse::cpu_isa()); });
-  m.attr("cuda_archs") = UASPARSE_CUDA_ARCHS;
+namespace {
+
+PyObject* cpu_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(uasparse::isa_name(uasparse::cpu_isa()));
+}
+
+PyMethodDef methods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS, "Instruction set of the CPU kernels: portable, avx2 or avx512."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Compiled kernels of uasparse_kernels; importing it registers the ops of torch.ops.uasparse.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
+
+}  // namespace
+
+// Only what the stable ABI has: one build serves every Python from 3.11 on.
+PyMODINIT_FUNC PyInit__C() {
+  PyObject* m = PyModule_Create(&module);
+  if (m == nullptr) return nullptr;
+  if (PyModule_AddStringConstant(m, "torch_version", UASPARSE_TORCH_VERSION) < 0 ||
+      PyModule_AddStringConstant(m, "compiler", __VERSION__) < 0 ||
+      PyModule_AddStringConstant(m, "cuda_archs", UASPARSE_CUDA_ARCHS) < 0) {
+    Py_DECREF(m);
+    return nullptr;
+  }
+  return m;
 }

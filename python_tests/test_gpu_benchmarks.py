@@ -15,6 +15,8 @@ from benchmarks import (
     bench_gpu_masked_conv2d,
     bench_gpu_masked_linear,
     bench_gpu_step,
+    bench_gpu_topk_indices,
+    bench_gpu_unknown_aware_loss,
     gpu,
     gpu_check,
     gpu_plots,
@@ -45,6 +47,13 @@ class Once:
         for result in results.values():
             torch.testing.assert_close(result, results[self.same_as], rtol=1e-3, atol=1e-3)
         return dict.fromkeys(variants, 2.0)
+
+
+class Timed:
+    """In place of a clock: every variant is called once."""
+
+    def medians_ms(self, variants, rounds):
+        return {name: 2.0 for name, call in variants.items() if call() is not None}
 
 
 @pytest.fixture(autouse=True)
@@ -160,3 +169,14 @@ def test_stages_of_gpu_check(tmp_path, monkeypatch):
     results = [result["result"] for result in json.loads((tmp_path / "stages.json").read_text())]
     assert results == [3, "out of time", 0]
     assert (tmp_path / "slow.log").read_text() == "begun\n" and (tmp_path / "good.log").read_text() == "done\n"
+
+
+def test_selection():
+    cell = bench_gpu_topk_indices.Cell("two layers", (1000, 77), 0.1)
+    bench_gpu_topk_indices.show(bench_gpu_topk_indices.measure(cell, Timed(), ROOFS))
+
+
+def test_loss():
+    cell = bench_gpu_unknown_aware_loss.Cell(30, 11, "fp32")
+    row = bench_gpu_unknown_aware_loss.measure(cell, Once("eager reference", {"eager reference", "ours"}), ROOFS)
+    bench_gpu_unknown_aware_loss.show(row)

@@ -73,6 +73,18 @@ def test_keep_active(shape, block, layout, dtype, device):
     assert torch.equal(dense, want) and dense.stride() == strides
 
 
+@pytest.mark.parametrize(
+    ("shape", "block"), [((2, 2500), (1, 1)), ((6, 2511), (3, 3)), ((16, 2064), (16, 16))], ids=str
+)
+@pytest.mark.parametrize("density", [0.97, 1.0])
+def test_keep_active_in_long_full_rows(density, shape, block, device):
+    pattern = _pattern(shape, block, device, density)
+    dense = _dense(shape, torch.float32, device, "contiguous")
+    want = torch.where(_mask(pattern), dense, torch.zeros_like(dense))
+    kernels.keep_active_(dense, pattern.crow, pattern.col, block)
+    assert torch.equal(dense, want)
+
+
 def test_neighbours_of_a_slice_are_left(device):
     wide = torch.ones(6, 30, device=device)
     pattern = _pattern((6, 20), (1, 1), device)

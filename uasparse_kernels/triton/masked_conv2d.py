@@ -32,8 +32,11 @@ from uasparse_kernels.triton import _launch
 from uasparse_kernels.triton import masked_linear as linear
 from uasparse_kernels.triton._launch import Config
 
+# Of no use to the compiler: a kernel that was compiled for one size serves every other.
+_SIZES = ["pixels", "rows", "group", "blocks", "part", "height", "width", "out_height", "out_width"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_SIZES)
 def product_kernel(
     x, values, bias, crow, col, order, y,
     pixels, rows, group, height, width, out_height, out_width, channels, out_channels, kernel_width,
@@ -73,7 +76,7 @@ def product_kernel(
     tl.store(out, acc.to(y.dtype.element_ty), (m < pixels)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def transposed_kernel(
     dy, values, col, ccol, row, perm, dx,
     pixels, rows, group, height, width, out_height, out_width, channels, out_channels, kernel_width,
@@ -139,7 +142,7 @@ def transposed_kernel(
     tl.store(out, acc.to(dx.dtype.element_ty), live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def sampled_kernel(
     dy, x, out, col, row, perm,
     pixels, blocks, part, height, width, out_height, out_width, channels, out_channels, kernel_width,

@@ -5,7 +5,7 @@ Unstructured weights go to the kernels of csrc/cuda/masked_linear.cu. The others
 
 Product (forward Y = X W^T + bias, and grad-input dX = dY W): a program makes a tile [TILE rows of X, b columns of Y] in
 float32 and walks the active blocks of one row of the grid of blocks (forward: crow, col) or one column of it
-(grad-input: ccol, row, and perm for the place of a block's values, which are never moved):
+(grad-input: ccol, row, and perm for the place of a block's values, which stay where they are but in TF32):
 
     acc [TILE, b] += X [TILE, DEPTH at the block's columns] @ W_block [DEPTH, b]
 
@@ -35,7 +35,8 @@ from uasparse_kernels.triton._launch import Config
 BLOCKS = (16, 32, 64, 128)
 
 
-@triton.jit
+# Counts say nothing that the compiler could use: a kernel that was compiled for one serves every other.
+@triton.jit(do_not_specialize=["tokens", "rows", "group"])
 def product_kernel(
     x, values, bias, offsets, index, perm, order, y,
     tokens, rows, group, stride_x, stride_y,
@@ -98,13 +99,16 @@ def product_kernel(
     tl.store(out, acc.to(y.dtype.element_ty), m[:, None] < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "blocks", "part"])
 def sampled_kernel(
     dy, x, out, col, row, perm,
     tokens, blocks, part, stride_dy, stride_x,
-    BLOCK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, TILE: tl.constexpr, BY_FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out [splits, blocks, BLOCK, BLOCK]: dy^T x at the active blocks, over rows [split * part, (split + 1) * part)."""
+    """out [splits, blocks, BLOCK, BLOCK]: dy^T x at the active blocks, over rows [split * part, (split + 1) * part).
+
+    BY_FEATURES: dy and x come transposed, [features, tokens], with zeros to the end of the last TILE.
+    """
     pid = tl.program_id(0)
     # By columns: programs that run together share columns of x, and all of them a range of rows.
     j, split = pid % blocks, pid // blocks
@@ -113,21 +117,38 @@ def sampled_kernel(
     c = tl.load(col + slot)
     n = tl.arange(0, BLOCK)
     t = tl.arange(0, TILE)
-    begin = split.to(tl.int64) * part
+    begin = tl.multiple_of(split.to(tl.int64) * part, TILE)
     end = tl.minimum(begin + part, tokens)
-    dy += r * BLOCK + n[None, :]
-    x += c * BLOCK + n[None, :]
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for step in range(begin, end, TILE):
-        m = (step + t)[:, None]
-        a = tl.load(dy + m * stride_dy, m < end, 0.0)
-        b = tl.load(x + m * stride_x, m < end, 0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    if BY_FEATURES:
+        dy += (r * BLOCK + n).to(tl.int64)[:, None] * stride_dy
+        x += (c * BLOCK + n).to(tl.int64)[:, None] * stride_x
+        for step in range(begin, end, TILE):
+            m = (step + t)[None, :]
+            acc = tl.dot(tl.load(dy + m), tl.trans(tl.load(x + m)), acc, input_precision=PRECISION)
+    else:
+        dy += r * BLOCK + n[None, :]
+        x += c * BLOCK + n[None, :]
+        for step in range(begin, end, TILE):
+            m = (step + t)[:, None]
+            a = tl.load(dy + m * stride_dy, m < end, 0.0)
+            b = tl.load(x + m * stride_x, m < end, 0.0)
+            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     out += (split.to(tl.int64) * blocks + slot) * (BLOCK * BLOCK)
     tl.store(out + n[:, None] * BLOCK + n[None, :], acc.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
+def transpose_kernel(x, out, tokens, features, stride_x, stride_out, TILE: tl.constexpr):
+    """out [features, tokens to the end of the last TILE] of x [tokens, features]."""
+    m = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    n = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    live = (n < features)[None, :]
+    tile = tl.load(x + m.to(tl.int64)[:, None] * stride_x + n[None, :], (m < tokens)[:, None] & live, 0.0)
+    tl.store(out + n.to(tl.int64)[:, None] * stride_out + m[None, :], tl.trans(tile), tl.trans(live))
+
+
+@triton.jit(do_not_specialize=["splits"])
 def add_parts_kernel(parts, out, count, splits, TILE: tl.constexpr):
     """out [count] = the sum of parts [splits, count], in order."""
     i = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -167,7 +188,9 @@ def sampled_configs(block: int, itemsize: int, precision: str) -> list[Config]:
         return [Config(32, 0, 8 if wide else 4, 3), Config(16, 0, 8 if wide else 4, 3)]
     if precision == "tf32x3":
         return [Config(16, 0, 8 if wide else 4, 3)] + ([] if block == 128 else [Config(32, 0, 8, 3)])
-    return [Config(32, 0, 8 if wide else 4, 3), Config(64, 0, 8 if wide else 4, 2)]
+    if block == 128:
+        return [Config(32, 0, 8, 4), Config(64, 0, 8, 2)]
+    return [Config(32, 0, 8 if wide else 4, 4), Config(64, 0, 8 if wide else 4, 3), Config(64, 0, 4, 3)]
 
 
 def _fitting(configs: list[Config], tokens: int) -> list[Config]:
@@ -215,13 +238,17 @@ def sampled_product(
     if tokens == 0 or blocks == 0:
         return out.zero_()
     device, precision = _launch.device_of(x), _launch.precision(x.dtype, op)
+    by_features = along_the_sum(precision)
+    if by_features:
+        dy, x = _transposed(dy), _transposed(x)
 
     def launch(config: Config) -> None:
         part, parts = partition(device, blocks, tokens, config.tile)
         target = out if parts == 1 else x.new_empty((parts, blocks, block, block), dtype=torch.float32)
         sampled_kernel[(blocks * parts,)](
             dy, x, target, col, row, perm, tokens, blocks, part, dy.stride(0), x.stride(0),
-            BLOCK=block, TILE=config.tile, PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+            BLOCK=block, TILE=config.tile, BY_FEATURES=by_features, PRECISION=precision, num_warps=config.warps,
+            num_stages=config.stages,
         )  # fmt: skip
         if parts > 1:
             add_parts(target, out)
@@ -229,6 +256,20 @@ def sampled_product(
     configs = _fitting(sampled_configs(block, x.element_size(), precision), tokens)
     key = ("linear sampled", x.dtype, precision, block, _launch.size_class(tokens), _launch.size_class(blocks))
     _launch.launch_tuned(key, x, configs, launch)
+    return out
+
+
+def along_the_sum(precision: str) -> bool:
+    """Whether operands have to lie along the sum, as 32-bit ones do to reach the tensor cores without a detour."""
+    return precision in ("tf32", "tf32x3")
+
+
+def _transposed(matrix: Tensor) -> Tensor:
+    """``[features, tokens]``, with zeros up to a multiple of 64 tokens, which every tile divides."""
+    tokens, features = matrix.shape
+    grid = triton.cdiv(tokens, 64), triton.cdiv(features, 64)
+    out = matrix.new_empty(features, 64 * grid[0])
+    transpose_kernel[grid](matrix, out, tokens, features, matrix.stride(0), out.stride(0), TILE=64, num_warps=4)
     return out
 
 
@@ -286,6 +327,8 @@ def input_gradient(
     op: str = "masked_linear", out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``dy @ W``, by the columns of the weight."""
+    if block > 1 and along_the_sum(_launch.precision(dy.dtype, op)):
+        return product(dy, weight.index_select(0, perm).mT.contiguous(), None, ccol, row, None, block, op, out)
     if block > 1:
         return product(dy, weight.contiguous(), None, ccol, row, perm, block, op, out)
     # The kernel reads four values at once for every tile of tokens: gathered once, they are neighbours.

@@ -17,7 +17,7 @@ from torch import Tensor
 _TILE = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "programs"])
 def move_kernel(
     dense, values, crow, col, positions, programs, stride_out, stride_in, stride_position,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TO_DENSE: tl.constexpr, TILE: tl.constexpr,
@@ -47,37 +47,31 @@ def move_kernel(
 @triton.jit
 def keep_active_kernel(
     dense, crow, col, width, stride_out,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILE: tl.constexpr, ZEROS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Zeroes the inactive entries of one row of dense [out, width], whose active ones lie in rising order.
 
-    TILE active entries at a time are read, the stretch of the row up to the next active entry is zeroed, and they are
-    written back: each byte of the row is read at most once and leaves the cache once.
+    Some TILE columns at a time, whole blocks: the active entries are read, all are zeroed, the active ones are written
+    back. No more entries than columns lie there, so that the next TILE ones of the row hold them all.
     """
+    columns: tl.constexpr = TILE // BLOCK_COLUMNS * BLOCK_COLUMNS
     o = tl.program_id(0)
     r = o // BLOCK_ROWS
     row = dense + o.to(tl.int64) * stride_out
-    start = tl.load(crow + r)
-    count = (tl.load(crow + r + 1) - start) * BLOCK_COLUMNS
-    begin = tl.zeros([], tl.int32)
-    # An empty row takes one round too.
-    for step in range(0, tl.maximum(count, 1), TILE):
-        e = step + tl.arange(0, TILE)
-        live = e < count
-        spot = tl.load(col + start + e // BLOCK_COLUMNS, live, 0) * BLOCK_COLUMNS + e % BLOCK_COLUMNS
+    at = tl.load(crow + r)
+    end = tl.load(crow + r + 1)
+    i = tl.arange(0, TILE)
+    for begin in range(0, width, columns):
+        block = at + i // BLOCK_COLUMNS
+        spot = tl.load(col + block, block < end, 0) * BLOCK_COLUMNS + i % BLOCK_COLUMNS
+        live = (block < end) & (spot < begin + columns)
         kept = tl.load(row + spot, live)
-        end = width
-        if step + TILE < count:
-            after = step + TILE
-            end = tl.load(col + start + after // BLOCK_COLUMNS) * BLOCK_COLUMNS + after % BLOCK_COLUMNS
         # The threads of a program read, zero and write each other's entries.
         tl.debug_barrier()
-        for place in range(begin, end, ZEROS):
-            z = place + tl.arange(0, ZEROS)
-            tl.store(row + z, tl.zeros([ZEROS], dense.dtype.element_ty), z < end)
+        tl.store(row + begin + i, tl.zeros([TILE], dense.dtype.element_ty), (i < columns) & (begin + i < width))
         tl.debug_barrier()
         tl.store(row + spot, kept, live)
-        begin = end
+        at += tl.sum(live.to(tl.int32)) // BLOCK_COLUMNS
 
 
 def pack(dense: Tensor, crow: Tensor, col: Tensor, block: list[int]) -> Tensor:
@@ -99,10 +93,10 @@ def keep_active_(dense: Tensor, crow: Tensor, col: Tensor, block: list[int]) -> 
     """``uasparse::keep_active_``: zeroes the inactive entries of a fresh gradient, in place."""
     rising = dense.dim() == 2 or (dense.is_contiguous() and block[1] == 1)
     width = math.prod(dense.shape[1:])
-    if rising and dense[0].is_contiguous() and width <= 2**31 - 2 * _TILE:
+    if rising and dense[0].is_contiguous() and width <= 2**31 - 2 * _TILE and block[1] <= _TILE:
         keep_active_kernel[(dense.shape[0],)](
             dense, crow, col, width, dense.stride(0),
-            BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], TILE=_TILE, ZEROS=2 * _TILE, num_warps=4,
+            BLOCK_ROWS=block[0], BLOCK_COLUMNS=block[1], TILE=_TILE, num_warps=4,
         )  # fmt: skip
         return
     # Blocks of a convolution lie scattered over the row: three passes, over the active entries, all, the active.
