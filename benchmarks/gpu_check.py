@@ -36,7 +36,8 @@ class Stage(NamedTuple):
 def stages(folder: Path) -> list[Stage]:
     python, jobs = sys.executable, str(os.cpu_count() or 4)
     major, minor = torch.cuda.get_device_capability()
-    tests = [python, "-m", "pytest", "-m", "cuda", "-rf", "--durations=5"]
+    # The study's tests need its packages, and no GPU.
+    tests = [python, "-m", "pytest", "-m", "cuda", "-rf", "--durations=5", "--ignore-glob=*/test_training_*"]
     parallel = ["-n", str(min(12, int(jobs)))] if importlib.util.find_spec("xdist") else []
     found = [
         Stage("facts", [python, "-m", "uasparse_kernels"], 30),
@@ -60,6 +61,8 @@ def stages(folder: Path) -> list[Stage]:
         ("gpu-conv", "bench_gpu_masked_conv2d", 40),
         ("gpu-step", "bench_gpu_step", 30),
         ("crossovers", "gpu_crossovers", 30),
+        ("gpu-topk", "bench_gpu_topk_indices", 10),
+        ("gpu-loss", "bench_gpu_unknown_aware_loss", 25),
     ):
         command = [python, "-m", f"benchmarks.{module}", "--seconds", str(seconds), "--folder", str(folder)]
         found.append(Stage(suite, command, seconds + 25))

@@ -41,7 +41,7 @@ KINDS = [("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32"), ("fp32", "tf32x3"
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 # Integers that are multiples of 16: sizes of blocks of features.
-ALIGNED = ("stride_x", "stride_y", "stride_dy", "stride_out", "channels", "out_channels", "features", "width")
+ALIGNED = ("stride_x", "stride_y", "stride_dy", "stride_out", "channels", "out_channels", "features")
 
 
 class Case(NamedTuple):
@@ -80,7 +80,7 @@ def _linear_cases(dtype: str, precision: str, block: int, quick: bool) -> Iterat
                     "x": pointer, "values": pointer, "bias": None if transposed else pointer, "offsets": index,
                     "index": index, "perm": index if transposed else None, "order": index, "y": pointer,
                 },
-                ["tokens", "rows", "group", "stride_x", "stride_y"],
+                ["tokens", "rows", "stride_x", "stride_y"],
                 {
                     "BLOCK": block, "TILE": config.tile, "DEPTH": config.depth, "TRANSPOSED": transposed,
                     "HAS_BIAS": not transposed, "ORDERED": True, "PRECISION": precision,
@@ -118,7 +118,7 @@ def _conv_cases(dtype: str, precision: str, block: int, quick: bool) -> Iterator
             "conv product",
             masked_conv2d.product_kernel,
             dict.fromkeys(("x", "values", "bias", "y"), pointer) | dict.fromkeys(("crow", "col", "order"), index),
-            ["pixels", "rows", "group", *geometry],
+            ["pixels", "rows", *geometry],
             {**common, **tile, "HAS_BIAS": True, "ORDERED": True},
             config,
             label,
@@ -130,7 +130,7 @@ def _conv_cases(dtype: str, precision: str, block: int, quick: bool) -> Iterator
                 "conv transposed" + (" strided" if strided else ""),
                 masked_conv2d.transposed_kernel,
                 dict.fromkeys(("dy", "values", "dx"), pointer) | dict.fromkeys(("col", "ccol", "row", "perm"), index),
-                ["pixels", "rows", "group", *geometry],
+                ["pixels", "rows", *geometry],
                 {**common, **tile, "STRIDED": strided},
                 config,
                 label,
@@ -171,15 +171,6 @@ def _other_cases(quick: bool) -> Iterator[Case]:
                     config,
                     f"{dtype} b{block[0]}x{block[1]}",
                 )
-            yield Case(
-                "keep active",
-                pattern.keep_active_kernel,
-                {"dense": f"*{dtype}", **indices},
-                ["width", "stride_out"],
-                shape,
-                config,
-                f"{dtype} b{block[0]}x{block[1]}",
-            )
 
 
 def compile_case(case: Case, arch: int, *, ones: Container[str] = ()) -> Any:

@@ -144,7 +144,9 @@ def test_stages_of_gpu_check(tmp_path, monkeypatch):
     """Every module of a stage is there and takes its arguments; a stage that fails or hangs does not stop the rest."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     stages = gpu_check.stages(tmp_path)
-    assert [stage.name for stage in stages if "gpu-" in stage.name] == ["gpu-linear", "gpu-conv", "gpu-step"]
+    assert [stage.name for stage in stages if "gpu-" in stage.name] == [
+        *("gpu-linear", "gpu-conv", "gpu-step", "gpu-topk", "gpu-loss")
+    ]
     for stage in stages:
         if stage.command[1] == "-m":
             assert importlib.util.find_spec(stage.command[2]) is not None

@@ -90,9 +90,8 @@ def test_matches_float64(block, dtype, device):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("block", [16, 64, 128])
 def test_every_tile(block, stride, device, monkeypatch):
-    """Each config of the sets, with more than one tile in a group and a group that is not full."""
+    """Each config of the sets."""
     pattern = _pattern(1 if block == 128 else 2, 1, (3, 3), block, device, 0.4)
-    monkeypatch.setattr(_launch, "tiles_a_group", lambda *_: 2)
     dtype = torch.bfloat16
     product = kernels.product_configs(block, dtype.itemsize, "ieee")
     sampled = kernels.sampled_configs(block, dtype.itemsize, "ieee")

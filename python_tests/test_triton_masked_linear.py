@@ -84,11 +84,10 @@ def test_uneven_rows(block, device):
     ids=str,
 )
 def test_every_tile(block, dtype, device, monkeypatch):
-    """Each config of the sets, with more than one tile in a group and a group that is not full."""
+    """Each config of the sets."""
     pattern = _random_pattern(1 if block == 128 else 2, 2, block, device, 0.7)
     product = kernels.product_configs(block, dtype.itemsize, "ieee")
     sampled = kernels.sampled_configs(block, dtype.itemsize, "ieee")
-    monkeypatch.setattr(_launch, "tiles_a_group", lambda *_: 2)
     monkeypatch.setattr(kernels, "_fitting", lambda configs, _: configs)
     for i in range(max(len(product), len(sampled))):
         monkeypatch.setattr(kernels, "product_configs", lambda *_, i=i: [product[i % len(product)]])
@@ -110,7 +109,7 @@ def test_split_sums_agree_and_repeat(device, monkeypatch):
 
 
 def test_part_count_fills_the_device(device):
-    device = _launch.Device("", 132, 50 << 20)
+    device = _launch.Device("", 132)
     assert _launch.splits(device, 4096, 1000) == 1
     assert _launch.splits(device, 16, 1000) == 33
     assert _launch.splits(device, 16, 8) == 2

@@ -294,7 +294,7 @@ def resize(
     active, count = pattern.blocks(), pattern.num_blocks - dropped.numel()
     keep = torch.ones_like(active, dtype=torch.bool)
     places = torch.searchsorted(active, dropped.contiguous()).clamp(max=max(0, active.numel() - 1))
-    keep[places] = False
+    keep.index_fill_(0, places, False)  # an assignment would wait for a GPU
     old = torch.nonzero_static(keep, size=count).squeeze(1)
     blocks, order = torch.cat([active[old], grown]).sort()
     if blocks.device.type == "cpu":

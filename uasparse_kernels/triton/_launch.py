@@ -29,20 +29,19 @@ class Device(NamedTuple):
 
     name: str
     processors: int
-    l2_bytes: int
 
 
 @functools.lru_cache
 def _cuda_device(index: int) -> Device:
     facts = torch.cuda.get_device_properties(index)
-    return Device(facts.name, facts.multi_processor_count, facts.L2_cache_size)
+    return Device(facts.name, facts.multi_processor_count)
 
 
 def device_of(tensor: Tensor) -> Device:
     """Facts of the tensor's device; small ones for the CPU, where Triton's interpreter runs."""
     if tensor.is_cuda:
         return _cuda_device(tensor.device.index)
-    return Device("interpreter", 2, 1 << 14)
+    return Device("interpreter", 2)
 
 
 def precision(dtype: torch.dtype, op: str) -> str:
@@ -122,11 +121,6 @@ def longest_first(offsets: Tensor) -> Tensor | None:
         order = torch.argsort(offsets[1:] - offsets[:-1], descending=True, stable=True).to(torch.int32)
         found = _orders.setdefault(key, {})[stream] = version, order
     return found[1]
-
-
-def tiles_a_group(device: Device, tiles: int, row_bytes: int, tile: int) -> int:
-    """Tiles of the input that are walked together through all rows of the weight: about a third of the L2 cache."""
-    return max(1, min(tiles, device.l2_bytes // 3 // max(1, tile * row_bytes)))
 
 
 def splits(device: Device, programs: int, steps: int) -> int:

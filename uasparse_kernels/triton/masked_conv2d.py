@@ -33,19 +33,21 @@ from uasparse_kernels.triton import masked_linear as linear
 from uasparse_kernels.triton._launch import Config
 
 # Of no use to the compiler: a kernel that was compiled for one size serves every other.
-_SIZES = ["pixels", "rows", "group", "blocks", "part", "height", "width", "out_height", "out_width"]
+_SIZES = ["pixels", "rows", "blocks", "part", "height", "width", "out_height", "out_width"]
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def product_kernel(
     x, values, bias, crow, col, order, y,
-    pixels, rows, group, height, width, out_height, out_width, channels, out_channels, kernel_width,
+    pixels, rows, height, width, out_height, out_width, channels, out_channels, kernel_width,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     POSITIONS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [pixels, out_channels] of x [N, height, width, channels]."""
-    tile, r = _place(pixels, rows, group, order, TILE, ORDERED)
+    tile, r = tl.program_id(0) // rows, tl.program_id(0) % rows
+    if ORDERED:
+        r = tl.load(order + r)
     start = tl.load(crow + r)
     end = tl.load(crow + r + 1)
     m = tile * TILE + tl.arange(0, TILE)
@@ -79,7 +81,7 @@ def product_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def transposed_kernel(
     dy, values, col, ccol, row, perm, dx,
-    pixels, rows, group, height, width, out_height, out_width, channels, out_channels, kernel_width,
+    pixels, rows, height, width, out_height, out_width, channels, out_channels, kernel_width,
     stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w,
     POSITIONS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     STRIDED: tl.constexpr, PRECISION: tl.constexpr,
@@ -89,7 +91,7 @@ def transposed_kernel(
     STRIDED: ``pixels`` counts those of one phase, in a grid of ceil(height / stride_h) by ceil(width / stride_w) whose
     last row and column may lie outside of the image; the phase is the grid's second index.
     """
-    tile, c = _place(pixels, rows, group, ccol, TILE, False)
+    tile, c = tl.program_id(0) // rows, tl.program_id(0) % rows
     start = tl.load(ccol + c * POSITIONS)
     end = tl.load(ccol + (c + 1) * POSITIONS)
     m = tile * TILE + tl.arange(0, TILE)
@@ -176,19 +178,6 @@ def sampled_kernel(
         acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
     out += (split.to(tl.int64) * blocks + slot) * (BLOCK * BLOCK)
     tl.store(out + n[:, None] * BLOCK + n[None, :], acc.to(out.dtype.element_ty))
-
-
-@triton.jit
-def _place(pixels, rows, group, order, TILE: tl.constexpr, ORDERED: tl.constexpr):
-    """The tile of pixels and the row of the grid of this program, as in the linear kernel."""
-    pid = tl.program_id(0)
-    first = pid // (group * rows) * group
-    size = tl.minimum(tl.cdiv(pixels, TILE) - first, group)
-    place = pid % (group * rows)
-    r = place // size
-    if ORDERED:
-        r = tl.load(order + r)
-    return first + place % size, r
 
 
 @triton.jit
@@ -283,15 +272,12 @@ def _deliver(image: Tensor, pixels: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, values: Tensor, bias: Tensor | None, crow: Tensor, col: Tensor, y: Tensor, block: int, size):
-    precision, device = _launch.precision(x.dtype, "masked_conv2d"), _launch.device_of(x)
+    precision = _launch.precision(x.dtype, "masked_conv2d")
     rows, order = crow.numel() - 1, _launch.longest_first(crow)
 
     def launch(config: Config) -> None:
-        tiles = triton.cdiv(size.pixels, config.tile)
-        row_bytes = size.channels * x.element_size() * size.stride[0] * size.stride[1]
-        product_kernel[(tiles * rows,)](
-            x, values, bias, crow, col, order, y,
-            size.pixels, rows, _launch.tiles_a_group(device, tiles, row_bytes, config.tile), *size.arguments(),
+        product_kernel[(triton.cdiv(size.pixels, config.tile) * rows,)](
+            x, values, bias, crow, col, order, y, size.pixels, rows, *size.arguments(),
             POSITIONS=size.positions, BLOCK=block, TILE=config.tile, DEPTH=config.depth, HAS_BIAS=bias is not None,
             ORDERED=order is not None, PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
@@ -301,17 +287,14 @@ def _product(x: Tensor, values: Tensor, bias: Tensor | None, crow: Tensor, col: 
 
 
 def _transposed(dy: Tensor, values: Tensor, col, ccol, row, perm, dx: Tensor, block: int, size: _Geometry) -> None:
-    precision, device = _launch.precision(dy.dtype, "masked_conv2d"), _launch.device_of(dy)
+    precision = _launch.precision(dy.dtype, "masked_conv2d")
     rows, strided = size.channels // block, size.stride != (1, 1)
     phases = size.stride[0] * size.stride[1]
     pixels = size.images * triton.cdiv(size.height, size.stride[0]) * triton.cdiv(size.width, size.stride[1])
 
     def launch(config: Config) -> None:
-        tiles = triton.cdiv(pixels, config.tile)
-        row_bytes = size.out_channels * dy.element_size()
-        transposed_kernel[(tiles * rows, phases)](
-            dy, values, col, ccol, row, perm, dx,
-            pixels, rows, _launch.tiles_a_group(device, tiles, row_bytes, config.tile), *size.arguments(),
+        transposed_kernel[(triton.cdiv(pixels, config.tile) * rows, phases)](
+            dy, values, col, ccol, row, perm, dx, pixels, rows, *size.arguments(),
             POSITIONS=size.positions, BLOCK=block, TILE=config.tile, DEPTH=config.depth, STRIDED=strided,
             PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

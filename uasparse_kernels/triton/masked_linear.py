@@ -10,9 +10,9 @@ float32 and walks the active blocks of one row of the grid of blocks (forward: c
     acc [TILE, b] += X [TILE, DEPTH at the block's columns] @ W_block [DEPTH, b]
 
 A step is DEPTH deep: a part of a block (DEPTH <= b), or DEPTH / b blocks gathered side by side (small blocks), so that
-a step always has enough work for the tensor cores. Rows of the grid differ in length: they are walked longest first
-and the hardware hands out programs as others end. Tiles of X are grouped so that a group stays in the L2 cache while
-all rows of the weight pass over it.
+a step always has enough work for the tensor cores. Programs come tile by tile, so that a tile of X stays in the cache
+while all rows of the weight pass over it. Rows differ in length: they are walked longest first and the hardware hands
+out programs as others end.
 
 Sampled product (grad-weight dW = dY^T X at the active blocks): a program makes one block [b, b] from a range of rows:
 
@@ -36,21 +36,16 @@ BLOCKS = (16, 32, 64, 128)
 
 
 # Counts say nothing that the compiler could use: a kernel that was compiled for one serves every other.
-@triton.jit(do_not_specialize=["tokens", "rows", "group"])
+@triton.jit(do_not_specialize=["tokens", "rows"])
 def product_kernel(
     x, values, bias, offsets, index, perm, order, y,
-    tokens, rows, group, stride_x, stride_y,
+    tokens, rows, stride_x, stride_y,
     BLOCK: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
     TRANSPOSED: tl.constexpr, HAS_BIAS: tl.constexpr, ORDERED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y [tokens, rows * BLOCK] = x @ W (TRANSPOSED: by columns, through perm) or x @ W^T + bias."""
     pid = tl.program_id(0)
-    tiles = tl.cdiv(tokens, TILE)
-    first = pid // (group * rows) * group
-    size = tl.minimum(tiles - first, group)
-    place = pid % (group * rows)
-    tile = first + place % size
-    r = place // size
+    tile, r = pid // rows, pid % rows
     if ORDERED:
         r = tl.load(order + r)
     start = tl.load(offsets + r)
@@ -210,15 +205,12 @@ def product(
     y = x.new_empty(tokens, rows * block) if out is None else out
     if tokens == 0:
         return y
-    device, precision = _launch.device_of(x), _launch.precision(x.dtype, op)
+    precision = _launch.precision(x.dtype, op)
     order = _launch.longest_first(offsets)
 
     def launch(config: Config) -> None:
-        tiles = triton.cdiv(tokens, config.tile)
-        group = _launch.tiles_a_group(device, tiles, x.shape[1] * x.element_size(), config.tile)
-        product_kernel[(tiles * rows,)](
-            x, values, bias, offsets, index, perm, order, y,
-            tokens, rows, group, x.stride(0), y.stride(0),
+        product_kernel[(triton.cdiv(tokens, config.tile) * rows,)](
+            x, values, bias, offsets, index, perm, order, y, tokens, rows, x.stride(0), y.stride(0),
             BLOCK=block, TILE=config.tile, DEPTH=config.depth, TRANSPOSED=perm is not None, HAS_BIAS=bias is not None,
             ORDERED=order is not None, PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
