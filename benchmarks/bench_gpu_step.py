@@ -93,10 +93,10 @@ def training_step(model: nn.Module, input: torch.Tensor) -> Callable[[], torch.T
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
     def call() -> torch.Tensor:
-        optimizer.zero_grad()
         loss = model(input).float().square().mean()
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # at the end, so that no gradients are there where the peak of the next step begins
         return loss.detach()
 
     return call

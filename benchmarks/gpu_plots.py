@@ -1,4 +1,6 @@
-"""Draws the GPU suites' results: ``python -m benchmarks.gpu_plots [--folder DIR]`` makes a PNG beside each JSON."""
+"""Draws the GPU suites' results: ``python -m benchmarks.gpu_plots [--folder DIR]`` makes a PNG beside each JSON, and
+brings the tables in the pages up to date that show them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness
+from benchmarks import harness, plots
 
 SUITES = ("gpu-linear", "gpu-conv", "gpu-step")
 _NOT_A_PANEL = ("density", "ms", "times_dense", "roof_ms", "of_roof", "error", "error_dense", "peak_bytes")
@@ -65,6 +67,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=harness.RESULTS)
     folder = parser.parse_args().folder
+    for path in folder.glob("gpu-*.json"):
+        name, rows = harness.table_name(path), json.loads(path.read_text()).get("rows", [])
+        for page in harness.PAGES if name else ():
+            plots.insert(name, plots.markdown(rows), page)
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no matplotlib here: draw later by python -m benchmarks.gpu_plots --folder {folder}")
         return

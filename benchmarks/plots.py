@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,13 @@ def markdown(rows: Rows) -> str:
     """
     if rows and "more_time" in rows[0]:
         return _costs(rows)
+    if rows and "roof_ms" in rows[0]:
+        if "times_dense" not in rows[0]:
+            return _gpu_ratios(rows)
+        rows = [_gpu_speedups(row) for row in rows]
     compared = [row for row in rows if "speedup_over" in row and row["sparsity"] >= 0.5]
     levels = sorted({row["sparsity"] for row in compared})
-    lines = ["| | " + " | ".join(f"{level:.0%}" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
+    lines = ["| | " + " | ".join(f"{100 * level:.3g}%" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]
     for shape, kind in dict.fromkeys((row["shape"], row["pass"]) for row in compared):
         cells = {}
         for row in compared:
@@ -56,6 +61,40 @@ def _costs(rows: Rows) -> str:
         for arm, ms in row["ms"].items():
             more = [f"{row[name][arm]:+.1%}" if arm in row[name] else "" for name in ("more_time", "more_memory")]
             lines.append(f"| {row['shape']} | {arm} | {ms:.3g} | {' | '.join(more)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _gpu_speedups(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of gpu-linear, gpu-conv or gpu-step as the CPU suites have them: over dense, and torch's BSR or CSR."""
+    if "tokens" in row:
+        shape = f"{row['tokens']}x{row['inp']}x{row['out']}"
+    elif "channels" in row:
+        shape = f"256x{row['channels']}@{row['size']} 3x3" + ("/2" if row["stride"] == 2 else "")
+    else:
+        shape = f"{row['model']}, {row['batch']}"
+    block = f"{row['block']}x{row['block']}" if row["block"] > 1 else "unstructured"
+    rivals = [name for name in ("dense", "torch BSR", "torch CSR") if row["ms"].get(name, math.nan) > 0]
+    return {
+        "shape": f"{shape}, {row['kind']}, {block},",
+        "pass": "step" if row["step"] else "forward",
+        "sparsity": 1 - row["density"],
+        "speedup_over": {name: row["ms"][name] / row["ms"]["ours"] for name in rivals},
+    }
+
+
+def _gpu_ratios(rows: Rows) -> str:
+    """Rows of gpu-topk and gpu-loss: microseconds, and how many times faster than each rival."""
+    names = list(rows[0]["times_faster_than"])
+    lines = ["| | us | " + " | ".join(f"over {name}" for name in names) + " |", "|---" * (len(names) + 2) + "|"]
+    for row in rows:
+        what = (
+            f"{row['n']} x {row['classes']} {row['kind']}"
+            if "classes" in row
+            else f"{row['share']:.0%} of {row['n']:.2g}"
+        )
+        what += f", {row['layers']} layers at once" if row.get("layers", 1) > 1 else ""
+        ratios = " | ".join(f"{row['times_faster_than'][name]:.2f}" for name in names)
+        lines.append(f"| {what} | {1e3 * row['ms']['ours']:.1f} | {ratios} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,8 @@
 """The choice of a kernel on CUDA devices, which needs none."""
 
 import importlib
+import json
+import pathlib
 
 import pytest
 import torch
@@ -34,13 +36,13 @@ def test_unstructured():
     if not _library.has_kernel_for("sparse_product_out", "cuda"):
         assert "not built" in _choose(0.001, (1, 1)).reason
         return
-    assert _choose(0.005, (1, 1)).kernel == "cuda" and _choose(0.05, (1, 1)).kernel == "dense"
+    assert _choose(0.0005, (1, 1)).kernel == "cuda" and _choose(0.05, (1, 1)).kernel == "dense"
     assert "over the crossover" in _choose(0.05, (1, 1)).reason
     assert _choose(0.05, (1, 1), torch.float32).kernel == "cuda"
     assert _choose(0.3, (1, 1), torch.float32).kernel == "dense"
     assert _choose(0.05, (1, 1), torch.float64).kernel == "dense"
     for kernel, more, expected in ((1, {}, "cuda"), (1, {"padding": (1, 1)}, "dense"), (3, {}, "dense")):
-        pattern = SparsityPattern.random((64, 64, kernel, kernel), 0.005)
+        pattern = SparsityPattern.random((64, 64, kernel, kernel), 0.0005)
         choice = conv2d.choose((64, 64, 14, 14), torch.bfloat16, "cuda", pattern, packed=True, **more)
         assert choice.kernel == expected and ("no unstructured kernel" in choice.reason) == (expected == "dense")
 
@@ -48,9 +50,9 @@ def test_unstructured():
 def test_storage_by_default():
     for shape, block, density, packed in (
         ((64, 64), (1, 1), 0.1, False),
-        ((64, 64), (1, 1), 0.005, True),
-        ((64, 64, 1, 1), (1, 1), 0.005, True),
-        ((64, 64, 3, 3), (1, 1), 0.005, False),
+        ((64, 64), (1, 1), 0.0005, True),
+        ((64, 64, 1, 1), (1, 1), 0.0005, True),
+        ((64, 64, 3, 3), (1, 1), 0.0005, False),
         ((64, 64), (16, 16), 0.5, True),
     ):
         pattern = SparsityPattern.random(shape, density, block=block)
@@ -100,6 +102,19 @@ def test_measured_crossovers_come_first(monkeypatch, tmp_path):
         assert choice.kernel == "dense" and "measured on this machine" in choice.reason
     finally:
         _cuda._crossover.cache_clear()
+
+
+def test_the_table_of_a_device_is_what_was_measured():
+    results = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
+    files = list(results.glob("*/gpu-crossovers.json"))
+    found = {name: table for file in files for name, table in json.loads(file.read_text()).items()}
+
+    def rounded(table):
+        return {
+            key: rounded(value) if isinstance(value, dict) else float(f"{value:.2g}") for key, value in table.items()
+        }
+
+    assert files and rounded(found) == _cuda.MEASURED
 
 
 def test_convolutions():

@@ -182,7 +182,8 @@ def sampled_configs(block: int, itemsize: int, precision: str) -> list[Config]:
     if precision == "ieee":
         return [Config(32, 0, 8 if wide else 4, 3), Config(16, 0, 8 if wide else 4, 3)]
     if precision == "tf32x3":
-        return [Config(16, 0, 8 if wide else 4, 3)] + ([] if block == 128 else [Config(32, 0, 8, 3)])
+        deep, flat = Config(32, 0, 8, 3), Config(16, 0, 8 if wide else 4, 3)
+        return [flat] if block == 128 else [deep] if wide else [flat, deep]
     if block == 128:
         return [Config(32, 0, 8, 4), Config(64, 0, 8, 2)]
     return [Config(32, 0, 8 if wide else 4, 4), Config(64, 0, 8 if wide else 4, 3), Config(64, 0, 4, 3)]
