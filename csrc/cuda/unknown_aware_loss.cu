@@ -1,9 +1,9 @@
 // The unknown-aware loss in CUDA (formula: uasparse_kernels/ops/unknown_aware_loss.py): one forward and one backward launch.
 //
 // A team of threads handles a row: 4 to 32 lanes of a warp (as many as a row of so many classes keeps busy), or a whole
-// block where a row has thousands. Each lane runs an online softmax over its share of the K known classes, and the lanes'
-// states are combined by shuffles (and through shared memory in a block). A row leaves its maximum and its sum of
-// exponentials, the sum's sign telling a right prediction (negative), and the backward recomputes the rest.
+// block where a row has more than 512 classes. Each lane runs an online softmax over its share of the K known classes, some
+// at a time, and the lanes' states are combined by shuffles (and through shared memory in a block). A row leaves its maximum
+// and its sum of exponentials, the sum's sign telling a right prediction (negative), and the backward recomputes the rest.
 //
 // Sums over rows are deterministic: every block writes its partial sums, and the block that finishes last adds all of
 // them in order.
@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
+constexpr int kAtOnce = 4;  // classes that a lane has under way
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int64_t kMaxBlocks = 1024;  // more rows: each team takes several
 constexpr double kLeastKnown = 1e-7;  // 1 - u is at least this
@@ -64,15 +65,28 @@ __device__ inline Acc minus_infinity() {
   return -static_cast<Acc>(INFINITY);
 }
 
-template <typename Acc>
-__device__ inline void add(State<Acc>& state, Acc z, int64_t index) {
-  if (z > state.max) {
-    state.sum = state.sum * exp_of(state.max - z) + 1;
-    state.max = z;
-    state.first = index;
-  } else if (z != minus_infinity<Acc>()) {
-    state.sum += exp_of(z - state.max);  // NaN comes here and stays
-  }
+// kAtOnce neighbouring shares of a lane's row, j, j + kTeam and so on, as far as `end`: loads that wait for none of what is
+// done with them. Past the end comes minus infinity.
+template <int kTeam, typename Acc, typename T>
+__device__ inline void load(const T* row, int64_t j, int64_t end, Acc (&z)[kAtOnce]) {
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) z[i] = j + i * kTeam < end ? to_acc(row[j + i * kTeam]) : minus_infinity<Acc>();
+}
+
+template <int kTeam, typename Acc>
+__device__ inline void add(State<Acc>& state, const Acc (&z)[kAtOnce], int64_t j) {
+  Acc max = state.max;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i)
+    if (z[i] > max) {
+      max = z[i];
+      state.first = j + i * kTeam;
+    }
+  if (max > state.max) state.sum *= exp_of(state.max - max);
+  state.max = max;
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i)
+    if (z[i] != minus_infinity<Acc>()) state.sum += exp_of(z[i] - max);  // NaN comes here and stays
 }
 
 template <typename Acc>
@@ -191,7 +205,11 @@ __global__ void __launch_bounds__(kThreads)
     const T* z = problem.logits + (present ? row : 0) * problem.classes;
     State<Acc> state{minus_infinity<Acc>(), 0, INT64_MAX};
     if (present)
-      for (int64_t j = lane; j < problem.classes - 1; j += kTeam) add(state, to_acc(z[j]), j);
+      for (int64_t j = lane; j < problem.classes - 1; j += kAtOnce * kTeam) {
+        Acc some[kAtOnce];
+        load<kTeam>(z, j, problem.classes - 1, some);
+        add<kTeam>(state, some, j);
+      }
     state = combine_team<Acc, kTeam>(state);
     if (!present || lane != 0) continue;
     const int64_t target = problem.target[row];
@@ -235,21 +253,28 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     const Acc scale = g * (w - through_u) / sum;
-    for (int64_t j = lane; j < problem.classes; j += kTeam) {
-      Acc value = scale * exp_of(to_acc(z[j]) - base);
-      if (j == target) value -= g * w;
-      if (j == unknown) value += g * through_u;
-      assign(grad[row * problem.classes + j], value);
+    for (int64_t first = lane; first < problem.classes; first += kAtOnce * kTeam) {
+      Acc some[kAtOnce];
+      load<kTeam>(z, first, problem.classes, some);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int64_t j = first + i * kTeam;
+        if (j >= problem.classes) break;
+        Acc value = scale * exp_of(some[i] - base);
+        if (j == target) value -= g * w;
+        if (j == unknown) value += g * through_u;
+        assign(grad[row * problem.classes + j], value);
+      }
     }
   }
 }
 
-// Threads for a row: about four classes each.
+// Threads for a row: about four classes each, and no more than sixteen.
 int team_of(int64_t classes) {
   if (classes <= 16) return 4;
   if (classes <= 32) return 8;
   if (classes <= 64) return 16;
-  return classes <= 2048 ? 32 : kThreads;
+  return classes <= 512 ? 32 : kThreads;
 }
 
 int64_t blocks_of(const LossArguments& arguments) {
