@@ -103,6 +103,10 @@ else:
         "uasparse_kernels._C", files, extra_compile_args={"cxx": cxx_flags}, extra_link_args=["-fopenmp"], **common
     )
 
+# An earlier build for one Python only, in the source folder, would be preferred to the one for all.
+for stale in ROOT.glob("uasparse_kernels/_C.cpython-*.so"):
+    stale.unlink()
+
 setup(
     ext_modules=[extension],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -77,6 +77,7 @@ def measure(cell: Cell, clock: gpu.Clock, roof: dict[str, float], batch: int = 2
     roof_ms = max(flops / roof[f"{cell.kind}_tflops"] / 1e9, moved / roof["copy_gbs"] / 1e6)
     return {
         **cell._asdict(),
+        "density": pattern.density,  # of few blocks not what was asked for
         "ms": ms,
         "roof_ms": roof_ms,
         "times_dense": {name: ms["dense"] / value for name, value in ms.items()},

@@ -40,7 +40,7 @@ def markdown(rows: Rows) -> str:
     if rows and "roof_ms" in rows[0]:
         if "times_dense" not in rows[0]:
             return _gpu_ratios(rows)
-        rows = [_gpu_speedups(row) for row in rows]
+        rows = [_gpu_speedups(row) for row in rows if row["ms"]["dense"] > 0]
     compared = [row for row in rows if "speedup_over" in row and row["sparsity"] >= 0.5]
     levels = sorted({row["sparsity"] for row in compared})
     lines = ["| | " + " | ".join(f"{100 * level:.3g}%" for level in levels) + " |", "|---" * (len(levels) + 1) + "|"]

@@ -9,6 +9,8 @@
 #include <Python.h>  // first, as it asks
 #include <torch/library.h>
 
+#include <exception>
+
 #include "cpu/isa.h"
 
 #ifndef UASPARSE_CUDA_ARCHS
@@ -67,7 +69,12 @@ TORCH_LIBRARY(uasparse, m) {
 namespace {
 
 PyObject* cpu_isa(PyObject*, PyObject*) {
-  return PyUnicode_FromString(uasparse::isa_name(uasparse::cpu_isa()));
+  try {
+    return PyUnicode_FromString(uasparse::isa_name(uasparse::cpu_isa()));
+  } catch (const std::exception& error) {  // UASPARSE_CPU_ISA names none, or one that this processor lacks
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
 }
 
 PyMethodDef methods[] = {

@@ -21,3 +21,10 @@ def test_other_instruction_sets(isa, op):
     command += ["-p", "no:cacheprovider", str(HERE / f"test_{op}.py")]
     done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
+def test_an_unknown_instruction_set_is_an_error():
+    command = [sys.executable, "-c", "import uasparse_kernels"]
+    done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": "sse2"}, capture_output=True, text=True)
+    assert done.returncode == 1 and "expected portable, avx2 or avx512, got 'sse2'" in done.stderr

@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Threads for a row: about four classes each, and no more than sixteen.
+// Threads for a row: about four classes each, sixteen where a warp serves, as many as there are for a block.
 int team_of(int64_t classes) {
   if (classes <= 16) return 4;
   if (classes <= 32) return 8;

@@ -69,22 +69,30 @@ def _cells() -> Iterator[tuple[str, str, int]]:
 
 
 def _measure(op: str, arithmetic: str, block: int, device: torch.device, size: int, vectors: int) -> float:
-    """Bisection in the logarithm of the density, around what is predicted; within a tenth of the answer at the end."""
+    """Bisection in the logarithm of the density, around what is predicted: within a tenth of the answer at the end.
+
+    0 where the sparse kernel was never faster; where it always was, the highest density that was tried.
+    """
     dtype, precision = _DTYPES[arithmetic]
     backends: Any = torch.backends
     backend = backends.cuda.matmul if op == "masked_linear" else backends.cudnn.conv
     before, backend.fp32_precision = backend.fp32_precision, precision
     try:
-        middle = _cuda.PREDICTED[op][arithmetic][str(block)]
+        middle = _cuda.PREDICTED[op][arithmetic][str(block)] or 0.01
         low, high = max(middle / 16, 1e-3), min(16 * middle, 1.0)
-        dense_ms = _time_ms(_step(op, block, low, dtype, device, size, vectors, packed=False), device)
+        won = lost = False
+        dense = _step(op, block, low, dtype, device, size, vectors, packed=False)
         for _ in range(_STEPS):
             middle = math.sqrt(low * high)
-            if _time_ms(_step(op, block, middle, dtype, device, size, vectors, packed=True), device) < dense_ms:
-                low = middle
+            sparse = _step(op, block, middle, dtype, device, size, vectors, packed=True)
+            # Dense anew each time: one bad reading must not decide five times.
+            if _time_ms(sparse, device) < _time_ms(dense, device):
+                low, won = middle, True
             else:
-                high = middle
-        return math.sqrt(low * high)
+                high, lost = middle, True
+        if not won:
+            return 0.0
+        return math.sqrt(low * high) if lost else low
     finally:
         backend.fp32_precision = before
 

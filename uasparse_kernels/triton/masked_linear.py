@@ -236,6 +236,7 @@ def sampled_product(
         dy, x = _transposed(dy), _transposed(x)
 
     def launch(config: Config) -> None:
+        assert 64 % config.tile == 0 or not by_features
         part, parts = partition(device, blocks, tokens, config.tile)
         target = out if parts == 1 else x.new_empty((parts, blocks, block, block), dtype=torch.float32)
         sampled_kernel[(blocks * parts,)](
