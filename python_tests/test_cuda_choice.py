@@ -46,7 +46,8 @@ def test_unstructured():
         assert choice.kernel == expected and ("no unstructured kernel" in choice.reason) == (expected == "dense")
 
 
-def test_storage_by_default(monkeypatch):
+def test_storage_by_default(monkeypatch, request):
+    request.addfinalizer(_cuda._crossover.cache_clear)
     assert not _cuda.is_packed_by_default("masked_linear", SparsityPattern.random((64, 64), 0.0005))
     _cuda._crossover.cache_clear()
     for op in ("masked_linear", "masked_conv2d"):
