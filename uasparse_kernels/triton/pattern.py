@@ -62,8 +62,8 @@ def unpack(values: Tensor, crow: Tensor, col: Tensor, shape: list[int], block: l
 def keep_active_(dense: Tensor, crow: Tensor, col: Tensor, block: list[int]) -> None:
     """``uasparse::keep_active_``: zeroes the inactive entries of a fresh gradient, in place.
 
-    The active entries are read, all are zeroed, the active ones are written back: three launches, on an H200 faster than
-    one kernel that did all this a row at a time.
+    The active entries are read, all are zeroed, the active ones are written back: three launches, on an H200 faster
+    than one kernel that did all this a row at a time.
     """
     values = pack(dense, crow, col, block)
     if _strides(dense):
