@@ -101,7 +101,7 @@ def _step(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
 
 
 def row(case: Case, seconds: float) -> dict[str, Any]:
-    times = harness.interleave(variants(case), seconds=seconds, rounds=3)
+    times = harness.interleave(variants(case), seconds=seconds, rounds=5)
     return {"shape": str(case), "sparsity": case.sparsity, "pass": "step"} | harness.compare(times)
 
 

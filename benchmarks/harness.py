@@ -29,7 +29,9 @@ def table_name(path: Path) -> str:
     return path.relative_to(RESULTS).with_suffix("").as_posix() if path.is_relative_to(RESULTS) else ""
 
 
-def interleave(variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 5) -> dict[str, float]:
+def interleave(
+    variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 11
+) -> dict[str, float]:
     """Median seconds of a call of each variant, all called in turn so that the machine's moods meet them alike. Before
     each timed call goes one that is not, for the other variants have filled the caches.
 
