@@ -1,7 +1,7 @@
 # make demo    sets up everything in .venv and trains a 90 %-sparse network with the whole method beside plain RigL
 # make test    sets up everything in .venv, checks style and types, builds with warnings as errors, runs all tests
 # make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in ten minutes, with what is installed
-# make dist    builds wheel and sdist, installs the sdist into an empty environment and tries it from another folder
+# make dist    builds the sdist and from it the wheel, installs that into an empty environment and tries it from another folder
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment (one that is there is used as it is).
 
@@ -20,7 +20,7 @@ demo: $(VENV)/demo.done fashion-mnist
 	$(BIN)/python -m training demo
 
 test: $(VENV)/test.done lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8
 	$(MAKE) dist
 
 lint: $(VENV)/test.done
@@ -70,7 +70,7 @@ dist: $(VENV)/test.done
 	$(PYTHON) -m venv build/dist-check
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 	  > "$$(build/dist-check/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
-	UASPARSE_BUILD_CUDA=0 build/dist-check/bin/python -m pip install -q --no-build-isolation --no-deps --force-reinstall dist/*.tar.gz
+	build/dist-check/bin/python -m pip install -q --no-deps --force-reinstall dist/*.whl
 	cp python_tests/smoke.py build/dist-check/smoke.py
 	cd build/dist-check && bin/python -I smoke.py
 

@@ -200,7 +200,7 @@ def test_holdout():
             load_train_test("digits", holdout=wrong)
 
 
-@pytest.mark.parametrize("spec", ["mnist", "photos", "noise", "blobs"])
+@pytest.mark.parametrize("spec", ["mnist", "photos", "noise", "blobs", "textures"])
 def test_generated_unknowns_are_the_same_every_time(spec):
     known = load_train_test("digits")
     first, second = (load_unknowns(spec, known).images for _ in range(2))

@@ -43,7 +43,7 @@ def test_fashion_is_the_grid_of_the_study():
     for (arm, sparsity), n in seeds.items():
         assert n == (5 if arm in MAIN_ARMS and sparsity in (0.9, 0.95) else 3)
         assert arm not in RELATIVE_ARMS or sparsity == 0.99
-    assert len(seeds) == 22 * 4 + 4
+    assert len(seeds) == 22 * 4 + 6
     splits = {run.config.holdout for run in runs} - {""}
     assert len(splits) == 6 and all(len(split.split(",")) == 3 for split in splits)
     assert {run.config.arm for run in runs if run.config.holdout} == set(MAIN_ARMS)

