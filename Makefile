@@ -20,7 +20,7 @@ demo: $(VENV)/demo.done fashion-mnist
 	$(BIN)/python -m training demo
 
 test: $(VENV)/test.done lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8  # tests of threads set their number
 	$(MAKE) dist
 
 lint: $(VENV)/test.done
