@@ -14,7 +14,7 @@ from PIL import Image
 from training import data as data_module
 from training import sources
 from training.batches import Batches, Normalise, random_crop, random_flip
-from training.data import ImageSet, TrainTest, fit_images, load_train_test, load_unknowns
+from training.data import GENERATED, ImageSet, TrainTest, fit_images, load_train_test, load_unknowns
 from training.errors import DataError, TrainingError
 from training.unknowns import PatchShuffle, shuffle_patches
 
@@ -207,6 +207,17 @@ def test_generated_unknowns_are_the_same_every_time(spec):
     assert first.shape == (5000, 1, 8, 8) and first.dtype == torch.uint8
     assert torch.equal(first, second)
     assert first.float().std() > 10
+
+
+def test_textures_are_plaids_half_of_them_in_two_levels():
+    known = load_train_test("digits")
+    images = GENERATED["textures"](1, 28)
+    levels = torch.tensor([len(image.unique()) for image in images[:200]])
+    assert levels[::2].max() == 2 and levels[1::2].min() > 20
+    # Smooth where not cut: neighbours differ by far less than pixels taken at random.
+    smooth = images[1::2].float()
+    assert (smooth[..., 1:] - smooth[..., :-1]).square().mean() < smooth.var()
+    assert load_unknowns("textures", known).images.shape == (5000, 1, 8, 8)
 
 
 def test_changed_test_images():
