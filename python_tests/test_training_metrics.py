@@ -13,7 +13,7 @@ from torch import nn
 
 from training.batches import Normalise
 from training.errors import TrainingError
-from training.metrics import classification_metrics, detection_metrics, reliability
+from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
 from training.scores import SCORES, Judge, collect, moon_score, unknown_log_odds
 
 
@@ -69,6 +69,39 @@ def test_reliability_bins_agree_with_ece():
         classification_metrics(logits, labels)["ece"], abs=1e-6
     )  # float32 in torchmetrics
     assert sum(bins["share"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("scale", [0.2, 1.0, 5.0])
+def test_a_temperature_undoes_a_wrong_scale(scale):
+    logits = torch.randn(20_000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+    labels = logits.softmax(1).multinomial(1, generator=torch.Generator().manual_seed(1)).flatten()  # so calibrated
+    kept = (logits * scale).clone()
+    metrics, calibrated = scaled_metrics(kept, labels), classification_metrics(logits, labels)
+    assert metrics["temperature"] == pytest.approx(scale, rel=0.02)
+    assert metrics["nll_scaled"] == pytest.approx(calibrated["nll"], abs=1e-3)
+    assert metrics["ece_scaled"] < 0.015
+    assert kept.equal(logits * scale)
+    if scale != 1:
+        assert classification_metrics(kept, labels)["ece"] > 0.05
+
+
+def test_a_temperature_is_fitted_on_other_images():
+    # Of even images 3 of 4 are right, which asks for sigmoid(1 / T) = 3 / 4; of odd ones 3 of 5. Each gets the other's.
+    logits = torch.tensor([1.0, 0.0]).repeat(40, 1)
+    labels = torch.tensor([[0, 0, 0, 1] * 5, [0, 0, 0, 1, 1] * 4]).T.flatten()
+    even, odd = 1 / math.log(3), 1 / math.log(1.5)
+
+    def nll(right, temperature):
+        return math.log1p(math.exp(-1 / temperature)) + (1 - right) / temperature
+
+    metrics = scaled_metrics(logits, labels)
+    assert metrics["temperature"] == pytest.approx(math.sqrt(even * odd), rel=1e-3)
+    assert metrics["nll_scaled"] == pytest.approx((nll(3 / 4, odd) + nll(3 / 5, even)) / 2, rel=1e-5)
+
+
+def test_a_temperature_needs_two_images():
+    with pytest.raises(TrainingError, match="at least two images to fit a temperature on, got 1"):
+        scaled_metrics(torch.zeros(1, 3), torch.tensor([0]))
 
 
 def test_scores_of_the_unknown_output():

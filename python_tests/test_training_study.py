@@ -30,13 +30,14 @@ ACCURACY = Claim("as accurate", "moon+vote", "vote", "accuracy", above=SEED_NOIS
 
 
 def write_run(
-    folder, arm, *, sparsity=0.9, seed=0, holdout="", auroc=None, accuracy=0.9, ece=0.02, seconds=10.0, base=BASE
-):
+    folder, arm, *, sparsity=0.9, seed=0, holdout="", auroc=None, accuracy=0.9, ece=0.02, scaled=None, seconds=10.0,
+    base=BASE,
+):  # fmt: skip
     """A results.json as `fit` writes it, of the parts that the statistics read. `auroc`: {set: {score: value}}."""
     config = replace(with_arm(base, arm), sparsity=sparsity, seed=seed, holdout=holdout)
     results = {
         "config": config.to_dict(),
-        "known": {"accuracy": accuracy, "ece": ece, "nll": 0.3, "brier": 0.1, "reliability": {}},
+        "known": {"accuracy": accuracy, "ece": ece, "nll": 0.3, "brier": 0.1, "reliability": {}} | (scaled or {}),
         "unknown": {
             name: {score: {"auroc": value, "fpr95": 1 - value} for score, value in scores.items()}
             for name, scores in (auroc or {}).items()
@@ -109,6 +110,16 @@ def test_pairs_share_method_sparsity_seed_and_split(tmp_path):
     rows = read_study(tmp_path).rows
     assert sorted(quantities(GAIN, rows)) == pytest.approx([11, 12, 21, 22])
     assert quantities(replace(GAIN, sets=("holdout",)), rows) == pytest.approx([10])
+
+
+def test_pairs_without_a_metric_that_came_later_are_left_out(tmp_path):
+    claim = Claim("calibrated", "moon+vote", "vote", "ece_scaled")
+    for seed in range(4):
+        scaled = {"ece_scaled": 0.01 + seed / 100, "nll_scaled": 0.3, "temperature": 0.9}
+        write_run(tmp_path, "rigl+vote", seed=seed, scaled=scaled)
+        scaled = scaled | {"ece_scaled": 0.01}
+        write_run(tmp_path, "rigl+moon+vote", seed=seed, scaled=scaled if seed != 2 else None)
+    assert sorted(quantities(claim, read_study(tmp_path).rows)) == pytest.approx([0, 1, 3])
 
 
 def test_a_dense_network_is_paired_with_every_sparse_one_of_its_seed(tmp_path):

@@ -16,7 +16,7 @@ from training.checkpoint import load_checkpoint
 from training.config import FitConfig
 from training.data import ImageSet, TrainTest, load_train_test, load_unknowns
 from training.errors import CheckpointError, TrainingError
-from training.metrics import classification_metrics, detection_metrics, reliability
+from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
 from training.recipe import build_network
 from training.scores import SCORES, Judge, Outputs
 
@@ -68,6 +68,7 @@ def evaluate(
             "data": data.test.name,
             "images": len(data.test),
             **classification_metrics(known.logits, data.test.labels),
+            **scaled_metrics(known.logits, data.test.labels),
             "reliability": reliability(known.logits, data.test.labels),
         },
         "unknown": detection,

@@ -5,8 +5,11 @@ In detection, unknown (OOD) is the positive class and a higher score means more 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from scipy.optimize import minimize_scalar
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +18,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from training.errors import TrainingError
 
 ECE_BINS = 15
+TEMPERATURES = 0.01, 100.0  # wider than any network asks for: a bound that is reached is a fault elsewhere
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -31,6 +35,27 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "ece": float(multiclass_calibration_error(probabilities, labels, num_outputs, n_bins=ECE_BINS, norm="l1")),
         "nll": float(F.cross_entropy(logits.double(), labels)),
         "brier": float((probabilities - right).square().sum(1).mean()),
+    }
+
+
+def scaled_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """ECE and NLL with a temperature (Guo et al., arXiv 1706.04599), and the temperature: what a wrong scale costs.
+
+    Logits [N, K or K+1] are divided by the temperature at which other images' NLL is least: every second image is
+    scaled by that of the rest, and the rest by theirs. `temperature` is the geometric mean of the two. Below 1 the
+    network is less confident than it could be. Raises TrainingError for less than two images.
+    """
+    if len(labels) < 2:
+        raise TrainingError(f"Expected at least two images to fit a temperature on, got {len(labels)}.")
+    scaled, temperatures = logits.double().clone(), []
+    for mine, others in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        temperatures.append(_best_temperature(logits[others].double(), labels[others]))
+        scaled[mine] = logits[mine].double() / temperatures[-1]
+    metrics = classification_metrics(scaled, labels)
+    return {
+        "ece_scaled": metrics["ece"],
+        "nll_scaled": metrics["nll"],
+        "temperature": math.sqrt(math.prod(temperatures)),
     }
 
 
@@ -73,6 +98,14 @@ def reliability(logits: Tensor, labels: Tensor) -> dict[str, list[float]]:
         "accuracy": mean(answer == labels),
         "share": (count / count.sum()).tolist(),
     }
+
+
+def _best_temperature(logits: Tensor, labels: Tensor) -> float:
+    def nll(log_temperature: float) -> float:
+        return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
+
+    low, high = map(math.log, TEMPERATURES)
+    return math.exp(minimize_scalar(nll, bounds=(low, high), method="bounded").x)
 
 
 def _fpr_at_tpr(positive: np.ndarray, scores: np.ndarray, tpr: float = 0.95) -> float:

@@ -143,15 +143,19 @@ def detection_table(results: dict[str, Any]) -> Table:
 
 
 def known_table(rows: Iterable[tuple[str, dict[str, float]]]) -> Table:
-    """Accuracy, ECE, NLL and Brier, a row a network."""
+    """Accuracy, ECE, NLL and Brier, and ECE and NLL with a temperature, a row a network."""
     table = Table(title="Known images")
-    for column in ("arm", "accuracy %", "ECE %", "NLL", "Brier"):
+    columns = ("arm", "accuracy %", "ECE %", "NLL", "Brier", "best temperature", "ECE % with it", "NLL with it")
+    for column in columns:
         table.add_column(column, justify="left" if column == "arm" else "right")
     for arm, known in rows:
         table.add_row(
             arm,
             *(f"{known[name] * 100:.2f}" for name in ("accuracy", "ece")),
             *(f"{known[name]:.4f}" for name in ("nll", "brier")),
+            f"{known['temperature']:.3f}",
+            f"{known['ece_scaled'] * 100:.2f}",
+            f"{known['nll_scaled']:.4f}",
         )
     return table
 

@@ -22,9 +22,10 @@ Verdict = Literal["holds", "does not hold", "not decided"]
 Key = tuple[str, str, float, int, str]
 MIN_PAIRS = 5  # below, nothing is decided
 CONFIDENCE = 0.95
-LESS_IS_BETTER = ("ece", "nll", "step_time", "memory")
-IN_PERCENT = ("accuracy", "ece")
+LESS_IS_BETTER = ("ece", "nll", "ece_scaled", "nll_scaled", "step_time", "memory")
+IN_PERCENT = ("accuracy", "ece", "ece_scaled")
 KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
+SCALED_METRICS = ("ece_scaled", "nll_scaled", "temperature")  # came later: not every stored run has them
 DIGITS = 5  # of stored shares: a hundredth of what a thousandth of the images makes
 OF_A_RUN = {"sparsity", "seed", "holdout", "data_dir", *PLAIN_ARM}  # settings that differ within a study
 
@@ -127,6 +128,7 @@ def row_of(results: dict[str, Any]) -> Row:
         for metric in ("auroc", "fpr95")
     }
     known = {name: round(results["known"][name], DIGITS) for name in KNOWN_METRICS}
+    known |= {name: round(results["known"][name], DIGITS) for name in SCALED_METRICS if name in results["known"]}
     return Row(
         *key_of(FitConfig.from_dict(results["config"])), known, by_metric["auroc"], by_metric["fpr95"],
         results.get("compute_seconds_per_epoch"), cost["memory_bytes"] + cost["index_bytes"],
@@ -213,14 +215,15 @@ def _difference(claim: Claim, row: Row, other: Row) -> float | None:
 
 
 def _value(claim: Claim, row: Row, scores: Sequence[str], sets: Sequence[str] | None = None) -> float | None:
-    """AUROC: the best of `scores`, each the mean over the sets; None for a run without them."""
+    """AUROC: the best of `scores`, each the mean over the sets; None for a run without what is asked."""
     if claim.metric == "auroc":
         names = [name for name in claim.sets if name in row.auroc] if sets is None else list(sets)
         there = [s for s in scores if names and all(s in row.auroc[name] for name in names)]
         return max((100 * statistics.fmean(row.auroc[n][s] for n in names) for s in there), default=None)
     if claim.metric in ("step_time", "memory"):
         return cast(float | None, getattr(row, claim.metric))
-    return row.known[claim.metric] * (100 if claim.metric in IN_PERCENT else 1)
+    value = row.known.get(claim.metric)
+    return None if value is None else value * (100 if claim.metric in IN_PERCENT else 1)
 
 
 def _seed_noise(claim: Claim, rows: Sequence[Row]) -> float:

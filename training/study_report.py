@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from training.report import save_figure
-from training.study import Judgement, Row, judge, read_study, spread_of
+from training.study import IN_PERCENT, Judgement, Row, judge, read_study, spread_of
 
 SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
@@ -92,7 +92,7 @@ def _about(rows: Sequence[Row]) -> str:
 def claims_table(judgements: Iterable[Judgement]) -> str:
     lines = ["| claim | verdict | mean | 95 % interval | needs above | pairs |", "|---|---|---|---|---|---|"]
     for j in judgements:
-        digits = 3 if j.claim.metric == "nll" else 2
+        digits = 3 if j.claim.metric.startswith("nll") else 2
         cells = [f"{j.mean:.{digits}f}", f"{j.low:.{digits}f} to {j.high:.{digits}f}"]
         cells = ["" if "nan" in cell else cell for cell in cells]
         lines.append(
@@ -102,11 +102,16 @@ def claims_table(judgements: Iterable[Judgement]) -> str:
 
 
 def known_table(rows: Sequence[Row]) -> str:
-    """Accuracy, ECE and NLL on all classes, a row an arm and sparsity."""
-    lines = ["| arm | sparsity | runs | accuracy % | ECE % | NLL |", "|---|---|---|---|---|---|"]
+    """Accuracy, ECE and NLL on all classes, and the last two with a temperature, a row an arm and sparsity."""
+    columns = {"accuracy": "accuracy %", "ece": "ECE %", "nll": "NLL", "temperature": "best temperature",
+               "ece_scaled": "ECE % with it", "nll_scaled": "NLL with it"}  # fmt: skip
+    lines = ["| arm | sparsity | runs | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 3) + "|"]
     for (name, sparsity), group in _groups(row for row in rows if not row.holdout).items():
-        known = {metric: [row.known[metric] for row in group] for metric in ("accuracy", "ece", "nll")}
-        cells = [spread_of(known["accuracy"], 2), spread_of(known["ece"], 2), spread_of(known["nll"], 3, 1.0)]
+        cells = []
+        for metric in columns:
+            values = [row.known[metric] for row in group if metric in row.known]
+            percent = metric in IN_PERCENT
+            cells.append(spread_of(values, 2 if percent else 3, 100.0 if percent else 1.0) if values else "")
         lines.append(f"| {name} | {sparsity:.0%} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
