@@ -53,8 +53,8 @@ def row(case: Case, method: str, seconds: float, epochs: int = 5) -> dict[str, A
     trainers: dict[str, Trainer] = {}
     calls = {arm: _training(case, method + arm, epochs, arm, trainers) for arm in ARMS}
     ms = {arm: 1e3 * s / steps for arm, s in harness.interleave(calls, seconds=seconds, rounds=15).items()}
-    cost = {arm: training_cost(trainer.model, trainer.optimizer) for arm, trainer in trainers.items()}
-    held = {arm: c["memory_bytes"] + c["index_bytes"] for arm, c in cost.items()}
+    cost = {arm: training_cost(t.model, t.optimizer, t.vote) for arm, t in trainers.items()}
+    held = {arm: c["memory_bytes"] + c["index_bytes"] + c["vote_bytes"] for arm, c in cost.items()}
     return {
         "shape": str(case),
         "method": method,

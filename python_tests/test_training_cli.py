@@ -51,6 +51,16 @@ def test_fit_then_evaluate(monkeypatch, capsys, tmp_path):
     assert set(results["unknown"]) == {"blobs", "inverted"} and (judged / "roc.png").is_file()
 
 
+def test_an_arm_sets_what_it_names(monkeypatch, capsys, tmp_path):
+    arguments = ["fit", "--data", "digits", "--epochs", "4", "--limit-train", "300"]  # the warm-up of moon is longer
+    arguments += ["--arm", "set+vote+hard-shuffle", "--ood", "noise", "--score", "u", "--device", "cpu"]
+    assert call(monkeypatch, *arguments, "--out", tmp_path / "run") == 0
+    config = FitConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
+    assert config.arm == "set+vote+hard-shuffle" and config.loss == "ce" and config.unknown_grids == (4, 2, 0)
+    assert call(monkeypatch, *arguments, "--vote-fraction", "0.5", "--loss", "moon", "--out", tmp_path / "other") == 1
+    assert "got both: --loss" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 def test_compare(monkeypatch, capsys, tmp_path):
     arguments = [
         "compare",

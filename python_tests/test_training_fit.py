@@ -264,6 +264,8 @@ def test_it_learns(tmp_path, digits, no_figures):
         assert results["known"]["accuracy"] > 0.8
         cost = results["cost"]
         assert cost["memory_bytes"] < 0.5 * cost["dense_memory_bytes"]
+        held_by_model = sum(t.nbytes for t in torch.load(tmp_path / arm / "model.pt")["result"].values())
+        assert cost["vote_bytes"] == (held_by_model if "vote" in arm else 0)
 
 
 @pytest.mark.parametrize(

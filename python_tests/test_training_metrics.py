@@ -99,9 +99,10 @@ def test_a_temperature_is_fitted_on_other_images():
     assert metrics["nll_scaled"] == pytest.approx((nll(3 / 4, odd) + nll(3 / 5, even)) / 2, rel=1e-5)
 
 
-def test_a_temperature_needs_two_images():
-    with pytest.raises(TrainingError, match="at least two images to fit a temperature on, got 1"):
-        scaled_metrics(torch.zeros(1, 3), torch.tensor([0]))
+def test_a_single_image_keeps_its_scale():
+    metrics = scaled_metrics(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([1]))
+    assert metrics["temperature"] == 1
+    assert metrics["nll_scaled"] == pytest.approx(math.log(math.exp(0) + math.exp(2) + math.exp(1)) - 2)
 
 
 def test_scores_of_the_unknown_output():

@@ -21,7 +21,7 @@ from training.config import ARM_PARTS, FitConfig, with_arm
 from training.errors import TrainingError
 from training.scores import SCORES
 from training.study import Row, interval, judge, quantities, read_study
-from training.study_report import write_study
+from training.study_report import claims_table, known_table, write_study
 from training.suites import Suite
 
 BASE = FitConfig(epochs=10, warmup_epochs=1)
@@ -110,6 +110,28 @@ def test_pairs_share_method_sparsity_seed_and_split(tmp_path):
     rows = read_study(tmp_path).rows
     assert sorted(quantities(GAIN, rows)) == pytest.approx([11, 12, 21, 22])
     assert quantities(replace(GAIN, sets=("holdout",)), rows) == pytest.approx([10])
+
+
+def test_a_table_shows_each_sparsity_and_what_has_no_pair(tmp_path):
+    for sparsity, gain in ((0.8, 0.1), (0.99, -0.3)):
+        write_run(tmp_path, "set+vote", sparsity=sparsity, auroc={"noise": {"msp": 0.5}})
+        write_run(tmp_path, "set+moon+vote", sparsity=sparsity, auroc={"noise": {"moon": 0.5 + gain}})
+    rows = read_study(tmp_path).rows
+    judgement = judge(GAIN, rows)
+    assert judgement.by_sparsity == pytest.approx({0.8: 10, 0.99: -30})
+    table = claims_table([judgement, judge(replace(GAIN, text="of another arm", arm="moon"), rows)])
+    assert "| at 80 / 99 % |" in table and "| 10.00 / -30.00 |" in table
+    assert "| of another arm |" not in table and "No runs for a pair here: of another arm." in table
+    one = claims_table([judge(GAIN, [row for row in rows if row.sparsity == 0.8])])
+    assert "at 80" not in one and one.splitlines()[0].count("|") == one.splitlines()[-1].count("|") == 7
+
+
+def test_a_mean_of_some_of_the_runs_says_so(tmp_path):
+    for seed in range(3):
+        scaled = {"ece_scaled": 0.01, "nll_scaled": 0.3, "temperature": 0.9}
+        write_run(tmp_path, "set+vote", seed=seed, scaled=scaled if seed else None)
+    row = known_table(read_study(tmp_path).rows).splitlines()[-1]
+    assert row.startswith("| set+vote | 90% | 3 | 90.00 ± 0.00 |") and "| 0.900 ± 0.000 (2) |" in row
 
 
 def test_pairs_without_a_metric_that_came_later_are_left_out(tmp_path):

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from training import report
 from training.checkpoint import write_json
-from training.claims import OURS, PUBLISHED
+from training.claims import OURS, OURS_ARM, PUBLISHED
 from training.compare import compare, print_summary
-from training.config import ARM_PARTS, PLAIN_ARM, FitConfig
+from training.config import ARM_PARTS, PLAIN_ARM, FitConfig, arm_settings
 from training.data import UNKNOWN_HELP
 from training.demo import demo
 from training.errors import TrainingError
@@ -44,7 +44,10 @@ Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves torch's choice
 
 
 def with_config(**fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command an option for every field of FitConfig but the `fixed` ones; hands all over as one `config`."""
+    """Gives a command an option for every field of FitConfig but the `fixed` ones; hands all over as one `config`.
+
+    If the command has an option `arm` that is one name (and so a `ctx`), this sets what it names.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(FitConfig)
@@ -53,6 +56,12 @@ def with_config(**fixed: Any) -> Callable[[Callable[..., None]], Callable[..., N
         @wraps(command)
         def run(**arguments: Any) -> None:
             values = {f.name: arguments.pop(f.name) for f in chosen}
+            if isinstance(arm := arguments.get("arm"), str) and arm:
+                named = arm_settings(arm)
+                if twice := [name for name in named if _is_given(arguments["ctx"], name)]:
+                    options = ", ".join("--" + name.replace("_", "-") for name in twice)
+                    raise TrainingError(f"Expected --arm {arm} or options that it sets, got both: {options}.")
+                values |= named
             command(config=FitConfig(**values, **fixed), **arguments)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
@@ -77,7 +86,15 @@ def with_config(**fixed: Any) -> Callable[[Callable[..., None]], Callable[..., N
 @app.command("fit")
 @with_config()
 def fit_command(
+    ctx: typer.Context,
     config: FitConfig,
+    arm: Annotated[
+        str,
+        typer.Option(
+            help="Method, loss, vote and synthetic unknowns by one name; this project's variant: "
+            f"rigl+{OURS_ARM}. Without: the method as published, rigl+moon+vote, and what options change."
+        ),
+    ] = "",
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/fit"),
     ood: Ood = [],  # noqa: B006
     score: ScoreNames = [],  # noqa: B006

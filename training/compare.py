@@ -30,7 +30,7 @@ from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError
 from training.evaluate import evaluate_checkpoint, load_data
 from training.run import fit, pick_device
 from training.scores import SCORES
-from training.study import KNOWN_METRICS, check_settings, key_of, read_study, shared_settings
+from training.study import KNOWN_METRICS, SCALED_METRICS, check_settings, key_of, read_study, shared_settings
 from training.suites import Run, Suite, plan
 
 MANY_ARMS = 16  # beyond, a summary is told by report-study
@@ -212,7 +212,8 @@ def _run(
     if differences:
         raise CheckpointError(f"{folder} holds a run with other settings: {'; '.join(differences)} (there and here).")
     wanted = set(run_scores(results, suite.scores))
-    if all(wanted <= set(results["unknown"].get(unknown_name(spec), ())) for spec in run.unknowns):
+    has_all = all(wanted <= set(results["unknown"].get(unknown_name(spec), ())) for spec in run.unknowns)
+    if has_all and results["known"].keys() >= set(SCALED_METRICS):
         console.print("finished before, read")
         return results
     console.print("trained before, evaluated again")

@@ -186,7 +186,12 @@ def _integers(text: str, expected: str) -> tuple[int, ...]:
 
 
 def with_arm(config: FitConfig, arm: str) -> FitConfig:
-    """Sets what an arm is made of from its name, such as `dense`, `rigl+vote`, `set+moon+vote+patch-shuffle`.
+    """Sets what an arm is made of from its name: see `arm_settings`."""
+    return replace(config, **arm_settings(arm))
+
+
+def arm_settings(arm: str) -> dict[str, Any]:
+    """The settings that the name of an arm stands for, such as `dense`, `rigl+vote`, `set+moon+vote+patch-shuffle`.
 
     Parts that are not named take the plain choice (PLAIN_ARM). Raises TrainingError.
     """
@@ -201,7 +206,7 @@ def with_arm(config: FitConfig, arm: str) -> FitConfig:
             )
         seen.add(kind)
         chosen |= ARM_PARTS[kind][part]
-    return replace(config, **PLAIN_ARM | chosen)
+    return PLAIN_ARM | chosen
 
 
 # What an arm consists of: at most one token a kind, and what it sets.

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
+from training.vote import Vote
 
 
-def training_cost(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int | float]:
+def training_cost(
+    model: nn.Module, optimizer: torch.optim.Optimizer, vote: Vote | None = None
+) -> dict[str, int | float]:
     """Counts parameters and bytes as they are held now.
 
     active_parameters counts active weights, biases and norm parameters; dense_parameters the same network without
     sparsity. Bytes are those of parameters plus optimiser state (memory_bytes), of the pattern's index tensors, and of
-    parameters plus the same optimiser state in the dense network.
+    parameters plus the same optimiser state in the dense network. vote_bytes: the vote's copy of the network,
+    which is held from its first step on.
     """
     sparse = {id(m.weight): m for m in model.modules() if isinstance(m, ua.SparseLinear | ua.SparseConv2d)}
     active = dense = held_bytes = dense_bytes = 0
@@ -34,6 +38,7 @@ def training_cost(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
         "memory_bytes": held_bytes,
         "index_bytes": sum(_index_bytes(layer) for layer in sparse.values()),
         "dense_memory_bytes": dense_bytes,
+        "vote_bytes": sum(t.nbytes for t in vote.averaged.module.state_dict().values()) if vote is not None else 0,
     }
 
 

@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from training.errors import TrainingError
 
 ECE_BINS = 15
-TEMPERATURES = 0.01, 100.0  # wider than any network asks for: a bound that is reached is a fault elsewhere
+TEMPERATURES = 0.01, 100.0  # the bounds of the search, wider than what a network asks for
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -43,14 +43,13 @@ def scaled_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
     Logits [N, K or K+1] are divided by the temperature at which other images' NLL is least: every second image is
     scaled by that of the rest, and the rest by theirs. `temperature` is the geometric mean of the two. Below 1 the
-    network is less confident than it could be. Raises TrainingError for less than two images.
+    network is less confident than it could be. A single image, which has no others, is left as it is.
     """
-    if len(labels) < 2:
-        raise TrainingError(f"Expected at least two images to fit a temperature on, got {len(labels)}.")
     scaled, temperatures = logits.double().clone(), []
-    for mine, others in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    for mine, others in ((even, odd), (odd, even)) if len(labels) > 1 else ():
         temperatures.append(_best_temperature(logits[others].double(), labels[others]))
-        scaled[mine] = logits[mine].double() / temperatures[-1]
+        scaled[mine] /= temperatures[-1]
     metrics = classification_metrics(scaled, labels)
     return {
         "ece_scaled": metrics["ece"],

@@ -78,7 +78,7 @@ def fit(
         write_json(run_dir / "config.json", config.to_dict())
         log.info("%s: %s on %s, %d steps", config.arm, config.model, config.data, trainer.total_steps)
         _train(trainer, history, run_dir, console, deadline)
-        cost = training_cost(trainer.model, trainer.optimizer)
+        cost = training_cost(trainer.model, trainer.optimizer, trainer.vote)
         model = trainer.result()
         save_checkpoint(run_dir / "model.pt", {"result": model.state_dict(), **_about(trainer)})
         judged = evaluate(model, data, unknown_sets, normalise=trainer.normalise, device=trainer.device, scores=scores)

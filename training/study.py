@@ -140,7 +140,10 @@ def row_of(results: dict[str, Any]) -> Row:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Mean and 95 % interval of the claim's quantity over `pairs` pairs; `threshold` is what it must pass."""
+    """Mean and 95 % interval of the claim's quantity over `pairs` pairs; `threshold` is what it must pass.
+
+    `by_sparsity` has the mean of the pairs at each sparsity that has some: one verdict may hide that they differ.
+    """
 
     claim: Claim
     verdict: Verdict
@@ -149,6 +152,7 @@ class Judgement:
     low: float
     high: float
     threshold: float
+    by_sparsity: dict[float, float]
 
 
 def judge(claim: Claim, rows: Sequence[Row]) -> Judgement:
@@ -159,12 +163,16 @@ def judge(claim: Claim, rows: Sequence[Row]) -> Judgement:
     """
     values = quantities(claim, rows)
     threshold = _seed_noise(claim, rows) if claim.above == "seed noise" else float(claim.above)
+    by_sparsity = {}
+    for sparsity in sorted({row.sparsity for row in rows if row.method != "dense"}):
+        if of_one := quantities(claim, [row for row in rows if row.sparsity == sparsity or row.method == "dense"]):
+            by_sparsity[sparsity] = statistics.fmean(of_one)
     if len(values) < MIN_PAIRS:
         mean = statistics.fmean(values) if values else float("nan")
-        return Judgement(claim, "not decided", len(values), mean, float("nan"), float("nan"), threshold)
+        return Judgement(claim, "not decided", len(values), mean, float("nan"), float("nan"), threshold, by_sparsity)
     low, high = interval(values)
     verdict: Verdict = "holds" if low > threshold else "does not hold" if high < threshold else "not decided"
-    return Judgement(claim, verdict, len(values), statistics.fmean(values), low, high, threshold)
+    return Judgement(claim, verdict, len(values), statistics.fmean(values), low, high, threshold, by_sparsity)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

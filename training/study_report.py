@@ -28,9 +28,9 @@ What the method's claims come to on real data. Everything between the marks is w
 
 A claim *holds* if the whole 95 % bootstrap interval of its paired difference (same topology method, sparsity, seed and
 classes held out) is on its side of what it needs, *does not hold* if the whole interval is on the other, and is *not
-decided* else. A claim without a pair is left out. Pairs are taken as independent. Differences are in percentage points,
-turned so that more is better. Step times are compute seconds of runs on the same machine. The claims are listed in
-`training/claims.py`, which also says what anything was chosen on.
+decided* else. A claim without a pair is only named. Pairs are taken as independent. Differences are in percentage
+points, turned so that more is better. Step times are compute seconds of runs on the same machine. The claims are listed
+in `training/claims.py`, which also says what anything was chosen on.
 """
 
 
@@ -47,8 +47,7 @@ def write_study(folder: Path, page: Path) -> list[Path]:
         study = study.with_stored(stored)
     study.write(stored)
     rows = read_study(stored).rows
-    judged = ([judge(claim, rows) for claim in claims] for claims in (PUBLISHED, OURS))
-    published, ours = ([j for j in judgements if j.pairs] for judgements in judged)
+    published, ours = ([judge(claim, rows) for claim in claims] for claims in (PUBLISHED, OURS))
     figures = [
         save_figure(draw_claims(published + ours), beside / f"{name}-claims.png"),
         save_figure(draw_sparsity(rows), beside / f"{name}-sparsity.png"),
@@ -89,20 +88,36 @@ def _about(rows: Sequence[Row]) -> str:
     return f"{len(rows)} runs ({dense} dense; {'; '.join(cells)}), seeds {', '.join(map(str, seeds))}.\n"
 
 
-def claims_table(judgements: Iterable[Judgement]) -> str:
-    lines = ["| claim | verdict | mean | 95 % interval | needs above | pairs |", "|---|---|---|---|---|---|"]
+def claims_table(judgements: Sequence[Judgement]) -> str:
+    """A row a claim, with its mean at each sparsity where there are several; claims without a pair are named below."""
+    levels = sorted({level for j in judgements for level in j.by_sparsity})
+    several = len(levels) > 1
+    by_level = f" at {' / '.join(f'{100 * level:g}' for level in levels)} % |" if several else ""
+    lines = [
+        f"| claim | verdict | mean | 95 % interval | needs above | pairs |{by_level}",
+        "|---" * (6 + several) + "|",
+    ]
     for j in judgements:
+        if j.pairs == 0:
+            continue
         digits = 3 if j.claim.metric.startswith("nll") else 2
         cells = [f"{j.mean:.{digits}f}", f"{j.low:.{digits}f} to {j.high:.{digits}f}"]
         cells = ["" if "nan" in cell else cell for cell in cells]
+        means = [f"{j.by_sparsity[level]:.{digits}f}" if level in j.by_sparsity else "-" for level in levels]
         lines.append(
             f"| {j.claim.text} | **{j.verdict}** | {' | '.join(cells)} | {j.threshold:.{digits}f} | {j.pairs} |"
+            + (f" {' / '.join(means)} |" if several else "")
         )
-    return "\n".join(lines) + "\n"
+    without = [j.claim.text for j in judgements if j.pairs == 0]
+    tail = f"\nNo runs for a pair here: {'; '.join(without)}.\n" if without else ""
+    return "\n".join(lines) + "\n" + tail
 
 
 def known_table(rows: Sequence[Row]) -> str:
-    """Accuracy, ECE and NLL on all classes, and the last two with a temperature, a row an arm and sparsity."""
+    """Accuracy, ECE and NLL on all classes, and the last two with a temperature, a row an arm and sparsity.
+
+    A number in brackets: what so many of the runs have.
+    """
     columns = {"accuracy": "accuracy %", "ece": "ECE %", "nll": "NLL", "temperature": "best temperature",
                "ece_scaled": "ECE % with it", "nll_scaled": "NLL with it"}  # fmt: skip
     lines = ["| arm | sparsity | runs | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 3) + "|"]
@@ -111,7 +126,8 @@ def known_table(rows: Sequence[Row]) -> str:
         for metric in columns:
             values = [row.known[metric] for row in group if metric in row.known]
             percent = metric in IN_PERCENT
-            cells.append(spread_of(values, 2 if percent else 3, 100.0 if percent else 1.0) if values else "")
+            cell = spread_of(values, 2 if percent else 3, 100.0 if percent else 1.0) if values else ""
+            cells.append(cell if len(values) in (0, len(group)) else f"{cell} ({len(values)})")
         lines.append(f"| {name} | {sparsity:.0%} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -172,7 +188,7 @@ def write_means(rows: Sequence[Row], path: Path) -> None:
 
 def draw_claims(judgements: Sequence[Judgement]) -> Figure:
     """The interval of each claim about AUROC differences against what it needs."""
-    drawn = [j for j in judgements if j.claim.metric == "auroc" and j.claim.baseline is not None]
+    drawn = [j for j in judgements if j.pairs and j.claim.metric == "auroc" and j.claim.baseline is not None]
     figure, axis = plt.subplots(figsize=(10, 1 + 0.4 * max(1, len(drawn))), layout="constrained")
     for at, j in enumerate(drawn):
         axis.plot([j.low, j.high], [at, at], color=VERDICT_COLOURS[j.verdict], linewidth=3, solid_capstyle="butt")
@@ -180,7 +196,7 @@ def draw_claims(judgements: Sequence[Judgement]) -> Figure:
         axis.plot(j.threshold, at, "k|", markersize=12)
     axis.axvline(0, color="0.8", zorder=0)
     axis.set(yticks=range(len(drawn)), yticklabels=[_short(j.claim) for j in drawn])
-    axis.set(xlabel="difference in AUROC, percentage points (bar: 95 % interval, |: what the claim needs)")
+    axis.set(xlabel="difference in AUROC, points (bar: 95 % interval, |: needed)")
     axis.invert_yaxis()
     axis.tick_params(axis="y", labelsize="x-small")
     return figure
