@@ -262,6 +262,7 @@ def test_it_learns(tmp_path, digits, no_figures):
     for arm in ("rigl", "rigl+moon+vote", "set+vote+patch-shuffle"):
         results = run(replace(with_arm(TINY, arm), epochs=8), tmp_path / arm, digits)
         assert results["known"]["accuracy"] > 0.8
+        assert ("mean_u" in results["known"]) == (arm != "rigl") and 0 < results["known"].get("mean_u", 0.01) < 0.1
         cost = results["cost"]
         assert cost["memory_bytes"] < 0.5 * cost["dense_memory_bytes"]
         held_by_model = sum(t.nbytes for t in torch.load(tmp_path / arm / "model.pt")["result"].values())

@@ -129,9 +129,13 @@ def test_a_table_shows_each_sparsity_and_what_has_no_pair(tmp_path):
 def test_a_mean_of_some_of_the_runs_says_so(tmp_path):
     for seed in range(3):
         scaled = {"ece_scaled": 0.01, "nll_scaled": 0.3, "temperature": 0.9}
-        write_run(tmp_path, "set+vote", seed=seed, scaled=scaled if seed else None)
+        write_run(tmp_path, "set+vote", seed=seed, scaled=scaled if seed else {"mean_u": 0.000051234})
     row = known_table(read_study(tmp_path).rows).splitlines()[-1]
-    assert row.startswith("| set+vote | 90% | 3 | 90.00 ± 0.00 |") and "| 0.900 ± 0.000 (2) |" in row
+    assert (
+        row.startswith("| set+vote | 90% | 3 | 90.00 ± 0.00 |")
+        and "| 0.900 ± 0.000 (2) |" in row
+        and "| 0.05 (1) |" in row
+    )
 
 
 def test_pairs_without_a_metric_that_came_later_are_left_out(tmp_path):

@@ -69,6 +69,7 @@ def evaluate(
             "images": len(data.test),
             **classification_metrics(known.logits, data.test.labels),
             **scaled_metrics(known.logits, data.test.labels),
+            **({"mean_u": float(known.logits.softmax(1)[:, num_classes].mean())} if has_unknown else {}),
             "reliability": reliability(known.logits, data.test.labels),
         },
         "unknown": detection,

@@ -25,7 +25,7 @@ CONFIDENCE = 0.95
 LESS_IS_BETTER = ("ece", "nll", "ece_scaled", "nll_scaled", "step_time", "memory")
 IN_PERCENT = ("accuracy", "ece", "ece_scaled")
 KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
-SCALED_METRICS = ("ece_scaled", "nll_scaled", "temperature")  # came later: not every stored run has them
+SCALED_METRICS = ("ece_scaled", "nll_scaled", "temperature")  # came later, as mean_u: not every stored run has them
 DIGITS = 5  # of stored shares: a hundredth of what a thousandth of the images makes
 OF_A_RUN = {"sparsity", "seed", "holdout", "data_dir", *PLAIN_ARM}  # settings that differ within a study
 
@@ -129,6 +129,8 @@ def row_of(results: dict[str, Any]) -> Row:
     }
     known = {name: round(results["known"][name], DIGITS) for name in KNOWN_METRICS}
     known |= {name: round(results["known"][name], DIGITS) for name in SCALED_METRICS if name in results["known"]}
+    if "mean_u" in results["known"]:
+        known["mean_u"] = float(f"{results['known']['mean_u']:.3g}")  # a ten-thousandth and less in some networks
     return Row(
         *key_of(FitConfig.from_dict(results["config"])), known, by_metric["auroc"], by_metric["fpr95"],
         results.get("compute_seconds_per_epoch"), cost["memory_bytes"] + cost["index_bytes"],

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from training.report import save_figure
-from training.study import IN_PERCENT, Judgement, Row, judge, read_study, spread_of
+from training.study import Judgement, Row, judge, read_study, spread_of
 
 SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
@@ -114,19 +114,22 @@ def claims_table(judgements: Sequence[Judgement]) -> str:
 
 
 def known_table(rows: Sequence[Row]) -> str:
-    """Accuracy, ECE and NLL on all classes, and the last two with a temperature, a row an arm and sparsity.
+    """Accuracy, ECE and NLL on all classes, the last two with a temperature, and mean u; a row an arm and sparsity.
 
     A number in brackets: what so many of the runs have.
     """
-    columns = {"accuracy": "accuracy %", "ece": "ECE %", "nll": "NLL", "temperature": "best temperature",
-               "ece_scaled": "ECE % with it", "nll_scaled": "NLL with it"}  # fmt: skip
-    lines = ["| arm | sparsity | runs | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 3) + "|"]
+    columns = {
+        "accuracy": ("accuracy %", 100.0, 2), "ece": ("ECE %", 100.0, 2), "nll": ("NLL", 1.0, 3),
+        "temperature": ("best temperature", 1.0, 3), "ece_scaled": ("ECE % with it", 100.0, 2),
+        "nll_scaled": ("NLL with it", 1.0, 3), "mean_u": ("mean u, 1/1000", 1000.0, 2),
+    }  # fmt: skip
+    titles = " | ".join(title for title, _, _ in columns.values())
+    lines = [f"| arm | sparsity | runs | {titles} |", "|---" * (len(columns) + 3) + "|"]
     for (name, sparsity), group in _groups(row for row in rows if not row.holdout).items():
         cells = []
-        for metric in columns:
+        for metric, (_, scale, digits) in columns.items():
             values = [row.known[metric] for row in group if metric in row.known]
-            percent = metric in IN_PERCENT
-            cell = spread_of(values, 2 if percent else 3, 100.0 if percent else 1.0) if values else ""
+            cell = spread_of(values, digits, scale) if values else ""
             cells.append(cell if len(values) in (0, len(group)) else f"{cell} ({len(values)})")
         lines.append(f"| {name} | {sparsity:.0%} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
