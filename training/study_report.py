@@ -15,7 +15,7 @@ from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from training.report import save_figure
 from training.study import Judgement, Row, judge, read_study, spread_of
 
-SHOWN_SCORES = ("msp", "energy", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
+SHOWN_SCORES = ("msp", "energy", "knn", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
     ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"),
     ("vote+mixed-shuffle", "u"), ("vote", "combined-features"), (OURS_ARM, "combined-all"),
@@ -57,7 +57,8 @@ def write_study(folder: Path, page: Path) -> list[Path]:
     text = "\n".join(
         [
             _about(rows), "### The published method\n", claims_table(published), "### This project's variant\n",
-            claims_table(ours), "### Known images\n", known_table(rows), _unknown_section(rows), images,
+            claims_table(ours), "### Known images\n", known_table(rows), far_table(rows), _unknown_section(rows),
+            images,
             f"\nAll runs: [{name}.json]({beside.name}/{name}.json); mean and spread of every arm, set and score: "
             f"[{name}.csv]({beside.name}/{name}.csv).\n",
         ]
@@ -132,6 +133,29 @@ def known_table(rows: Sequence[Row]) -> str:
             cell = spread_of(values, digits, scale) if values else ""
             cells.append(cell if len(values) in (0, len(group)) else f"{cell} ({len(values)})")
         lines.append(f"| {name} | {sparsity:.0%} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def far_table(rows: Sequence[Row]) -> str:
+    """Mean far-OOD AUROC by score, a row an arm: over methods, seeds, and the sets that all runs have."""
+    rows = [row for row in rows if not row.holdout]
+    sets = [name for name in FAR if all(name in row.auroc for row in rows)]
+    levels = sorted({row.sparsity for row in rows if row.method != "dense"})
+    if not sets or not levels:
+        return ""
+    listed = " / ".join(f"{100 * level:g}" for level in levels)
+    lines = [f"### Far-OOD at {listed} %: AUROC, mean over {', '.join(sets)}\n"]
+    lines += ["| arm | " + " | ".join(SHOWN_SCORES) + " |", "|---" * (len(SHOWN_SCORES) + 1) + "|"]
+    for arm in sorted({row.arm for row in rows}):
+        cells = []
+        for score in SHOWN_SCORES:
+            means = []
+            for level in (0.0,) if arm == "dense" else levels:
+                there = [r.auroc for r in rows if r.arm == arm and r.sparsity == level and score in r.auroc[sets[0]]]
+                values = [100 * auroc[name][score] for auroc in there for name in sets]
+                means.append(f"{statistics.fmean(values):.1f}" if values else "-")
+            cells.append(" / ".join(means) if set(means) != {"-"} else "")
+        lines.append(f"| {arm or 'sparse CE'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
