@@ -3,13 +3,15 @@
     python -m benchmarks recipe
 
 A call is a small training from the first step to the last: loss, topology updates (one in ten steps, more than usual),
-synthetic unknowns, votes. The images are noise, for the time does not depend on them. What ends a training, and
-evaluation, are left out.
+synthetic unknowns, votes. Each call has a seed of its own: arms with another number of outputs have other patterns, and the
+luck of one pattern is not to count for an arm. The images are noise. What ends a training, and evaluation, are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -71,11 +73,11 @@ def _training(case: Case, arm: str, epochs: int, key: str, trainers: dict[str, T
     labels, names = torch.randint(10, (len(images),)), tuple("abcdefghij")
     data = TrainTest(ImageSet("noise", images, labels, names), ImageSet("noise", images[:1], labels[:1], names))
     shared = FitConfig(model=case.model, batch_size=case.batch_size, epochs=epochs, warmup_epochs=1, delta_t=10)
-    config = with_arm(shared, arm)
+    config, seeds = with_arm(shared, arm), count()
 
     def call() -> None:
-        trainers[key] = trainer = Trainer(config, data)
-        for _ in range(config.epochs):
+        trainers[key] = trainer = Trainer(replace(config, seed=next(seeds)), data)
+        for _ in range(epochs):
             trainer.train_epoch()
 
     return call
