@@ -3,8 +3,9 @@
     python -m benchmarks recipe
 
 A call is a small training from the first step to the last: loss, topology updates (one in ten steps, more than usual),
-synthetic unknowns, votes. Each call has a seed of its own: arms with another number of outputs have other patterns, and the
-luck of one pattern is not to count for an arm. The images are noise. What ends a training, and evaluation, are left out.
+synthetic unknowns, votes. Each call has a seed of its own: arms with another number of outputs have other patterns, and
+the luck of one pattern is not to count for an arm. The images are noise. What ends a training, and evaluation, are left
+out.
 """
 
 from __future__ import annotations
