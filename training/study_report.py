@@ -18,7 +18,7 @@ from training.study import Judgement, Row, judge, read_study, spread_of
 SHOWN_SCORES = ("msp", "energy", "knn", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
     ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"),
-    ("vote+mixed-shuffle", "u"), ("vote", "combined-features"), (OURS_ARM, "combined-all"),
+    ("vote+mixed-shuffle", "u"), ("vote", "combined-all"), (OURS_ARM, "combined-all"),
 )  # fmt: skip
 VERDICT_COLOURS = {"holds": "tab:green", "does not hold": "tab:red", "not decided": "tab:gray"}
 START = """# Evidence
@@ -136,10 +136,15 @@ def known_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def shared_sets(rows: Iterable[Row]) -> list[str]:
+    """The far-OOD sets that all runs on all classes have."""
+    plain = [row for row in rows if not row.holdout]
+    return [name for name in FAR if all(name in row.auroc for row in plain)]
+
+
 def far_table(rows: Sequence[Row]) -> str:
     """Mean far-OOD AUROC by score, a row an arm: over methods, seeds, and the sets that all runs have."""
-    rows = [row for row in rows if not row.holdout]
-    sets = [name for name in FAR if all(name in row.auroc for row in rows)]
+    sets, rows = shared_sets(rows), [row for row in rows if not row.holdout]
     levels = sorted({row.sparsity for row in rows if row.method != "dense"})
     if not sets or not levels:
         return ""
@@ -238,7 +243,8 @@ def _short(claim: Claim) -> str:
 
 
 def draw_sparsity(rows: Sequence[Row]) -> Figure:
-    """Mean far-OOD AUROC, over the sets that a run has, against sparsity; whiskers one deviation over the seeds."""
+    """Mean far-OOD AUROC, over the sets that all runs have, against sparsity; whiskers one deviation over the seeds."""
+    sets = shared_sets(rows)
     methods = [m for m in ("rigl", "set") if any(row.method == m for row in rows)] or ["rigl"]
     figure, axes = plt.subplots(1, len(methods), figsize=(5.5 * len(methods), 4), squeeze=False, layout="constrained")
     for axis, method in zip(axes[0], methods, strict=True):
@@ -246,7 +252,7 @@ def draw_sparsity(rows: Sequence[Row]) -> Figure:
             points: dict[float, list[float]] = defaultdict(list)
             for row in rows:
                 if row.method == method and row.arm == arm and not row.holdout:
-                    values = [row.auroc[name][score] for name in FAR if score in row.auroc.get(name, ())]
+                    values = [row.auroc[name][score] for name in sets if score in row.auroc[name]]
                     if values:
                         points[row.sparsity].append(100 * statistics.fmean(values))
             levels = sorted(points)
