@@ -141,12 +141,14 @@ def test_a_mean_of_some_of_the_runs_says_so(tmp_path):
 def test_far_ood_by_arm_and_score(tmp_path):
     for method, seed, value in (("rigl", 0, 0.6), ("rigl", 1, 0.7), ("set", 0, 0.8)):
         auroc = {"mnist": {"msp": value}, "noise": {"msp": value + 0.1}, "mirrored": {"msp": 0.1}}
+        if seed == 1:
+            auroc["mnist"]["knn"], auroc["noise"]["knn"] = 0.9, 0.8
         write_run(tmp_path, f"{method}+vote", seed=seed, auroc=auroc)
     write_run(tmp_path, "set+vote", sparsity=0.99, auroc={"mnist": {"msp": 0.5}, "noise": {"msp": 0.5}, "icons": {}})
     write_run(tmp_path, "set+vote", seed=5, holdout="1,2", auroc={"mnist": {"msp": 0.0}, "noise": {"msp": 0.0}})
     table = far_table(read_study(tmp_path).rows)
     assert table.startswith("### Far-OOD at 90 / 99 %: AUROC, mean over mnist, noise\n")
-    assert "| vote | 75.0 / 50.0 |  |" in table
+    assert "| vote | 75.0 / 50.0 |  | 85.0 (1) / - |" in table
 
 
 def test_pairs_without_a_metric_that_came_later_are_left_out(tmp_path):

@@ -143,7 +143,10 @@ def shared_sets(rows: Iterable[Row]) -> list[str]:
 
 
 def far_table(rows: Sequence[Row]) -> str:
-    """Mean far-OOD AUROC by score, a row an arm: over methods, seeds, and the sets that all runs have."""
+    """Mean far-OOD AUROC by score, a row an arm: over methods, seeds, and the sets that all runs have.
+
+    A number in brackets: so many of the runs have the score.
+    """
     sets, rows = shared_sets(rows), [row for row in rows if not row.holdout]
     levels = sorted({row.sparsity for row in rows if row.method != "dense"})
     if not sets or not levels:
@@ -156,9 +159,10 @@ def far_table(rows: Sequence[Row]) -> str:
         for score in SHOWN_SCORES:
             means = []
             for level in (0.0,) if arm == "dense" else levels:
-                there = [r.auroc for r in rows if r.arm == arm and r.sparsity == level and score in r.auroc[sets[0]]]
-                values = [100 * auroc[name][score] for auroc in there for name in sets]
-                means.append(f"{statistics.fmean(values):.1f}" if values else "-")
+                group = [row.auroc for row in rows if row.arm == arm and row.sparsity == level]
+                there = [auroc for auroc in group if score in auroc[sets[0]]]
+                mean = f"{100 * statistics.fmean(a[name][score] for a in there for name in sets):.1f}" if there else "-"
+                means.append(mean if len(there) in (0, len(group)) else f"{mean} ({len(there)})")
             cells.append(" / ".join(means) if set(means) != {"-"} else "")
         lines.append(f"| {arm or 'sparse CE'} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
