@@ -461,6 +461,14 @@ def test_compare_resumes_and_summarises(tmp_path, digits, monkeypatch, no_figure
     second = compare(wider, tmp_path, device="cpu", console=QUIET, data=digits)
     assert set(second["arms"]["dense"]["unknown"]) == {"noise", "blobs"}
     assert second["arms"]["dense"]["known"] == first["arms"]["dense"]["known"]
+
+    # A run from before there were metrics with a temperature gets them.
+    file = tmp_path / "rigl+moon/seed1/results.json"
+    complete = read_json(file)
+    older = {name: v for name, v in complete["known"].items() if "scaled" not in name and name != "temperature"}
+    file.write_text(json.dumps(complete | {"known": older}))
+    compare(wider, tmp_path, device="cpu", console=QUIET, data=digits)
+    assert len(older) < len(complete["known"]) and read_json(file)["known"] == complete["known"]
     with pytest.raises(CheckpointError, match=r"other settings: .*delta_t: 3 and 4"):
         compare(
             replace(study(), config=replace(study().config, delta_t=4)),
