@@ -33,7 +33,7 @@ def step_bytes(kind: str, size: int = SIZE, sparsity: float = SPARSITY) -> dict[
     optimizer.step()
     states = [t for t in optimizer.state[layer.weight].values() if isinstance(t, torch.Tensor)]
     values = sum(t.nbytes for t in (layer.weight, layer.weight.grad, *states))
-    return {"value_bytes": values, "index_bytes": sum(b.nbytes for b in layer.buffers())}
+    return {"value_bytes": values, "index_bytes": sum(b.nbytes for b in layer.pattern.tensors())}
 
 
 def peak_bytes(kind: str, size: int = SIZE, sparsity: float = SPARSITY) -> int:

@@ -272,7 +272,7 @@ def test_bad_input():
     x, weight = torch.randn(2, 3, 8, 8), torch.randn(pattern.packed_shape)
     cases = [
         (ValueError, "expected an input", (torch.randn(2, 4, 8, 8), weight, pattern), {}),
-        (ValueError, "expected an input", (torch.randn(3, 8, 8), weight, pattern), {}),
+        (ValueError, "expected an input", (torch.randn(4, 8, 8), weight, pattern), {}),
         (ValueError, "Expected a weight of shape", (x, weight[:-1], pattern), {}),
         (ValueError, "expected a bias of shape", (x, weight, pattern, torch.randn(5)), {}),
         (TypeError, "one dtype", (x, weight.double(), pattern), {}),

@@ -72,7 +72,7 @@ def check_state(model, optimizer, storage):
     for layer in sparse_layers(model).values():
         pattern = layer.pattern
         rebuilt = ua.SparsityPattern.from_blocks(pattern.shape, pattern.blocks(), block=pattern.block)
-        for mine, fresh in zip(pattern.buffers(), rebuilt.buffers(), strict=True):
+        for mine, fresh in zip(pattern.tensors(), rebuilt.tensors(), strict=True):
             assert torch.equal(mine, fresh)
         states = [s for s in optimizer.state[layer.weight].values() if s.dim()]
         expected = pattern.packed_shape if storage == "packed" else pattern.shape

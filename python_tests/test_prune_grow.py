@@ -74,7 +74,7 @@ def copy_of(pattern):
 def assert_consistent(pattern):
     """Both orders of indices are those of the pattern made anew from its blocks."""
     anew = SparsityPattern.from_blocks(pattern.shape, pattern.blocks(), block=pattern.block)
-    for mine, theirs in zip(pattern.buffers(), anew.buffers(), strict=True):
+    for mine, theirs in zip(pattern.tensors(), anew.tensors(), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -191,14 +191,14 @@ def test_properties(geometry, density, fraction, storage, random, seed):
     """What an update promises, checked on dense tensors and without the reference."""
     weight, momentum, pattern, grad = case(*geometry, density, storage, seed=seed)
     dense = [t if storage == "dense" else pattern.unpack(t) for t in (weight.clone(), momentum.clone())]
-    old, before = pattern.to_mask(), [(t.data_ptr(), t.shape) for t in (weight, momentum, *pattern.buffers())]
+    old, before = pattern.to_mask(), [(t.data_ptr(), t.shape) for t in (weight, momentum, *pattern.tensors())]
     generator = torch.Generator().manual_seed(seed)
     growth = {"grow": "random", "generator": generator} if random else {"grow_scores": grad}
     dropped, grown = prune_grow(weight, pattern, fraction, states=[momentum], **growth)
 
     count = math.ceil(fraction * int(old.sum()) / math.prod(pattern.block))
     assert dropped.numel() == grown.numel() == count
-    assert [(t.data_ptr(), t.shape) for t in (weight, momentum, *pattern.buffers())] == before
+    assert [(t.data_ptr(), t.shape) for t in (weight, momentum, *pattern.tensors())] == before
     new = pattern.to_mask()
     assert new.sum() == old.sum()
     assert_consistent(pattern)
@@ -284,7 +284,7 @@ def test_independent_of_the_number_of_threads():
             torch.set_num_threads(threads)
             weight, momentum, pattern, grad = case((700, 300), (1, 1), 0.3, "packed")
             result = prune_grow(weight, pattern, 0.3, grow_scores=grad, states=[momentum])
-            results.append([weight, momentum, *pattern.buffers(), *result])
+            results.append([weight, momentum, *pattern.tensors(), *result])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -414,14 +414,14 @@ BAD = [
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_bad_input_changes_nothing(change, error, message, storage):
     weight, momentum, pattern, grad = case((6, 7), (1, 1), 0.5, storage)
-    before = [t.clone() for t in (weight, momentum, *pattern.buffers())]
+    before = [t.clone() for t in (weight, momentum, *pattern.tensors())]
     arguments = {"fraction": 0.3, "grow_scores": grad, "states": [momentum]} | change
     if "states" in change:
         arguments["states"] = [momentum, *change["states"]]
     for function in (prune_grow, prune_grow_reference):
         with pytest.raises(error, match=message):
             function(weight, pattern, **arguments)
-    assert all(torch.equal(a, b) for a, b in zip((weight, momentum, *pattern.buffers()), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((weight, momentum, *pattern.tensors()), before, strict=True))
 
 
 def test_weight_of_another_shape():
@@ -446,10 +446,10 @@ def test_apply_refuses_bad_blocks(dropped, grown, message, storage):
     pattern = SparsityPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 1]]))
     weight = torch.tensor([1.0, 2.0, 3.0])
     weight = pattern.unpack(weight) if storage == "dense" else weight
-    before = [t.clone() for t in (weight, *pattern.buffers())]
+    before = [t.clone() for t in (weight, *pattern.tensors())]
     with pytest.raises(ValueError, match=message):
         apply(weight, pattern, torch.tensor(dropped), torch.tensor(grown), [weight.clone()])
-    assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.buffers()), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.tensors()), before, strict=True))
 
 
 # ---- registration and instruction sets ----
@@ -541,7 +541,7 @@ def test_an_old_graph_is_refused_and_a_new_one_is_right():
 def test_resize_refuses_bad_blocks_and_changes_nothing(dropped, grown):
     pattern = SparsityPattern.from_mask(torch.tensor([[1, 0, 1], [0, 0, 1]]))
     weight = torch.tensor([1.0, 2.0, 3.0])
-    before = [t.clone() for t in (weight, *pattern.buffers())]
+    before = [t.clone() for t in (weight, *pattern.tensors())]
     with pytest.raises(ValueError, match="active"):
         resize(weight, pattern, *(torch.tensor(x, dtype=torch.int64) for x in (dropped, grown)))
-    assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.buffers()), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.tensors()), before, strict=True))

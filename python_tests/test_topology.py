@@ -126,7 +126,7 @@ def test_counts_stay_exact_and_parameters_keep_their_identity(method, storage, b
         assert layer.weight.data_ptr() == pointer
         assert not torch.equal(layer.pattern.blocks(), blocks)
         rebuilt = ua.SparsityPattern.from_blocks(layer.pattern.shape, layer.pattern.blocks(), block=block)
-        for mine, fresh in zip(layer.pattern.buffers(), rebuilt.buffers(), strict=True):
+        for mine, fresh in zip(layer.pattern.tensors(), rebuilt.tensors(), strict=True):
             assert torch.equal(mine, fresh)
         if storage == "dense":
             assert not (layer.weight.detach() * ~layer.pattern.to_mask()).any()

@@ -48,4 +48,4 @@ def _is_state(value: Any, parameter: Tensor) -> bool:
 
 def _index_bytes(layer: ua.nn.SparseLayer) -> int:
     """Bytes of the index tensors of the layer's pattern, in both orders."""
-    return sum(buffer.nbytes for buffer in layer.pattern.buffers())
+    return sum(buffer.nbytes for buffer in layer.pattern.tensors())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from uasparse_kernels import _library
 
 _INDEX_LIMIT = 2**31 - 1
+_SIGNATURE = 8  # numbers of a signature; 4 bits of the hash each
+_SAVED = ("layout", "crow", "col")
 
 
 class SparsityPattern(nn.Module):
@@ -28,27 +33,30 @@ class SparsityPattern(nn.Module):
     * ``ccol [columns + 1]``, ``row [num_blocks]``, ``perm [num_blocks]``: by columns, ``perm`` being each block's place
       in the order by rows.
 
-    It is an ``nn.Module`` without parameters, so that it moves, copies, pickles and is saved with the layer that owns
-    it; ``crow``, ``col`` and ``layout`` (shape and block) are saved. A topology update changes the tensors in place;
-    only one that changes the number of active blocks (:meth:`set_blocks_`) makes new ones.
+    It is an ``nn.Module``, so that it moves, copies, pickles and is saved with the layer that owns it. Its tensors are
+    no buffers: an average over buffers, a cast, ``to_empty()`` or a write into the values of a ``state_dict()`` (which
+    holds copies: ``layout``, shape and block, ``crow`` and ``col``) does not reach them. They are checked when they are
+    given, and changed only by :meth:`assign_`, :meth:`set_blocks_`, a topology update and ``load_state_dict``; only a
+    change of the number of active blocks makes new ones.
+
+    The one buffer, ``signature``, goes where the weight goes, and tells whether it belongs to this pattern: eight
+    powers of two that are a hash of the active blocks. An average of weights of one pattern keeps them; one of two
+    patterns does not, nor does a copy of another pattern's weights. :meth:`tensors`, which every op calls, compares.
+
+    On the meta device, where a layer has no values, the pattern keeps its own on the device that it came from.
     """
 
-    layout: Tensor
-    crow: Tensor
-    col: Tensor
-    ccol: Tensor
-    row: Tensor
-    perm: Tensor
+    signature: Tensor
 
     def __init__(self, shape: Sequence[int], crow: Tensor, col: Tensor, *, block: Sequence[int] = (1, 1)):
         super().__init__()
         self.shape, self.block = _check_shape(shape, block)
         _check_csr(crow, col, self.grid)
-        self.register_buffer("layout", torch.tensor([*self.shape, *self.block], device=crow.device))
-        self.register_buffer("crow", crow.to(torch.int32))
-        self.register_buffer("col", col.to(torch.int32))
-        for name, tensor in zip(("ccol", "row", "perm"), _transpose(self.crow, self.col, self.grid[1]), strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+        crow, col = (t.detach().to(torch.int32).contiguous() for t in (crow, col))
+        self._held = (crow, col, *_transpose(crow, col, self.grid[1]))
+        self._served = self._held  # on the meta device: without values
+        self.register_buffer("signature", torch.empty(_SIGNATURE, dtype=torch.float64, device=crow.device))
+        self.changed_()
 
     @classmethod
     def random(
@@ -70,7 +78,7 @@ class SparsityPattern(nn.Module):
             raise ValueError(f"Expected a density in (0, 1], got {density}.")
         shape, block = _check_shape(shape, block)
         total = math.prod(_grid(shape, block))
-        count = max(1, round(density * total))
+        count = min(total, max(1, round(density * total)))
         return cls.from_blocks(shape, sample_indices(total, count, generator), block=block).to(device)
 
     @classmethod
@@ -98,9 +106,27 @@ class SparsityPattern(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> SparsityPattern:
-        """The pattern saved in a state_dict under ``prefix``."""
-        layout = state_dict[prefix + "layout"].tolist()
-        return cls(layout[:-2], state_dict[prefix + "crow"], state_dict[prefix + "col"], block=layout[-2:])
+        """The pattern saved in a state_dict under ``prefix``.
+
+        Raises:
+            ValueError: if entries are missing, are no whole numbers (an average of checkpoints of different patterns),
+                or do not agree with each other.
+        """
+        absent = [prefix + name for name in _SAVED if prefix + name not in state_dict]
+        if absent:
+            raise ValueError(f"Expected the pattern's {', '.join(absent)} in the state_dict.")
+        layout, crow, col = (_whole(prefix + name, state_dict[prefix + name]) for name in _SAVED)
+        if layout.dim() != 1 or layout.numel() not in (4, 6):
+            raise ValueError(f"Expected {prefix}layout of 4 or 6 sizes, got shape {tuple(layout.shape)}.")
+        sizes = layout.tolist()
+        pattern = cls(sizes[:-2], crow, col, block=sizes[-2:])
+        signature = state_dict.get(prefix + "signature")
+        if signature is not None and not pattern._is_mine(signature):
+            raise ValueError(
+                f"Expected {prefix}signature to be that of {prefix}crow and {prefix}col, got another one: the "
+                "state_dict was damaged, put together from several, or averaged over checkpoints of different patterns."
+            )
+        return pattern
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -110,7 +136,7 @@ class SparsityPattern(nn.Module):
     @property
     def num_blocks(self) -> int:
         """Number of active blocks."""
-        return self._buffers["col"].shape[0]
+        return self._held[1].shape[0]
 
     @property
     def nnz(self) -> int:
@@ -124,7 +150,35 @@ class SparsityPattern(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._buffers["crow"].device
+        return self._served[0].device
+
+    # Read-only: a value of the same content may be put in their place (functional_call does), another is refused.
+    crow = property(lambda self: self._served[0], lambda self, value: self._refuse_other(value, 0))
+    col = property(lambda self: self._served[1], lambda self, value: self._refuse_other(value, 1))
+    ccol = property(lambda self: self._served[2], lambda self, value: self._refuse_other(value, 2))
+    row = property(lambda self: self._served[3], lambda self, value: self._refuse_other(value, 3))
+    perm = property(lambda self: self._served[4], lambda self, value: self._refuse_other(value, 4))
+
+    @property
+    def layout(self) -> Tensor:
+        """Shape and block in one row, int64: how they are saved."""
+        return torch.tensor([*self.shape, *self.block], device=self.device)
+
+    @layout.setter
+    def layout(self, value: Tensor) -> None:
+        if value.tolist() != [*self.shape, *self.block]:
+            raise ValueError(f"Expected the layout {[*self.shape, *self.block]}, got {value.tolist()}.")
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``crow, col, ccol, row, perm``, for the ops.
+
+        Raises:
+            RuntimeError: if the signature beside the weight is another pattern's. On a GPU, where reading it waits, it
+                is read when its version has changed; inside ``torch.compile`` it is not.
+        """
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            self._check_signature()
+        return self._served
 
     @property
     def packed_shape(self) -> tuple[int, ...]:
@@ -146,6 +200,23 @@ class SparsityPattern(nn.Module):
         """The pattern as a bool mask of the weight's shape."""
         return self.mask_of(self.blocks())
 
+    def mask_(self, dense: Tensor, *, sampled: bool = False) -> None:
+        """Zeroes the inactive entries of a dense tensor of the weight's shape, in place.
+
+        Args:
+            sampled: on the CPU, looks at some of the entries only, and at all if an inactive one of them is not zero.
+        """
+        dense = dense.detach()
+        if dense.device.type == "cpu" and dense.is_contiguous() and _library.has_kernel("mask_", dense):
+            if self._mask is None:
+                self._mask = self.to_mask()
+            torch.ops.uasparse.mask_(dense, self._mask, sampled)
+        elif not sampled:
+            if _library.has_kernel("keep_active_", dense):
+                torch.ops.uasparse.keep_active_(dense, self.crow, self.col, self.block)
+            else:
+                dense.masked_fill_(~self.to_mask(), 0)
+
     def mask_of(self, blocks: Tensor) -> Tensor:
         """A bool mask of the weight's shape of any blocks, given by flat grid index (int64 ``[n]``)."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
@@ -156,7 +227,7 @@ class SparsityPattern(nn.Module):
         """The active entries of ``dense`` (of the weight's shape), as packed values. Differentiable."""
         if tuple(dense.shape) != self.shape:
             raise ValueError(f"Expected a dense tensor of shape {self.shape}, got {tuple(dense.shape)}.")
-        if _library.has_kernel("pack", dense):
+        if self._has_kernel("pack", dense):
             return torch.ops.uasparse.pack(dense, self.crow, self.col, self.block)
         return dense.reshape(-1)[self.indices()]
 
@@ -164,10 +235,18 @@ class SparsityPattern(nn.Module):
         """A dense tensor of the weight's shape, ``values`` at the active entries and zero elsewhere. Differentiable."""
         if tuple(values.shape) != self.packed_shape:
             raise ValueError(f"Expected packed values of shape {self.packed_shape}, got {tuple(values.shape)}.")
-        if _library.has_kernel("unpack", values):
+        if self._has_kernel("unpack", values):
             return torch.ops.uasparse.unpack(values, self.crow, self.col, self.shape, self.block)
         flat = values.new_zeros(math.prod(self.shape))
         return flat.index_put((self.indices().view(-1),), values.reshape(-1)).view(self.shape)
+
+    def _has_kernel(self, op: str, tensor: Tensor) -> bool:
+        if 0 in self.shape or not _library.has_kernel(op, tensor):
+            return False
+        # A transform or forward-mode AD needs what torch's own ops have.
+        return torch.compiler.is_compiling() or not (
+            torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+        )
 
     def is_packed(self, weight: Tensor) -> bool:
         """Whether ``weight`` is packed (True) or dense-stored (False).
@@ -197,9 +276,9 @@ class SparsityPattern(nn.Module):
                 f"Expected a pattern of shape {self.shape}, block {self.block} and {self.num_blocks} blocks, got "
                 f"{other.shape}, {other.block} and {other.num_blocks}."
             )
-        for mine, theirs in zip(self.buffers(), other.buffers(), strict=True):
+        for mine, theirs in zip(self._held, other._held, strict=True):
             mine.copy_(theirs)
-        return self
+        return self.changed_()
 
     @torch.no_grad()
     def set_blocks_(self, blocks: Tensor) -> SparsityPattern:
@@ -208,15 +287,92 @@ class SparsityPattern(nn.Module):
         In place where the number stays the same; otherwise the tensors are replaced. No host sync.
         """
         crow, col = _csr(blocks, self.grid)
-        new = {"crow": crow, "col": col}
-        new |= dict(zip(("ccol", "row", "perm"), _transpose(crow, col, self.grid[1]), strict=True))
+        new = (crow, col, *_transpose(crow, col, self.grid[1]))
         if blocks.numel() == self.num_blocks:
-            for name, tensor in new.items():
-                getattr(self, name).copy_(tensor)
+            for mine, theirs in zip(self._held, new, strict=True):
+                mine.copy_(theirs)
         else:
-            for name, tensor in new.items():
-                setattr(self, name, tensor)
+            self._take(new)
+        return self.changed_()
+
+    @torch.no_grad()
+    def changed_(self) -> SparsityPattern:
+        """Signs the pattern anew, after its tensors were changed in place by an op. No host sync on a GPU."""
+        self._code = _signature(self._held[0], self._held[1], (*self.shape, *self.block))
+        self._numbers = self._code.tolist() if self._code.device.type == "cpu" else None
+        self.signature.copy_(self._code)
+        self._seen = (self.signature, _version(self.signature))
+        self._mask: Tensor | None = None  # made where a dense-stored weight needs it
         return self
+
+    def _take(self, tensors: tuple[Tensor, ...]) -> None:
+        self._held = tensors
+        self._served = tuple(t.to("meta") for t in tensors) if self.signature.is_meta else tensors
+
+    def _check_signature(self) -> None:
+        signature = self._buffers["signature"]
+        try:
+            if self._numbers is not None:
+                if signature.tolist() == self._numbers:
+                    return
+            elif self._seen[0] is signature and self._seen[1] == _version(signature):
+                return
+        except RuntimeError:  # a tensor without values: on the meta device, fake, or batched by vmap
+            pass
+        if signature.is_meta or isinstance(signature, FakeTensor):
+            return
+        if signature.device != self.device:
+            # Moved as a buffer, without the module (fully_shard): the rest follows.
+            self._take(tuple(t.to(signature.device) for t in self._held))
+            self._code = self._code.to(signature.device)
+            self._numbers = self._code.tolist() if self._code.device.type == "cpu" else None
+        if not self._is_mine(signature):
+            raise RuntimeError(
+                "Expected weights of this sparsity pattern, got some that came with another (its signature differs): "
+                "they were averaged, copied or broadcast while the topology differed between models or processes. Load "
+                "weight and pattern together with load_state_dict(), average only once the topology is frozen, and "
+                "give every process the same pattern."
+            )
+        self._seen = (signature, _version(signature))
+
+    def _is_mine(self, signature: Tensor) -> bool:
+        """Whether a signature is this pattern's, up to the rounding of an average; of a batch (vmap), each one."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(signature):
+            signature = torch._C._functorch.get_unwrapped(signature)
+        # Of a batch the numbers are the last dimension, but vmap may have put it first.
+        if signature.shape[-1:] != (_SIGNATURE,) and signature.shape[:1] == (_SIGNATURE,):
+            signature = signature.movedim(0, -1)
+        if signature.shape[-1:] != (_SIGNATURE,) or not signature.is_floating_point():
+            return False
+        error = (signature.detach().to(self._code) - self._code).abs()
+        return bool((error <= 1e-6 * self._code).all())
+
+    def _refuse_other(self, value: Tensor, place: int) -> None:
+        mine = self._served[place]
+        if value is not mine and not (value.shape == mine.shape and torch.equal(value.to(mine), mine)):
+            raise ValueError(
+                "Expected the pattern's own indices, got others; change a pattern with load_state_dict(), assign_() or "
+                "set_blocks_()."
+            )
+
+    def _apply(self, fn, recurse=True):
+        """What moves and casts modules: the indices follow to the signature's device; dtype and values stay."""
+        mine = self.signature.is_meta or self._is_mine(self.signature)
+        super()._apply(fn, recurse)
+        device = self.signature.device
+        if device.type != "meta":
+            if device != self._held[0].device:
+                self._held = tuple(t.to(device) for t in self._held)
+            if self.signature.dtype != torch.float64:
+                self.signature = self.signature.to(torch.float64)
+        self._take(self._held)
+        # Emptied (to_empty) or cast: signed anew. One that was another pattern's before stays that.
+        return self.changed_() if mine else self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in zip(_SAVED, (self.layout, self.crow.clone(), self.col.clone()), strict=True):
+            destination[prefix + name] = tensor
 
     def _entries(self, blocks: Tensor) -> Tensor:
         """Flat indices into the dense weight of the entries of blocks: ``[n]`` for 1x1, else ``[n, bh, bw]``."""
@@ -234,25 +390,37 @@ class SparsityPattern(nn.Module):
         return f"{'x'.join(map(str, self.shape))}, density={self.density:.4g}, {structure}"
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """Takes another pattern of any number of blocks; a bad one is an error and changes nothing."""
-        absent = [prefix + name for name in self.state_dict() if prefix + name not in state_dict]
+        """Takes another pattern of any number of blocks; a bad or an incomplete one is an error and changes nothing."""
+        known = {prefix + name for name in (*_SAVED, "signature")}
+        unexpected += [key for key in state_dict if key.startswith(prefix) and key not in known] if strict else []
+        absent = [prefix + name for name in _SAVED if prefix + name not in state_dict]
         if absent:
             missing += absent
             return
         try:
-            new = self.from_state_dict(state_dict, prefix).to(self.device)
-            if (new.shape, new.block) != (self.shape, self.block):
-                raise ValueError(
-                    f"Expected a pattern of shape {self.shape} and block {self.block}, got {new.shape} and {new.block}."
-                )
+            new = self.from_state_dict(state_dict, prefix)
+            self.check_fits(new)
         except ValueError as error:
             errors.append(f"{prefix.rstrip('.')}: {error}")
             return
-        if new.num_blocks == self.num_blocks:
-            self.assign_(new)
-        else:
-            for name, tensor in new.named_buffers():
-                setattr(self, name, tensor)
+        self.become_(new)
+
+    def check_fits(self, other: SparsityPattern) -> None:
+        """Raises ValueError if a pattern has another shape or block."""
+        if (other.shape, other.block) != (self.shape, self.block):
+            raise ValueError(
+                f"Expected a pattern of shape {self.shape} and block {self.block}, got {other.shape} and {other.block}."
+            )
+
+    @torch.no_grad()
+    def become_(self, other: SparsityPattern) -> SparsityPattern:
+        """Takes over the active blocks, of any number, of a pattern of the same shape and block; the device stays."""
+        self.check_fits(other)
+        if other.num_blocks == self.num_blocks:
+            return self.assign_(other)
+        device = self._held[0].device
+        self._take(tuple(t.to(device, copy=True) for t in other._held))
+        return self.changed_()
 
 
 def sample_indices(total: int, count: int, generator: torch.Generator | None = None) -> Tensor:
@@ -263,26 +431,26 @@ def sample_indices(total: int, count: int, generator: torch.Generator | None = N
     if not 0 <= count <= total:
         raise ValueError(f"Expected 0 <= count <= {total}, got {count}.")
     if count == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     if count > total // 8:
-        return torch.randperm(total, generator=generator)[:count].sort().values
+        return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
     # Distinct draws are kept in the order they came, so that every subset of this size is equally likely.
-    drawn = torch.empty(0, dtype=torch.int64)
+    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
     while True:
-        more = torch.randint(total, (2 * count + 16,), generator=generator)
+        more = torch.randint(total, (2 * count + 16,), generator=generator, device="cpu")
         drawn = torch.cat([drawn, more])
         values, inverse = torch.unique(drawn, return_inverse=True)
         if values.numel() >= count:
             first = torch.full_like(values, drawn.numel()).scatter_reduce_(
-                0, inverse, torch.arange(drawn.numel()), "amin"
+                0, inverse, torch.arange(drawn.numel(), device="cpu"), "amin"
             )
             return values[first.argsort()[:count]].sort().values
 
 
 def _check_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, int]]:
-    shape, block = tuple(int(s) for s in shape), tuple(int(b) for b in block)
-    if len(shape) not in (2, 4) or min(shape) < 1:
-        raise ValueError(f"Expected a weight shape [out, in] or [out, in, kh, kw] of positive sizes, got {shape}.")
+    shape, block = tuple(operator.index(s) for s in shape), tuple(operator.index(b) for b in block)
+    if len(shape) not in (2, 4) or min(shape) < 0:
+        raise ValueError(f"Expected a weight shape [out, in] or [out, in, kh, kw], got {shape}.")
     if len(block) != 2 or min(block) < 1 or (block[1] != 1 and block[0] != block[1]):
         raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {block}.")
     if shape[0] % block[0] or shape[1] % block[1]:
@@ -297,14 +465,17 @@ def _check_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[tuple[int,
 
 def _check_csr(crow: Tensor, col: Tensor, grid: tuple[int, int]) -> None:
     rows, columns = grid
+    for name, tensor in (("crow", crow), ("col", col)):
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise ValueError(f"Expected {name} of integers, got {tensor.dtype}.")
+    if crow.device != col.device or crow.is_meta:
+        raise ValueError(f"Expected crow and col with values on one device, got {crow.device} and {col.device}.")
     if crow.dim() != 1 or crow.numel() != rows + 1 or col.dim() != 1:
         raise ValueError(
             f"Expected crow of {rows + 1} and col of one dimension, got {tuple(crow.shape)} and {tuple(col.shape)}."
         )
     if col.numel() > _INDEX_LIMIT:
         raise ValueError(f"Expected at most {_INDEX_LIMIT} active blocks, got {col.numel()}.")
-    if crow.device.type == "meta":
-        return
     counts = crow[1:] - crow[:-1]
     if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool((counts < 0).any()):
         raise ValueError("Expected crow to rise from 0 to the number of active blocks.")
@@ -317,6 +488,42 @@ def _check_csr(crow: Tensor, col: Tensor, grid: tuple[int, int]) -> None:
         rises[starts - 1] = True
         if not bool(rises.all()):
             raise ValueError("Expected the columns of each row to be distinct and ascending.")
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    """A saved tensor as int64. An average of equal checkpoints is whole up to rounding."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta:
+        raise ValueError(f"Expected {name} to be a tensor with values, got {tensor}.")
+    if not tensor.is_floating_point():
+        return tensor.to(torch.int64)
+    whole = tensor.to(torch.float64).round()
+    # Half a unit in the 20th bit: float32 holds no more of an index of a million.
+    if not bool(((tensor.to(torch.float64) - whole).abs() <= 1e-3 + whole.abs() * 2**-21).all()):
+        raise ValueError(f"Expected {name} of whole numbers, got an average over different patterns, or a damaged one.")
+    return whole.to(torch.int64)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _signature(crow: Tensor, col: Tensor, layout: Sequence[int]) -> Tensor:
+    """Eight powers of two, float64: 32 bits of a sum of mixed indices. O(blocks), no host sync.
+
+    Powers of two, for then an average ``d * x + (1 - d) * x`` gives ``x``, and half precision holds them.
+    """
+    # Each block's flat position among rows of 2^31, mixed by multiplication and shifts (the finalizer of splitmix64).
+    rows = torch.arange(crow.numel() - 1, device=crow.device)
+    rows = torch.repeat_interleave(rows, (crow[1:] - crow[:-1]).to(torch.int64), output_size=col.numel())
+    seed = 0
+    for size in layout:
+        seed = (seed * 1_000_003 + size + 1) % 2**61
+    mixed = rows.mul_(2**31).add_(col).add_(seed)
+    for factor, shift in ((-0x61C8864680B583EB, 30), (-0x40A7B892E31B1A47, 27), (-0x6B2FB644ECCEEE15, 31)):
+        mixed = mixed.mul_(factor).bitwise_xor_(mixed >> shift)
+    nibbles = torch.arange(_SIGNATURE, device=crow.device) * 4 + 16
+    bits = (mixed.sum() >> nibbles) & 15
+    return torch.pow(2.0, bits.to(torch.float64))
 
 
 def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
@@ -335,7 +542,7 @@ def _csr(blocks: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """``crow`` and ``col`` (int32) of ascending flat indices."""
     ends = torch.arange(grid[0] + 1, device=blocks.device) * grid[1]
     crow = torch.searchsorted(blocks.contiguous(), ends, out_int32=True)
-    return crow, (blocks % grid[1]).to(torch.int32)
+    return crow, (blocks % max(1, grid[1])).to(torch.int32)
 
 
 def _transpose(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from uasparse_kernels import ops
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops._cpu import crossover
 from uasparse_kernels.ops._cuda import is_packed_by_default
+from uasparse_kernels.ops.masked_conv2d import as_pair
 from uasparse_kernels.pattern import SparsityPattern
+
+_NO_PARAMETRIZATION = (
+    "A sparse layer's weight cannot be parametrised (spectral_norm, weight_norm, orthogonal): a packed weight is a row "
+    "of numbers to it, and of a dense-stored one it would train entries outside of the pattern. Leave the layer dense "
+    "(sparsify(..., exempt=[...])), or call densify(model) first."
+)
+_NO_EXPORT = "{}: call uasparse_kernels.densify(copy.deepcopy(model)) and take the result."
+
+
+def as_leaf(module: nn.Module, input: Proxy) -> Any:
+    """Under ``torch.fx`` symbolic tracing: a call of the module as a whole, as of torch's own layers."""
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
 
 
 class SparseLayer(nn.Module):
     """What SparseLinear and SparseConv2d share: a weight with a pattern, in packed or dense storage.
 
     ``weight`` is a parameter of ``pattern.packed_shape`` (packed: gradient and optimiser state are packed with it) or
-    of ``pattern.shape`` (dense-stored: inactive entries are kept zero by masked gradients). Initial values have the
-    distribution of the dense layer's, so the fan-in is the dense one.
+    of ``pattern.shape`` (dense-stored: gradients are masked, and what else is written outside of the pattern becomes
+    zero at the next forward pass). Initial values have the distribution of the dense layer's, so the fan-in is the
+    dense one.
+
+    Whatever is done to its tensors, a forward pass is that of the masked weight, or refuses: see ``SparsityPattern``.
     """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     pattern: SparsityPattern
+    _clean: tuple[int, int, int] | None = (
+        None  # the dense-stored weight that is known to be masked: id, version, address
+    )
 
     def _init_weight(
         self,
@@ -54,9 +77,10 @@ class SparseLayer(nn.Module):
     def reset_parameters(self) -> None:
         """Draws weight and bias as the dense layer does: uniform within ``1 / sqrt(fan_in)``."""
         fan_in = math.prod(self.pattern.shape[1:])
-        bound = 1 / math.sqrt(fan_in)
+        bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         self.weight.uniform_(-bound, bound)
-        self._mask_weight()
+        if self.storage == "dense":
+            self.pattern.mask_(self.weight)
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
 
@@ -67,8 +91,13 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """A copy of the weight as a dense tensor of ``pattern.shape``, zeros at inactive entries."""
-        return self.pattern.unpack(self.weight) if self.storage == "packed" else self.weight.clone()
+        """A copy of the weight as a dense tensor of ``pattern.shape``, zeros at inactive entries.
+
+        Raises:
+            RuntimeError: if the weight came with another pattern (see ``SparsityPattern``).
+        """
+        self.pattern.tensors()
+        return self.pattern.unpack(self.weight if self.storage == "packed" else self.pattern.pack(self.weight))
 
     @torch.no_grad()
     def set_dense_weight(self, dense: Tensor) -> None:
@@ -76,56 +105,121 @@ class SparseLayer(nn.Module):
         values = self.pattern.pack(dense.to(self.weight))
         self.weight.copy_(values if self.storage == "packed" else self.pattern.unpack(values))
 
-    def _mask_weight(self) -> None:
-        if self.storage == "dense":
-            self.weight.copy_(self.pattern.unpack(self.pattern.pack(self.weight)))
+    def _mask_weight(self) -> bool:
+        """Zeroes what was written outside of the pattern into a dense-stored weight; whether the weight is masked now.
+
+        All of a weight is looked at where its version says that somebody wrote to it, a sample of it otherwise, for
+        some ways to write (``.data``) leave the version as it is.
+        """
+        weight = self.weight
+        if (
+            torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or type(weight) is not nn.Parameter
+            or not weight.is_leaf
+            or weight.is_meta
+        ):
+            return False  # in a graph, or somebody's own tensor, which is not ours to change: the op masks a copy
+        if weight.shape != self.pattern.shape or weight.device != self.pattern.device:
+            return False  # packed, or an error to come
+        state = None if weight.is_inference() else (id(weight), weight._version, weight.data_ptr())
+        self.pattern.mask_(weight, sampled=state is not None and state == self._clean)
+        self._clean = state
+        return True
+
+    def _before_forward(self, input: Any) -> None:
+        """Refuses what cannot be right."""
+        if "weight" not in self._parameters and self.storage == "packed":
+            for name in ("weight_g", "weight_u"):  # torch.nn.utils.weight_norm and spectral_norm
+                if hasattr(self, name):
+                    raise RuntimeError(_NO_PARAMETRIZATION)
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(_NO_EXPORT.format("ONNX has no operator for a sparse layer"))
+
+    def __delattr__(self, name: str) -> None:
+        # torch.nn.utils.parametrize takes the parameter away before it puts its own in place: nothing has changed yet.
+        if name == "weight" and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.parametrize":
+            raise RuntimeError(_NO_PARAMETRIZATION)
+        super().__delattr__(name)
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        # torch.nn.utils.fusion folds a batch norm into a copy of a layer, whose weight it reads as a matrix.
+        if sys._getframe(2).f_globals.get("__name__") == "torch.nn.utils.fusion":
+            return self.to_dense()
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(_NO_EXPORT.format("torch.jit.script cannot compile a sparse layer"))
+
+    def to_dense(self) -> nn.Module:
+        raise NotImplementedError
 
     def _sparsity_repr(self) -> str:
         structure = "unstructured" if self.pattern.block == (1, 1) else "blocks {}x{}".format(*self.pattern.block)
         return f"density={self.pattern.density:.4g}, {structure}, storage={self.storage}, device={self.weight.device}"
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self._mask_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Takes a packed or a dense weight, with this or another pattern, or a dense layer's checkpoint (no pattern).
 
-        The weight is brought into this layer's storage. What does not fit is an error and leaves the layer as it is.
+        The weight is brought into this layer's storage. What does not fit, packed values without their pattern, and a
+        pattern without values are errors and leave the layer as it is.
         """
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        weight = own.get(prefix + "weight")
-        if weight is not None:
-            try:
-                pattern = self._pattern_from(own, prefix)
-                self._check_bias(own.get(prefix + "bias"))
-                packed = weight if pattern.is_packed(weight) else pattern.pack(weight)
-            except ValueError as error:
-                errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-                pattern, own = self.pattern, self.state_dict(prefix=prefix)
-            else:
-                pattern = pattern.to(self.weight.device)
-                packed = packed.to(self.weight)
-                own[prefix + "weight"] = packed if self.storage == "packed" else pattern.unpack(packed)
-            # What the submodule will find: a dense checkpoint has no pattern, and a bad one is not taken.
-            state_dict.update(pattern.state_dict(prefix=prefix + "pattern."))
-            if self.storage == "packed" and own[prefix + "weight"].shape != self.weight.shape:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:
+            loaded = self._read_state(own, prefix, assign)
+        except (ValueError, TypeError) as error:
+            errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
+            loaded, own = None, self.state_dict(prefix=prefix, keep_vars=True)
+        if loaded is not None:
+            pattern, weight = loaded
+            self.pattern.become_(pattern)
+            if assign:  # the layer takes the checkpoint's device and dtype
+                if self.pattern.device != weight.device:
+                    self.pattern.to_empty(device=weight.device)
+                self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+            elif weight.shape != self.weight.shape:
                 # Another number of active weights: the parameter keeps its identity and takes the new size.
-                replace_data_(self.weight, torch.empty_like(own[prefix + "weight"]))
+                replace_data_(self.weight, weight.new_empty(weight.shape, dtype=self.weight.dtype))
                 self.weight.grad = None
+            own[prefix + "weight"] = self.weight if assign else weight
+        # What the submodule will find: a dense checkpoint has no pattern, and a bad one is not taken.
+        extra = {key: value for key, value in own.items() if key.startswith(prefix + "pattern.")}
+        state_dict.update(extra | self.pattern.state_dict(prefix=prefix + "pattern."))
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
 
-    def _check_bias(self, bias: Tensor | None) -> None:
+    def _read_state(self, own: dict[str, Any], prefix: str, assign: bool) -> tuple[SparsityPattern, Tensor] | None:
+        """Pattern and weight of a state_dict, the weight in this layer's storage; None where it has neither."""
+        weight, bias = own.get(prefix + "weight"), own.get(prefix + "bias")
+        has_pattern = any(key.startswith(prefix + "pattern.") for key in own)
+        if weight is None and not has_pattern:
+            return None
+        if not isinstance(weight, Tensor):
+            raise ValueError(
+                f"Expected a weight with its pattern, got {prefix}pattern.* and a weight of {type(weight)}."
+            )
         if bias is not None and self.bias is not None and bias.shape != self.bias.shape:
             raise ValueError(f"Expected a bias of shape {tuple(self.bias.shape)}, got {tuple(bias.shape)}.")
-
-    def _pattern_from(self, own: dict[str, Tensor], prefix: str) -> SparsityPattern:
-        """The checkpoint's pattern, which must have this layer's shape and block, else this layer's."""
-        if prefix + "pattern.layout" not in own:
-            return self.pattern
-        pattern = SparsityPattern.from_state_dict(own, prefix + "pattern.")
-        if (pattern.shape, pattern.block) != (self.pattern.shape, self.pattern.block):
-            raise ValueError(
-                f"Expected a pattern of shape {self.pattern.shape} and block {self.pattern.block}, got {pattern.shape} "
-                f"and {pattern.block}."
-            )
-        return pattern
+        target = weight.device if assign or self.weight.is_meta else self.weight.device
+        if has_pattern:
+            pattern = SparsityPattern.from_state_dict(own, prefix + "pattern.")
+            self.pattern.check_fits(pattern)
+        else:
+            if weight.shape == self.pattern.packed_shape:
+                names = ", ".join(f"{prefix}pattern.{name}" for name in ("layout", "crow", "col"))
+                raise ValueError(f"Expected packed values with their pattern, got them without {names}.")
+            pattern = copy.deepcopy(self.pattern)
+        pattern = pattern.to(target) if pattern.device.type != "meta" else pattern.to_empty(device=target)
+        weight = weight.detach().to(target)
+        values = weight if pattern.is_packed(weight) else pattern.pack(weight)
+        return pattern, values if self.storage == "packed" else pattern.unpack(values)
 
 
 class SparseLinear(SparseLayer):
@@ -190,7 +284,11 @@ class SparseLinear(SparseLayer):
         return _to_dense(self, lambda **kwargs: nn.Linear(self.in_features, self.out_features, **kwargs))
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.masked_linear(input, self.weight, self.pattern, self.bias)
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
+        self._before_forward(input)
+        masked = self._mask_weight()
+        return ops.masked_linear(input, self.weight, self.pattern, self.bias, weight_is_masked=masked)
 
     def extra_repr(self) -> str:
         return (
@@ -228,6 +326,10 @@ class SparseConv2d(SparseLayer):
         storage: str = "auto",
     ):
         super().__init__()
+        self._channels_last = False
+        if not isinstance(padding, str):
+            padding = as_pair(padding)
+        kernel_size, stride, dilation = as_pair(kernel_size), as_pair(stride), as_pair(dilation)
         # The dense layer, on no device, checks the arguments as torch does and works out string paddings.
         template = nn.Conv2d(
             in_channels,
@@ -281,11 +383,25 @@ class SparseConv2d(SparseLayer):
         return _to_dense(self, lambda **kwargs: nn.Conv2d(*_conv_arguments(self), **kwargs))
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
+        self._before_forward(input)
+        masked = self._mask_weight()
         batched, padding = self.padded(input)
-        output = ops.masked_conv2d(
-            batched, self.weight, self.pattern, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        output = ops.masked_conv2d(batched, self.weight, self.pattern, self.bias, *geometry, weight_is_masked=masked)
+        if self._channels_last:
+            output = output.contiguous(memory_format=torch.channels_last)
         return output.squeeze(0) if input.dim() == 3 else output
+
+    def _apply(self, fn, recurse=True):
+        """A packed weight has no memory format to remember that the model is channels_last: the layer does."""
+        form = torch.channels_last if self._channels_last else torch.contiguous_format
+        probe = torch.empty(2, 2, 2, 2, dtype=self.weight.dtype, device=self.weight.device, memory_format=form)
+        super()._apply(fn, recurse)
+        probe = fn(probe)
+        self._channels_last = not probe.is_contiguous()
+        return self
 
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input ``[N, C, H, W]``, padded where the op cannot, and the padding that is left for the op."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from uasparse_kernels import ops
+from uasparse_kernels.nn.layers import as_leaf
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -14,6 +16,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:

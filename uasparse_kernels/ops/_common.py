@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from uasparse_kernels import _library
 from uasparse_kernels.pattern import SparsityPattern
@@ -48,9 +49,8 @@ def forced(kernel: str) -> Iterator[None]:
 
 
 def pattern_tensors(pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``crow, col, ccol, row, perm``; not as attributes, which nn.Module looks up slowly."""
-    buffers: Any = pattern._buffers
-    return buffers["crow"], buffers["col"], buffers["ccol"], buffers["row"], buffers["perm"]
+    """``crow, col, ccol, row, perm``, once it is sure that the weight belongs to them."""
+    return pattern.tensors()
 
 
 class _MaskedGradient(torch.autograd.Function):
@@ -73,13 +73,16 @@ class _MaskedGradient(torch.autograd.Function):
         return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None, None, None
 
 
-def dense_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
-    """The weight as a dense tensor for a vendor's kernel; the gradient comes back masked, in the weight's storage."""
+def dense_form(weight: Tensor, pattern: SparsityPattern, weight_is_masked: bool = False) -> Tensor:
+    """The weight as a dense tensor for a vendor's kernel, zero outside of the pattern; the gradient comes back masked,
+    in the weight's storage."""
     if pattern.is_packed(weight):
         return pattern.unpack(weight)
-    # Without gradients outside inference mode the weight may still carry a tangent, which has to be masked, or refused.
-    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    if inference or pattern.density == 1:
+    if pattern.density == 1:
+        return weight
+    if not weight_is_masked:
+        return pattern.unpack(pattern.pack(weight))
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return weight
     return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
 
@@ -92,9 +95,19 @@ def packed_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
 def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """The dense, masked weight in plain torch: for packed storage by indexing, for dense storage by the mask."""
     if not pattern.is_packed(weight):
-        return weight * pattern.to_mask()
+        return torch.where(pattern.to_mask(), weight, 0)
     flat = weight.new_zeros(pattern.to_mask().numel())
     return flat.index_put((pattern.indices().view(-1),), weight.reshape(-1)).view(pattern.shape)
+
+
+def transformed() -> Choice | None:
+    """Inside a ``torch.func`` transform or forward-mode AD the reference serves: it has every derivative and batch
+    rule, and a compiled op that has none would drop a tangent."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return Choice("reference", "inside a torch.func transform or forward-mode AD")
+    return None
 
 
 def autocast(*tensors: Any) -> Any:
@@ -112,6 +125,13 @@ def check_layer_arguments(
     op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None
 ) -> None:
     """Raises where input, weight, pattern and bias differ in dtype or device, or weight or bias have a wrong shape."""
+    for name, tensor in (("input", input), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}.")
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(
+                f"{op}: expected a dense (strided) {name}, got a nested or sparse tensor; pad it, or make it dense."
+            )
     pattern.is_packed(weight)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:

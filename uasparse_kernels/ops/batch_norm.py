@@ -35,7 +35,8 @@ def batch_norm(
         ValueError: in training, for one value per channel.
         RuntimeError: if shapes or dtypes do not fit; where our kernel serves, for a second derivative.
     """
-    choice = choose(input, weight, bias, running_mean, running_var) if training else None
+    # A bad eps is torch's to refuse.
+    choice = choose(input, weight, bias, running_mean, running_var) if training and eps > 0 else None
     kernel = "torch" if choice is None else announce("batch_norm", choice)
     if kernel == "reference":
         return batch_norm_reference(input, weight, bias, running_mean, running_var, training, momentum, eps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +19,13 @@ from uasparse_kernels.ops._common import (
     packed_form,
     pattern_tensors,
     reference_weight,
+    transformed,
 )
 from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
 from uasparse_kernels.pattern import SparsityPattern
 
-IntPair = int | tuple[int, int]
+IntPair = int | Sequence[int]
 
 
 def masked_conv2d(
@@ -32,30 +34,42 @@ def masked_conv2d(
     pattern: SparsityPattern,
     bias: Tensor | None = None,
     stride: IntPair = 1,
-    padding: IntPair = 0,
+    padding: IntPair | str = 0,
     dilation: IntPair = 1,
     groups: int = 1,
+    *,
+    weight_is_masked: bool = False,
 ) -> Tensor:
     """Convolution with a sparse weight; the arguments are those of ``torch.nn.functional.conv2d``.
 
     Args:
-        input: ``[N, C, H, W]`` (contiguous or channels_last), any floating-point dtype; accumulation is in float32 for
-            bfloat16 and float16.
-        weight: dense-stored (``[out, C / groups, kh, kw]``, inactive entries zero: the layers keep them so) or packed
-            (``pattern.packed_shape``). Its gradient has the same storage.
+        input: ``[N, C, H, W]`` (contiguous or channels_last) or ``[C, H, W]``, any floating-point dtype; accumulation
+            is in float32 for bfloat16 and float16.
+        weight: dense-stored (``[out, C / groups, kh, kw]``; inactive entries do not count) or packed
+            (``pattern.packed_shape``). Its gradient has the same storage, zero at inactive entries.
         pattern: of shape ``[out, C / groups, kh, kw]``; its block rows must not cross groups.
         bias: ``[out]``.
+        stride, dilation: a number, or one for height and width. padding: likewise, or "same" or "valid".
+        weight_is_masked: as for ``masked_linear``.
 
     Returns:
-        ``[N, out, H', W']`` of the input's dtype.
+        ``[N, out, H', W']`` (``[out, H', W']``) of the input's dtype.
 
     Raises:
         ValueError, TypeError: if shapes, dtypes or devices do not fit.
     """
     input, weight, bias = autocast(input, weight, bias)
-    stride, padding, dilation = as_pair(stride), as_pair(padding), as_pair(dilation)
+    stride, dilation = as_pair(stride), as_pair(dilation)
+    if isinstance(padding, str):
+        input, padding = _pad_by_name(input, padding, pattern.shape, stride, dilation)
+    padding = as_pair(padding)
+    if isinstance(input, Tensor) and input.dim() == 3:
+        options = {"weight_is_masked": weight_is_masked}
+        batch = input.unsqueeze(0)
+        return masked_conv2d(batch, weight, pattern, bias, stride, padding, dilation, groups, **options).squeeze(0)
     _check(input, weight, pattern, bias, stride, padding, dilation, groups)
-    choice = choose(
+    tensors = pattern_tensors(pattern)
+    choice = transformed() or choose(
         input.shape,
         input.dtype,
         input.device.type,
@@ -70,14 +84,14 @@ def masked_conv2d(
     if kernel == "reference":
         return masked_conv2d_reference(input, weight, pattern, bias, stride, padding, dilation, groups)
     if kernel == "dense":
-        return F.conv2d(input, dense_form(weight, pattern), bias, stride, padding, dilation, groups)
+        return F.conv2d(input, dense_form(weight, pattern, weight_is_masked), bias, stride, padding, dilation, groups)
     if kernel in ("triton", "cuda"):
         weight = packed_form(weight, pattern)
     return torch.ops.uasparse.masked_conv2d.default(
         input,
         weight,
         bias,
-        *pattern_tensors(pattern),
+        *tensors,
         pattern.shape,
         pattern.block,
         stride,
@@ -118,6 +132,8 @@ def choose(
     """
     if not _library.has_kernel_for("masked_conv2d", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
+    if 0 in pattern.shape:
+        return Choice("reference", "a weight without entries")
     if device_type == "cuda" and groups != 1:
         return Choice("dense", "no sparse kernel for groups")
     pixels = input_shape[0] * math.prod(output_size(input_shape, pattern.shape, stride, padding, dilation))
@@ -129,7 +145,27 @@ def choose(
 
 
 def as_pair(value: IntPair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    """A number, or a sequence of one or two, for height and width."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) not in (1, 2):
+        raise ValueError(f"masked_conv2d: expected one number or two, got {value}.")
+    return values[0], values[-1]
+
+
+def _pad_by_name(input, padding, shape, stride, dilation):
+    """The input padded where "same" is uneven, and the padding that is left (torch.nn.functional.conv2d)."""
+    if padding == "valid":
+        return input, 0
+    if padding != "same" or stride != (1, 1):
+        raise ValueError(
+            f'masked_conv2d: expected padding to be numbers, "valid", or "same" with stride 1, got {padding!r} with '
+            f"stride {stride}."
+        )
+    totals = [d * (k - 1) for d, k in zip(dilation, shape[2:], strict=True)]
+    uneven = [total % 2 for total in totals]
+    if any(uneven):  # torch pads the right and the bottom by one more
+        input = F.pad(input, (0, uneven[1], 0, uneven[0]))
+    return input, tuple(total // 2 for total in totals)
 
 
 def output_size(input_shape, weight_shape, stride, padding, dilation) -> tuple[int, int]:

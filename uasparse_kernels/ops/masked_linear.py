@@ -19,6 +19,7 @@ from uasparse_kernels.ops._common import (
     packed_form,
     pattern_tensors,
     reference_weight,
+    transformed,
 )
 from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
@@ -27,15 +28,24 @@ from uasparse_kernels.pattern import SparsityPattern
 SHORT_BATCH, SHORT_COLUMNS = 8, 2**16  # what the CPU's kernel for few inputs takes, and takes with 16-bit columns
 
 
-def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None = None) -> Tensor:
+def masked_linear(
+    input: Tensor,
+    weight: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    *,
+    weight_is_masked: bool = False,
+) -> Tensor:
     """Linear layer with a sparse weight.
 
     Args:
         input: ``[..., in]``, any floating-point dtype; accumulation is in float32 for bfloat16 and float16.
-        weight: dense-stored (``[out, in]``, inactive entries zero: the layers keep them so) or packed
-            (``pattern.packed_shape``). Its gradient has the same storage.
+        weight: dense-stored (``[out, in]``; inactive entries do not count) or packed (``pattern.packed_shape``). Its
+            gradient has the same storage, zero at inactive entries.
         pattern: of shape ``[out, in]``.
         bias: ``[out]``.
+        weight_is_masked: says that inactive entries of a dense-stored weight are zero, which spares a pass over it. The
+            layers see to it.
 
     Returns:
         ``[..., out]`` of the input's dtype.
@@ -45,15 +55,17 @@ def masked_linear(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias:
     """
     input, weight, bias = autocast(input, weight, bias)
     _check(input, weight, pattern, bias)
-    choice = choose(input.shape, input.dtype, input.device.type, pattern, packed=pattern.is_packed(weight))
+    crow, col, *transposed = pattern_tensors(pattern)
+    choice = transformed() or choose(
+        input.shape, input.dtype, input.device.type, pattern, packed=pattern.is_packed(weight)
+    )
     kernel = announce("masked_linear", choice)
     if kernel == "reference":
         return masked_linear_reference(input, weight, pattern, bias)
     if kernel == "dense":
-        return F.linear(input, dense_form(weight, pattern), bias)
+        return F.linear(input, dense_form(weight, pattern, weight_is_masked), bias)
     if kernel in ("triton", "cuda"):
         weight = packed_form(weight, pattern)
-    crow, col, *transposed = pattern_tensors(pattern)
     if kernel == "cpu" and not torch.is_grad_enabled() and _is_bound_by_indices(input, weight, pattern):
         col = _short_columns(pattern, col)
     return torch.ops.uasparse.masked_linear.default(
@@ -76,6 +88,8 @@ def choose(
     """
     if not _library.has_kernel_for("masked_linear", device_type):
         return Choice("reference", f"no compiled kernel for {device_type}")
+    if 0 in pattern.shape:
+        return Choice("reference", "a weight without entries")
     if device_type == "cuda":
         work = math.prod(input_shape[:-1]) * math.prod(pattern.shape)
         return choose_cuda("masked_linear", dtype, pattern, work, packed=packed)
@@ -91,6 +105,7 @@ def _is_bound_by_indices(input: Tensor, weight: Tensor, pattern: SparsityPattern
         and weight.shape != pattern.shape
         and input.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
     )
 
 

@@ -275,6 +275,7 @@ def apply(
     torch.ops.uasparse.prune_grow_(data[0], data[1:], *tensors, dropped, grown, pattern.shape, pattern.block)
     # A graph that saved the old values must not be used any more, and autograd can tell.
     torch.autograd.graph.increment_version([*data, *tensors])
+    pattern.changed_()
 
 
 @torch.no_grad()
