@@ -377,7 +377,9 @@ def test_random_growth_is_uniform(block):
 
 
 def test_random_growth_needs_no_dense_memory():
-    pattern = SparsityPattern((2**18, 2**18), torch.zeros(2**18 + 1), torch.empty(0))
+    pattern = SparsityPattern(
+        (2**18, 2**18), torch.zeros(2**18 + 1, dtype=torch.int32), torch.empty(0, dtype=torch.int32)
+    )
     none = torch.empty(0, dtype=torch.int64)
     assert random_candidates(pattern, none, 1000).unique().numel() == 1000
 

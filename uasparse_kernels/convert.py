@@ -8,8 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from uasparse_kernels._carry_over import carry_over
+from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.norm import BatchNorm2d
+from uasparse_kernels.pattern import check_block
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m, structured_pattern
 
@@ -35,11 +38,14 @@ def sparsify(
     """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
 
     The first convolution stays dense, and so does every layer that the distribution makes fully dense (but see
-    ``include_dense``); both may be changed by ``overrides``. What cannot be converted is left as it is and logged
-    (logger "uasparse_kernels") with the reason. Build the optimiser afterwards: the parameters are new ones.
+    ``include_dense``), and the output embeddings of a language model, which its library resizes as a matrix; all may be
+    changed by ``overrides``. What cannot be converted is left as it is and logged (logger "uasparse_kernels") with the
+    reason: layers of other types, and those whose weight somebody else reads or shares. Hooks and attributes of a layer
+    go to the new one. Build the optimiser afterwards: the parameters are new ones.
 
     An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
-    for contiguous maps in training.
+    for contiguous maps in training. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which reads
+    weights.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
@@ -62,10 +68,14 @@ def sparsify(
         The model.
 
     Raises:
-        ValueError: for unknown names or arguments out of range; the model is unchanged then.
+        ValueError: for unknown names or arguments out of range, a model without an ``nn.Linear`` or ``nn.Conv2d``, or
+            one that has sparse layers already; the model is unchanged then.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
+    check_block(block)
+    if any(isinstance(module, SparseLayer) for module in model.modules()):
+        raise ValueError("The model has sparse layers already; call densify(model) first to give it other patterns.")
     if structure not in (None, "fan-in"):
         parse_n_of_m(structure)
     overrides, exempt = dict(overrides or {}), set(exempt)
@@ -75,6 +85,8 @@ def sparsify(
         raise ValueError(f"No layer of the model is named {', '.join(map(repr, unknown))}; see model.named_modules().")
 
     candidates, skipped = _candidates(model)
+    if not candidates and not skipped:
+        raise ValueError("Expected a model with an nn.Linear or an nn.Conv2d, got one without.")
     for name in overrides:
         if name not in candidates:
             raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'it is not an nn.Linear or nn.Conv2d')}.")
@@ -83,6 +95,8 @@ def sparsify(
     first = next((name for name, module in candidates.items() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first not in overrides and len(candidates) > 1:
         skipped.setdefault(first, "the first convolution")
+    for name in _output_embeddings(model) & candidates.keys() - overrides.keys():
+        skipped.setdefault(name, "the output embeddings of a language model, which are resized as a matrix")
     for name, module in candidates.items():
         if name not in overrides and filter is not None and not filter(name, module):
             skipped.setdefault(name, "left out by the filter")
@@ -113,8 +127,14 @@ def sparsify(
         layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
     for name, reason in skipped.items():
         logger.info("%s stays dense: %s", name or "the layer", reason)
+    if not layers:
+        logger.warning(
+            "No layer was made sparse: %s", "; ".join(f"{n or 'the layer'}: {r}" for n, r in skipped.items())
+        )
     _turn(model, nn.BatchNorm2d, BatchNorm2d)
-    return _replace(model, layers)
+    model = _replace(model, layers)
+    _leave_fused_evaluation(model)
+    return model
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -122,25 +142,31 @@ def densify(model: nn.Module) -> nn.Module:
 
     Its batch norms are torch's again.
     """
-    _turn(model, BatchNorm2d, nn.BatchNorm2d)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    _turn(model, BatchNorm2d, nn.BatchNorm2d)
+    for module in model.modules():
+        if _FUSED in module.__dict__:
+            module.__dict__.update(module.__dict__.pop(_FUSED))
     return _replace(model, layers)
 
 
 def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]]:
     """Layers that can be converted, and the reasons why others that look like it cannot."""
     users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            users.setdefault(id(weight), []).append(name)
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            users.setdefault(id(parameter), []).append(".".join(filter(None, (module_name, name))))
+    readers = read_weights(model)
     candidates: dict[str, DenseLayer] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
         if type(module) not in _LAYERS:
-            skipped[name] = f"a {type(module).__name__} may be used in ways that a sparse layer does not serve"
+            cls = f"{type(module).__module__}.{type(module).__qualname__}"
+            skipped[name] = f"its class {cls} may be used in ways that a sparse layer does not serve"
+        elif name in readers and not _has_fused_evaluation(model, name):
+            skipped[name] = f"the forward of {readers[name]} reads its weight, instead of calling it"
         elif id(getattr(module, "weight", None)) not in users:
             skipped[name] = "its weight is no parameter (is it parametrised?)"
         elif len(users[id(module.weight)]) > 1:
@@ -170,12 +196,54 @@ def _turn(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
             module.__class__ = new
 
 
+_FUSED = "_fused_evaluation"  # what a module was told by torch about its fused path, and is told again by densify()
+
+
+def _has_fused_evaluation(model: nn.Module, name: str) -> bool:
+    """Whether a layer's weight is read by the fused path of ``nn.TransformerEncoderLayer`` alone."""
+    parent, _, child = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    is_torchs = isinstance(owner, nn.TransformerEncoderLayer) and type(owner).forward is _ENCODER_FORWARD
+    return is_torchs and child in ("linear1", "linear2")
+
+
+_ENCODER_FORWARD = nn.TransformerEncoderLayer.forward
+
+
+def _leave_fused_evaluation(model: nn.Module) -> None:
+    """Has encoder layers with sparse parts take the path of training in evaluation too."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            told: dict[str, Any] = {"activation_relu_or_gelu": 0}
+        elif isinstance(module, nn.TransformerEncoder):
+            told = {"use_nested_tensor": False}
+        else:
+            continue
+        if any(isinstance(child, SparseLayer) for child in module.modules()):
+            module.__dict__[_FUSED] = {key: module.__dict__[key] for key in told if key in module.__dict__}
+            module.__dict__.update(told)
+
+
+def _output_embeddings(model: nn.Module) -> set[str]:
+    """Names of the layers that a model of Hugging Face's kind gives out as its output embeddings."""
+    heads = set()
+    for module in model.modules():
+        get = getattr(module, "get_output_embeddings", None)
+        if callable(get):
+            try:
+                heads.add(get())
+            except (AttributeError, NotImplementedError):
+                continue
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in heads}
+
+
 def _replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     for name, layer in layers.items():
+        old = model.get_submodule(name)
+        carry_over(old, layer)
         if not name:
             return layer
         # A module may be registered under several names: all of them follow.
-        old = model.get_submodule(name)
         for parent in model.modules():
             for child, module in parent.named_children():
                 if module is old:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ from uasparse_kernels import _library
 _INDEX_LIMIT = 2**31 - 1
 _SIGNATURE = 8  # numbers of a signature; 4 bits of the hash each
 _SAVED = ("layout", "crow", "col")
+
+Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # crow, col, ccol, row, perm
 
 
 class SparsityPattern(nn.Module):
@@ -47,6 +50,10 @@ class SparsityPattern(nn.Module):
     """
 
     signature: Tensor
+    _held: Index
+    _served: Index
+    _mask: Tensor | None
+    _numbers: list[float] | None
 
     def __init__(self, shape: Sequence[int], crow: Tensor, col: Tensor, *, block: Sequence[int] = (1, 1)):
         super().__init__()
@@ -169,7 +176,7 @@ class SparsityPattern(nn.Module):
         if value.tolist() != [*self.shape, *self.block]:
             raise ValueError(f"Expected the layout {[*self.shape, *self.block]}, got {value.tolist()}.")
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> Index:
         """``crow, col, ccol, row, perm``, for the ops.
 
         Raises:
@@ -207,6 +214,8 @@ class SparsityPattern(nn.Module):
             sampled: on the CPU, looks at some of the entries only, and at all if an inactive one of them is not zero.
         """
         dense = dense.detach()
+        if dense.is_meta:
+            return
         if dense.device.type == "cpu" and dense.is_contiguous() and _library.has_kernel("mask_", dense):
             if self._mask is None:
                 self._mask = self.to_mask()
@@ -302,15 +311,15 @@ class SparsityPattern(nn.Module):
         self._numbers = self._code.tolist() if self._code.device.type == "cpu" else None
         self.signature.copy_(self._code)
         self._seen = (self.signature, _version(self.signature))
-        self._mask: Tensor | None = None  # made where a dense-stored weight needs it
+        self._mask = None  # made where a dense-stored weight needs it
         return self
 
-    def _take(self, tensors: tuple[Tensor, ...]) -> None:
+    def _take(self, tensors: Index) -> None:
         self._held = tensors
-        self._served = tuple(t.to("meta") for t in tensors) if self.signature.is_meta else tensors
+        self._served = _to(tensors, "meta") if self.signature.is_meta else tensors
 
     def _check_signature(self) -> None:
-        signature = self._buffers["signature"]
+        signature: Any = self._buffers["signature"]  # not as an attribute, which nn.Module looks up slowly
         try:
             if self._numbers is not None:
                 if signature.tolist() == self._numbers:
@@ -323,7 +332,7 @@ class SparsityPattern(nn.Module):
             return
         if signature.device != self.device:
             # Moved as a buffer, without the module (fully_shard): the rest follows.
-            self._take(tuple(t.to(signature.device) for t in self._held))
+            self._take(_to(self._held, signature.device))
             self._code = self._code.to(signature.device)
             self._numbers = self._code.tolist() if self._code.device.type == "cpu" else None
         if not self._is_mine(signature):
@@ -362,7 +371,7 @@ class SparsityPattern(nn.Module):
         device = self.signature.device
         if device.type != "meta":
             if device != self._held[0].device:
-                self._held = tuple(t.to(device) for t in self._held)
+                self._held = _to(self._held, device)
             if self.signature.dtype != torch.float64:
                 self.signature = self.signature.to(torch.float64)
         self._take(self._held)
@@ -419,7 +428,7 @@ class SparsityPattern(nn.Module):
         if other.num_blocks == self.num_blocks:
             return self.assign_(other)
         device = self._held[0].device
-        self._take(tuple(t.to(device, copy=True) for t in other._held))
+        self._take(_to(other._held, device, copy=True))
         return self.changed_()
 
 
@@ -447,12 +456,17 @@ def sample_indices(total: int, count: int, generator: torch.Generator | None = N
             return values[first.argsort()[:count]].sort().values
 
 
+def check_block(block: Sequence[int]) -> None:
+    """Raises ValueError for a block that is not (1, 1), (r, 1) or (b, b)."""
+    if len(block) != 2 or min(block) < 1 or (block[1] != 1 and block[0] != block[1]):
+        raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {tuple(block)}.")
+
+
 def _check_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, int]]:
     shape, block = tuple(operator.index(s) for s in shape), tuple(operator.index(b) for b in block)
     if len(shape) not in (2, 4) or min(shape) < 0:
         raise ValueError(f"Expected a weight shape [out, in] or [out, in, kh, kw], got {shape}.")
-    if len(block) != 2 or min(block) < 1 or (block[1] != 1 and block[0] != block[1]):
-        raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {block}.")
+    check_block(block)
     if shape[0] % block[0] or shape[1] % block[1]:
         raise ValueError(
             f"Expected a block that divides the weight's output and input sizes {shape[:2]}, got {block}; "
@@ -501,6 +515,11 @@ def _whole(name: str, tensor: Tensor) -> Tensor:
     if not bool(((tensor.to(torch.float64) - whole).abs() <= 1e-3 + whole.abs() * 2**-21).all()):
         raise ValueError(f"Expected {name} of whole numbers, got an average over different patterns, or a damaged one.")
     return whole.to(torch.int64)
+
+
+def _to(tensors: Index, device: torch.device | str, copy: bool = False) -> Index:
+    crow, col, ccol, row, perm = (t.to(device, copy=copy) for t in tensors)
+    return crow, col, ccol, row, perm
 
 
 def _version(tensor: Tensor) -> int:

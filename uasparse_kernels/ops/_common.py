@@ -125,10 +125,10 @@ def check_layer_arguments(
     op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None
 ) -> None:
     """Raises where input, weight, pattern and bias differ in dtype or device, or weight or bias have a wrong shape."""
-    for name, tensor in (("input", input), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(tensor).__name__}.")
-        if tensor.layout is not torch.strided or tensor.is_nested:
+    for name, given in (("input", input), ("weight", weight)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}.")
+        if given.layout is not torch.strided or given.is_nested:
             raise TypeError(
                 f"{op}: expected a dense (strided) {name}, got a nested or sparse tensor; pad it, or make it dense."
             )

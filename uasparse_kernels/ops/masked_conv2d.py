@@ -152,10 +152,10 @@ def as_pair(value: IntPair) -> tuple[int, int]:
     return values[0], values[-1]
 
 
-def _pad_by_name(input, padding, shape, stride, dilation):
+def _pad_by_name(input: Tensor, padding: str, shape, stride, dilation) -> tuple[Tensor, tuple[int, int]]:
     """The input padded where "same" is uneven, and the padding that is left (torch.nn.functional.conv2d)."""
     if padding == "valid":
-        return input, 0
+        return input, (0, 0)
     if padding != "same" or stride != (1, 1):
         raise ValueError(
             f'masked_conv2d: expected padding to be numbers, "valid", or "same" with stride 1, got {padding!r} with '
@@ -165,7 +165,7 @@ def _pad_by_name(input, padding, shape, stride, dilation):
     uneven = [total % 2 for total in totals]
     if any(uneven):  # torch pads the right and the bottom by one more
         input = F.pad(input, (0, uneven[1], 0, uneven[0]))
-    return input, tuple(total // 2 for total in totals)
+    return input, (totals[0] // 2, totals[1] // 2)
 
 
 def output_size(input_shape, weight_shape, stride, padding, dilation) -> tuple[int, int]:

@@ -1,0 +1,71 @@
+"""What users put on a layer goes to the layer that takes its place."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache, partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from uasparse_kernels.nn.layers import SparseLayer
+
+logger = logging.getLogger("uasparse_kernels")
+
+_HOOKS = (
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def carry_over(old: Any, new: Any) -> None:
+    """Hooks (their handles still remove them), and attributes, of the module and of its parameters.
+
+    A hook on the weight's gradient sees it in the storage that it was made for: a dense layer's hook a dense gradient.
+    A hook that runs after a gradient was accumulated belongs to an optimiser of the old parameter; it is left, and that
+    is logged.
+    """
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    own = _attributes(nn.Conv2d) | _attributes(nn.Linear) | {"_clean", "_channels_last", "_pad"}
+    new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own | new.__dict__.keys()})
+    for name in ("weight", "bias"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before is None:
+            continue
+        after.__dict__.update(before.__dict__)
+        if before._post_accumulate_grad_hooks:
+            logger.warning("A hook after the accumulation of a gradient is not carried over to a new %s.", name)
+        for hook in (before._backward_hooks or {}).values():
+            after.register_hook(partial(_call_hook, hook, old, new) if name == "weight" else hook)
+
+
+@cache
+def _attributes(kind: type[nn.Module]) -> set[str]:
+    """What a fresh dense layer has by itself."""
+    return set(kind(1, 1, **({"kernel_size": 1} if kind is nn.Conv2d else {}), device="meta").__dict__)
+
+
+def _call_hook(hook, old: nn.Module, new: nn.Module, grad: Tensor) -> Tensor | None:
+    """A hook of the old layer's weight with the gradient of the new one's."""
+    result = hook(_store(old, _dense(new, grad)))
+    return None if result is None else _store(new, _dense(old, result))
+
+
+def _dense(layer: nn.Module, grad: Tensor) -> Tensor:
+    return layer.pattern.unpack(grad) if isinstance(layer, SparseLayer) and layer.pattern.is_packed(grad) else grad
+
+
+def _store(layer: nn.Module, dense: Tensor) -> Tensor:
+    is_packed = isinstance(layer, SparseLayer) and layer.storage == "packed"
+    return layer.pattern.pack(dense) if is_packed else dense

@@ -1,0 +1,82 @@
+"""Finds the layers whose weight a model reads itself, instead of calling the layer: those must stay dense."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+# What may be asked of a weight whatever its shape.
+_HARMLESS = {"device", "dtype", "is_cuda", "is_meta", "layout", "requires_grad"}
+
+
+def read_weights(model: nn.Module) -> dict[str, str]:
+    """Layers whose ``weight`` the forward of a module above them reads (``self.qkv.weight``), and that module's class.
+
+    Found in the source of ``forward`` and of the methods that it uses; what is not found there is noticed at the first
+    topology update (``DynamicSparsity``).
+    """
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for path in _paths_read(type(module)):
+            layer = ".".join(filter(None, (name, path)))
+            try:
+                model.get_submodule(layer)
+            except AttributeError:
+                continue
+            found.setdefault(layer, type(module).__name__)
+    return found
+
+
+@functools.cache
+def _paths_read(cls: Any) -> frozenset[str]:
+    """Of a class, the ``path`` of every ``self.path.weight`` that its forward reads as a tensor."""
+    if cls.__module__.startswith("uasparse_kernels."):
+        return frozenset()
+    paths, waiting, seen = set(), ["forward"], {"forward"}
+    while waiting:
+        tree = _source_tree(getattr(cls, waiting.pop(), None))
+        if tree is None:
+            continue
+        parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        for node, path in _attributes_of_self(tree):
+            if len(path) == 1 and path[0] not in seen and callable(getattr(cls, path[0], None)):
+                seen.add(path[0])
+                waiting.append(path[0])
+            if len(path) > 1 and path[-1] == "weight" and not _is_harmless(node, parents.get(node)):
+                paths.add(".".join(path[:-1]))
+    return frozenset(paths)
+
+
+def _source_tree(function: object) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))  # type: ignore[arg-type]
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None  # no function, or none written in Python
+
+
+def _attributes_of_self(tree: ast.AST) -> Iterator[tuple[ast.Attribute, list[str]]]:
+    """Every ``self.a.b`` of a method, as its node and ``["a", "b"]``."""
+    for node in ast.walk(tree):
+        path: list[str] = []
+        at: ast.AST = node
+        while isinstance(at, ast.Attribute):
+            path.insert(0, at.attr)
+            at = at.value
+        if path and isinstance(at, ast.Name) and at.id == "self":
+            assert isinstance(node, ast.Attribute)
+            yield node, path
+
+
+def _is_harmless(node: ast.AST, parent: ast.AST | None) -> bool:
+    """Whether a weight's values and shape have no part in what is done with it."""
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in _HARMLESS
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
+        return parent.func.id in ("isinstance", "hasattr", "type")
+    return isinstance(parent, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in parent.ops)
