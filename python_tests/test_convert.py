@@ -1,3 +1,4 @@
+import copy
 import logging
 import math
 
@@ -196,3 +197,120 @@ def test_backend_info_names_every_op():
     assert set(info["backends"]) == {"masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss", "batch_norm"}
     assert info["compiled"]
     assert all(devices["cpu"] == "C++" for devices in info["backends"].values())
+
+
+class Reader(nn.Module):
+    """Reads weights of its layers in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called, self.nested = nn.Linear(8, 8), nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8))
+        self.by_helper, self.shared = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.under_another_name = self.shared.weight
+        nn.init.zeros_(self.called.weight)  # no part of the forward
+
+    def forward(self, x):
+        assert isinstance(self.called.weight, torch.Tensor) and self.called.weight.dtype == x.dtype
+        if self.called.weight is None:
+            return x
+        return self.helper(nn.functional.linear(self.called(self.nested(x)), self.read.weight))
+
+    def helper(self, x):
+        return x @ self.by_helper.weight.T + nn.functional.linear(x, self.under_another_name)
+
+
+def test_a_layer_whose_weight_the_model_reads_stays_dense(caplog):
+    model = Reader()
+    x = torch.randn(3, 8)
+    with caplog.at_level(logging.WARNING, logger="uasparse_kernels"):
+        ua.sparsify(model, 0.5, distribution="uniform")
+    assert set(sparse_layers(model)) == {"called", "nested.0"}
+    for name in ("read", "by_helper"):
+        assert f"{name} cannot be made sparse: the forward of Reader reads its weight" in caplog.text
+    assert (
+        "shared cannot be made sparse: its weight is shared by shared.weight, under_another_name"
+        in "".join(sorted(caplog.text.splitlines()))
+        or "its weight is shared by under_another_name, shared.weight" in caplog.text
+    )
+    with pytest.raises(ValueError, match="Cannot override 'read'"):
+        ua.sparsify(Reader(), 0.5, overrides={"read": 0.5})
+    expected = model(x)
+    torch.testing.assert_close(ua.densify(model)(x), expected)
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("encoder", [False, True])
+def test_transformer_encoders_evaluate_as_they_train(storage, encoder):
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2) if encoder else layer
+    fast = copy.deepcopy(model).eval()
+    ua.sparsify(model, 0.75, distribution="uniform", storage=storage)
+    assert len(sparse_layers(model)) == (4 if encoder else 2)
+    x, hidden = torch.randn(3, 7, 16), torch.zeros(3, 7, dtype=torch.bool)
+    hidden[1, 4:] = True
+    with torch.no_grad():
+        expected = model.train()(x, src_key_padding_mask=hidden)
+        torch.testing.assert_close(model.eval()(x, src_key_padding_mask=hidden)[~hidden], expected[~hidden])
+    ua.densify(model)
+    for mine, theirs in zip(model.modules(), fast.modules(), strict=True):
+        for name in ("activation_relu_or_gelu", "use_nested_tensor"):
+            assert getattr(mine, name, None) == getattr(theirs, name, None)
+
+
+def test_output_embeddings_stay_dense_unless_named():
+    class Language(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 20)
+
+        def get_output_embeddings(self):
+            return self.head
+
+    assert set(sparse_layers(ua.sparsify(Language(), 0.5, distribution="uniform"))) == {"body"}
+    model = ua.sparsify(Language(), 0.5, distribution="uniform", overrides={"head": 0.5})
+    assert set(sparse_layers(model)) == {"body", "head"}
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_hooks_and_attributes_go_along(storage):
+    model = nn.Sequential(nn.Linear(8, 6))
+    seen = []
+    dense = model[0]
+    handle = dense.register_forward_hook(lambda *_: seen.append("forward"))
+    dense.register_forward_pre_hook(lambda m, args, kwargs: seen.append("before"), with_kwargs=True)
+    dense.register_full_backward_hook(lambda *_: seen.append("backward"))
+    dense.weight.register_hook(lambda grad: seen.append(tuple(grad.shape)) or grad * 2)
+    dense.bias.register_hook(lambda grad: grad * 3)
+    dense.weight._no_weight_decay = dense.note = True
+    ua.sparsify(model, 0.5, storage=storage)
+    mask, x = model[0].pattern.to_mask(), torch.randn(4, 8, requires_grad=True)
+    for turn, active in ((lambda m: m, mask), (ua.densify, torch.ones_like(mask))):
+        layer = turn(model)[0]
+        assert layer.note and layer.weight._no_weight_decay
+        seen.clear()
+        layer(x).sum().backward()
+        assert sorted(map(str, seen)) == sorted(["before", "forward", "backward", "(6, 8)"])
+        grad = layer.weight.grad
+        grad = layer.pattern.unpack(grad) if grad.shape != mask.shape else grad
+        torch.testing.assert_close(grad, 2 * x.detach().sum(0).expand(6, 8) * active)
+        torch.testing.assert_close(layer.bias.grad, torch.full((6,), 12.0))
+    handle.remove()
+    seen.clear()
+    model[0](x)
+    assert "forward" not in seen
+
+
+@pytest.mark.parametrize("block", [(0, 0), (2, 3), (1, 4), (4,)])
+def test_blocks_that_are_none_are_refused(block):
+    with pytest.raises(ValueError, match="Expected a block"):
+        ua.sparsify(Network(), 0.5, block=block)
+
+
+def test_what_changes_nothing_is_said(caplog):
+    model = ua.sparsify(Network(), 0.5)
+    with pytest.raises(ValueError, match="sparse layers already"):
+        ua.sparsify(model, 0.9)
+    with pytest.raises(ValueError, match="without"):
+        ua.sparsify(nn.Sequential(nn.Conv1d(3, 4, 3), nn.LSTM(4, 4)), 0.9)
+    ua.sparsify(Network(), 0.9, filter=lambda *_: False)
+    assert "No layer was made sparse" in caplog.text and "left out by the filter" in caplog.text

@@ -249,3 +249,51 @@ def test_extra_repr_tells_the_sparsity():
     assert "blocks 3x3" in text
     assert "storage=packed" in text
     assert "stride=(2, 2)" in text
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 5), (5, 0)])
+def test_zero_sizes_are_torchs(storage, inputs, outputs):
+    layer = ua.SparseLinear(inputs, outputs, sparsity=0.5, storage=storage)
+    x = torch.randn(3, inputs, requires_grad=True)
+    out = layer(x)
+    torch.testing.assert_close(out, layer.to_dense()(x))
+    out.sum().backward()
+    assert layer.weight.grad.shape == layer.weight.shape and layer.pattern.nnz == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"stride": (2,)}, {"padding": (1,)}, {"dilation": (2,)}, {"padding": "same"}, {"padding": "valid", "stride": 2}],
+)
+@pytest.mark.parametrize("kernel", [(3, 3), (2, 4)])
+def test_convolution_arguments_in_every_form_of_torchs(options, kernel):
+    torch.manual_seed(1)
+    weight, bias = torch.randn(6, 4, *kernel), torch.randn(6)
+    pattern = ua.SparsityPattern.random(weight.shape, 0.5)
+    for x in (torch.randn(2, 4, 9, 8), torch.randn(4, 9, 8)):
+        expected = nn.functional.conv2d(x, weight * pattern.to_mask(), bias, **options)
+        torch.testing.assert_close(ua.ops.masked_conv2d(x, pattern.pack(weight), pattern, bias, **options), expected)
+    layer = ua.SparseConv2d(4, 6, kernel, sparsity=0.5, **options)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_channels_last_layer_gives_channels_last_outputs(storage):
+    layer = ua.SparseConv2d(8, 12, 3, sparsity=0.9, storage=storage)
+    x = torch.randn(2, 8, 6, 6)
+    expected = layer(x)
+    assert expected.is_contiguous()
+    for convert in (lambda m: m.to(memory_format=torch.channels_last), lambda m: m.double().float(), copy.deepcopy):
+        layer = convert(layer)
+        assert layer(x).is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(layer(x), expected)
+    assert layer.to(memory_format=torch.contiguous_format)(x).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    "x", [None, [1.0], torch.zeros(3, 8).to_sparse(), torch.nested.nested_tensor([torch.zeros(2, 8)])]
+)
+def test_what_is_no_dense_tensor_is_refused(x):
+    with pytest.raises(TypeError, match="masked_linear: expected"):
+        ua.SparseLinear(8, 5, sparsity=0.5)(x)

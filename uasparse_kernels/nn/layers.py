@@ -329,7 +329,7 @@ class SparseConv2d(SparseLayer):
         self._channels_last = False
         if not isinstance(padding, str):
             padding = as_pair(padding)
-        kernel_size, stride, dilation = as_pair(kernel_size), as_pair(stride), as_pair(dilation)
+        stride, dilation = as_pair(stride), as_pair(dilation)
         # The dense layer, on no device, checks the arguments as torch does and works out string paddings.
         template = nn.Conv2d(
             in_channels,

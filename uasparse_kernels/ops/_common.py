@@ -121,10 +121,8 @@ def autocast(*tensors: Any) -> Any:
     )
 
 
-def check_layer_arguments(
-    op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None
-) -> None:
-    """Raises where input, weight, pattern and bias differ in dtype or device, or weight or bias have a wrong shape."""
+def check_tensors(op: str, input: Tensor, weight: Tensor) -> None:
+    """Raises for what is no dense tensor."""
     for name, given in (("input", input), ("weight", weight)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}.")
@@ -132,6 +130,12 @@ def check_layer_arguments(
             raise TypeError(
                 f"{op}: expected a dense (strided) {name}, got a nested or sparse tensor; pad it, or make it dense."
             )
+
+
+def check_layer_arguments(
+    op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None
+) -> None:
+    """Raises where input, weight, pattern and bias differ in dtype or device, or weight or bias have a wrong shape."""
     pattern.is_packed(weight)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:

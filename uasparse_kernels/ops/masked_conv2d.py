@@ -15,6 +15,7 @@ from uasparse_kernels.ops._common import (
     announce,
     autocast,
     check_layer_arguments,
+    check_tensors,
     dense_form,
     packed_form,
     pattern_tensors,
@@ -58,12 +59,13 @@ def masked_conv2d(
     Raises:
         ValueError, TypeError: if shapes, dtypes or devices do not fit.
     """
+    check_tensors("masked_conv2d", input, weight)
     input, weight, bias = autocast(input, weight, bias)
     stride, dilation = as_pair(stride), as_pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad_by_name(input, padding, pattern.shape, stride, dilation)
     padding = as_pair(padding)
-    if isinstance(input, Tensor) and input.dim() == 3:
+    if input.dim() == 3:
         options = {"weight_is_masked": weight_is_masked}
         batch = input.unsqueeze(0)
         return masked_conv2d(batch, weight, pattern, bias, stride, padding, dilation, groups, **options).squeeze(0)

@@ -15,6 +15,7 @@ from uasparse_kernels.ops._common import (
     announce,
     autocast,
     check_layer_arguments,
+    check_tensors,
     dense_form,
     packed_form,
     pattern_tensors,
@@ -53,6 +54,7 @@ def masked_linear(
     Raises:
         ValueError, TypeError: if shapes, dtypes or devices do not fit.
     """
+    check_tensors("masked_linear", input, weight)
     input, weight, bias = autocast(input, weight, bias)
     _check(input, weight, pattern, bias)
     crow, col, *transposed = pattern_tensors(pattern)
