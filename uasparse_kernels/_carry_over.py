@@ -47,7 +47,10 @@ def carry_over(old: Any, new: Any) -> None:
         if before._post_accumulate_grad_hooks:
             logger.warning("A hook after the accumulation of a gradient is not carried over to a new %s.", name)
         for hook in (before._backward_hooks or {}).values():
-            after.register_hook(partial(_call_hook, hook, old, new) if name == "weight" else hook)
+            maker = old
+            if isinstance(hook, partial) and hook.func is _call_hook:  # carried over before
+                hook, maker = hook.args[:2]
+            after.register_hook(partial(_call_hook, hook, maker, new) if name == "weight" else hook)
 
 
 @cache
