@@ -26,9 +26,10 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("unpack(Tensor values, Tensor crow, Tensor col, int[] shape, int[] block) -> Tensor");
   // Zeroes the inactive entries of a dense gradient.
   m.def("keep_active_(Tensor(a!) dense, Tensor crow, Tensor col, int[] block) -> ()");
-  // The same by a mask (bool), for a weight that most likely is masked already. CPU only. `sampled`: looks at some entries
-  // first, and at the others only if one of those is not zero.
-  m.def("mask_(Tensor(a!) dense, Tensor mask, bool sampled) -> ()");
+  // The same by a mask (bool, of the tensor's shape), and whether there is nothing to do: of `sampled` entries, or of all.
+  // CPU only.
+  m.def("mask_(Tensor(a!) dense, Tensor mask) -> ()");
+  m.def("is_masked(Tensor dense, Tensor mask, bool sampled) -> bool");
 
   // Gradients that output_mask (input, weight, bias) does not ask for come back as empty tensors.
   m.def("masked_linear(Tensor input, Tensor weight, Tensor? bias, " PATTERN ") -> Tensor");

@@ -23,7 +23,8 @@ def read_weights(model: nn.Module) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
-        for path in _paths_read(type(module)):
+        kind: Any = type(module)
+        for path in _paths_read(kind):
             layer = ".".join(filter(None, (name, path)))
             try:
                 model.get_submodule(layer)

@@ -183,7 +183,7 @@ class SparsityPattern(nn.Module):
             RuntimeError: if the signature beside the weight is another pattern's. On a GPU, where reading it waits, it
                 is read when its version has changed; inside ``torch.compile`` it is not.
         """
-        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
             self._check_signature()
         return self._served
 
@@ -207,24 +207,35 @@ class SparsityPattern(nn.Module):
         """The pattern as a bool mask of the weight's shape."""
         return self.mask_of(self.blocks())
 
-    def mask_(self, dense: Tensor, *, sampled: bool = False) -> None:
-        """Zeroes the inactive entries of a dense tensor of the weight's shape, in place.
-
-        Args:
-            sampled: on the CPU, looks at some of the entries only, and at all if an inactive one of them is not zero.
-        """
+    def mask_(self, dense: Tensor) -> None:
+        """Zeroes the inactive entries of a dense tensor of the weight's shape, in place; autograd takes no notice."""
         dense = dense.detach()
         if dense.is_meta:
             return
-        if dense.device.type == "cpu" and dense.is_contiguous() and _library.has_kernel("mask_", dense):
-            if self._mask is None:
-                self._mask = self.to_mask()
-            torch.ops.uasparse.mask_(dense, self._mask, sampled)
-        elif not sampled:
-            if _library.has_kernel("keep_active_", dense):
-                torch.ops.uasparse.keep_active_(dense, self.crow, self.col, self.block)
-            else:
-                dense.masked_fill_(~self.to_mask(), 0)
+        mask = self.kept_mask(dense)
+        if mask is not None:
+            torch.ops.uasparse.mask_(dense, mask)
+        elif _library.has_kernel("keep_active_", dense):
+            torch.ops.uasparse.keep_active_(dense, self.crow, self.col, self.block)
+        else:
+            dense.masked_fill_(~self.to_mask(), 0)
+
+    def is_masked(self, dense: Tensor, *, sampled: bool = False) -> bool:
+        """Whether the inactive entries of a dense tensor are zero; False where only a slow way to look is at hand.
+
+        Args:
+            sampled: looks at a few hundred entries only.
+        """
+        mask = self.kept_mask(dense)
+        return mask is not None and torch.ops.uasparse.is_masked.default(dense, mask, sampled)
+
+    def kept_mask(self, dense: Tensor) -> Tensor | None:
+        """The mask, kept until the pattern changes, where the CPU kernels that read it serve a tensor."""
+        if dense.device.type != "cpu" or not dense.is_contiguous() or not _library.has_kernel("mask_", dense):
+            return None
+        if self._mask is None:
+            self._mask = self.to_mask()
+        return self._mask
 
     def mask_of(self, blocks: Tensor) -> Tensor:
         """A bool mask of the weight's shape of any blocks, given by flat grid index (int64 ``[n]``)."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 
 from uasparse_kernels import ops
@@ -105,35 +106,48 @@ class SparseLayer(nn.Module):
         values = self.pattern.pack(dense.to(self.weight))
         self.weight.copy_(values if self.storage == "packed" else self.pattern.unpack(values))
 
-    def _mask_weight(self) -> bool:
-        """Zeroes what was written outside of the pattern into a dense-stored weight; whether the weight is masked now.
+    def _own_tensors(self) -> tuple[Tensor, SparsityPattern, Tensor | None, bool]:
+        """Weight, pattern, bias, and whether a dense-stored weight is masked: what a forward pass takes.
 
-        All of a weight is looked at where its version says that somebody wrote to it, a sample of it otherwise, for
-        some ways to write (``.data``) leave the version as it is.
+        All of a dense-stored weight is looked at where its version says that somebody wrote to it, a sample of it
+        otherwise, for some ways to write (``.data``) leave the version as it is.
         """
-        weight = self.weight
-        if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or type(weight) is not nn.Parameter
-            or not weight.is_leaf
-            or weight.is_meta
-        ):
-            return False  # in a graph, or somebody's own tensor, which is not ours to change: the op masks a copy
-        if weight.shape != self.pattern.shape or weight.device != self.pattern.device:
-            return False  # packed, or an error to come
+        # Not as attributes, which nn.Module looks up slowly.
+        pattern: Any = self._modules["pattern"]
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            self._refuse_export()
+            return self.weight, pattern, self.bias, False  # in a graph the op masks a copy
+        if bias is None:
+            bias = self.bias  # none, or not registered as a parameter
+        if weight is None:
+            return self._unregistered_weight(), pattern, bias, False
+        if weight.dim() == len(pattern.shape):
+            return weight, pattern, bias, self._mask_weight(weight, pattern)
+        return weight, pattern, bias, False
+
+    def _mask_weight(self, weight: Tensor, pattern: SparsityPattern) -> bool:
+        if not weight.is_leaf or weight.is_meta or weight.shape != pattern.shape or weight.device != pattern.device:
+            return False  # somebody's own tensor, which is not ours to change, or an error to come
+        if torch._C._functorch.is_functorch_wrapped_tensor(weight) or isinstance(weight, FakeTensor):
+            return False
         state = None if weight.is_inference() else (id(weight), weight._version, weight.data_ptr())
-        self.pattern.mask_(weight, sampled=state is not None and state == self._clean)
+        unwritten = state is not None and state == self._clean
+        on_gpu = weight.device.type != "cpu"
+        # On a GPU looking would wait: it is masked, or trusted.
+        if not (unwritten if on_gpu else pattern.is_masked(weight, sampled=unwritten)):
+            pattern.mask_(weight)
         self._clean = state
         return True
 
-    def _before_forward(self, input: Any) -> None:
-        """Refuses what cannot be right."""
-        if "weight" not in self._parameters and self.storage == "packed":
-            for name in ("weight_g", "weight_u"):  # torch.nn.utils.weight_norm and spectral_norm
-                if hasattr(self, name):
-                    raise RuntimeError(_NO_PARAMETRIZATION)
-        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+    def _unregistered_weight(self) -> Tensor:
+        """The weight where it is no parameter of the layer: a view into FSDP's, or what a hook made."""
+        if any(hasattr(self, name) for name in ("weight_g", "weight_u")):  # torch.nn.utils.weight_norm, spectral_norm
+            raise RuntimeError(_NO_PARAMETRIZATION)
+        return self.weight
+
+    def _refuse_export(self) -> None:
+        if torch.onnx.is_in_onnx_export():
             raise RuntimeError(_NO_EXPORT.format("ONNX has no operator for a sparse layer"))
 
     def __delattr__(self, name: str) -> None:
@@ -162,7 +176,7 @@ class SparseLayer(nn.Module):
         return f"density={self.pattern.density:.4g}, {structure}, storage={self.storage}, device={self.weight.device}"
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self._mask_weight()
+        self._own_tensors()  # masked
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
@@ -286,9 +300,8 @@ class SparseLinear(SparseLayer):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_leaf(self, input)
-        self._before_forward(input)
-        masked = self._mask_weight()
-        return ops.masked_linear(input, self.weight, self.pattern, self.bias, weight_is_masked=masked)
+        weight, pattern, bias, masked = self._own_tensors()
+        return ops.masked_linear(input, weight, pattern, bias, weight_is_masked=masked)
 
     def extra_repr(self) -> str:
         return (
@@ -385,11 +398,10 @@ class SparseConv2d(SparseLayer):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_leaf(self, input)
-        self._before_forward(input)
-        masked = self._mask_weight()
+        weight, pattern, bias, masked = self._own_tensors()
         batched, padding = self.padded(input)
         geometry = (self.stride, padding, self.dilation, self.groups)
-        output = ops.masked_conv2d(batched, self.weight, self.pattern, self.bias, *geometry, weight_is_masked=masked)
+        output = ops.masked_conv2d(batched, weight, pattern, bias, *geometry, weight_is_masked=masked)
         if self._channels_last:
             output = output.contiguous(memory_format=torch.channels_last)
         return output.squeeze(0) if input.dim() == 3 else output

@@ -57,9 +57,9 @@ class _MaskedGradient(torch.autograd.Function):
     """The identity on a weight that is kept masked; its gradient is masked."""
 
     @staticmethod
-    def forward(ctx, weight, crow, col, block):
-        ctx.save_for_backward(crow, col)
-        ctx.block = block
+    def forward(ctx, weight, pattern):
+        ctx.save_for_backward(pattern.crow, pattern.col)
+        ctx.block, ctx.mask = pattern.block, pattern.kept_mask(weight)
         return weight.view_as(weight)
 
     @staticmethod
@@ -67,10 +67,13 @@ class _MaskedGradient(torch.autograd.Function):
         index = ctx.saved_tensors
         # The gradient is fresh from the vendor's kernel: it is masked in place, unless a graph is recorded through it.
         if _library.has_kernel("keep_active_", grad) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            torch.ops.uasparse.keep_active_(grad, *index, ctx.block)
-            return grad, None, None, None
+            if ctx.mask is not None and grad.is_contiguous():
+                torch.ops.uasparse.mask_(grad, ctx.mask)
+            else:
+                torch.ops.uasparse.keep_active_(grad, *index, ctx.block)
+            return grad, None
         values = torch.ops.uasparse.pack(grad, *index, ctx.block)
-        return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None, None, None
+        return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None
 
 
 def dense_form(weight: Tensor, pattern: SparsityPattern, weight_is_masked: bool = False) -> Tensor:
@@ -84,7 +87,7 @@ def dense_form(weight: Tensor, pattern: SparsityPattern, weight_is_masked: bool 
         return pattern.unpack(pattern.pack(weight))
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return weight
-    return _MaskedGradient.apply(weight, pattern.crow, pattern.col, pattern.block)
+    return _MaskedGradient.apply(weight, pattern)
 
 
 def packed_form(weight: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -126,10 +129,10 @@ def check_tensors(op: str, input: Tensor, weight: Tensor) -> None:
     for name, given in (("input", input), ("weight", weight)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}.")
-        if given.layout is not torch.strided or given.is_nested:
-            raise TypeError(
-                f"{op}: expected a dense (strided) {name}, got a nested or sparse tensor; pad it, or make it dense."
-            )
+    if input.layout is not torch.strided or input.is_nested:
+        raise TypeError(
+            f"{op}: expected a dense (strided) input, got a nested or sparse tensor; pad it, or make it dense."
+        )
 
 
 def check_layer_arguments(
