@@ -291,18 +291,20 @@ class DynamicSparsity:
         facts = [int(refused is not None), int(not all(map(math.isfinite, norms.values())))]
         for name, layer in self.layers.items():
             seen = self._gradient_seen(name, norms)
-            absent = not _trains(layer) or layer.weight.grad is None
-            facts += [not _trains(layer), seen, absent, refused is None and self._is_misread(name, norms, seen)]
+            no_grad = not _trains(layer) or layer.weight.grad is None
+            facts += [not _trains(layer), seen, no_grad, refused is None and self._is_misread(name, norms, seen)]
         one_failed, not_finite, *by_layer = largest([int(fact) for fact in facts], device, self.group)
         if one_failed:
             raise refused or ValueError("Another process cannot update its topology; its error says why.")
         if not_finite:
-            return self._postpone("gradients are not finite"), states
+            self._say_postponed("gradients are not finite")
+            return None, states
         table = {name: tuple(by_layer[4 * i : 4 * i + 4]) for i, name in enumerate(self.layers)}
         trained = {name: row for name, row in table.items() if not row[0]}
         if method.needs_gradient and trained and not any(seen == 2 for _, seen, _, _ in trained.values()):
             if any(seen for _, seen, _, _ in trained.values()):
-                return self._postpone("all gradients are zero"), states
+                self._say_postponed("all gradients are zero")
+                return None, states
             raise RuntimeError(
                 "Expected a backward pass through the sparse layers since the last step() (growth by gradient looks at "
                 "it), got none that stands in their .grad; call step() after loss.backward() and before zero_grad(), "
@@ -322,7 +324,7 @@ class DynamicSparsity:
             raise RuntimeError("MEST: expected gradients at the update, got none; call step() before zero_grad().")
         ready = []
         for name, (_, seen, absent, _) in trained.items():
-            left_alone = (method.needs_gradient and seen < 2) or (reads_grad and absent)
+            left_alone = bool((method.needs_gradient and seen < 2) or (reads_grad and absent))
             if not left_alone and (method.resizes or self.layers[name].pattern.density < 1):
                 ready.append(name)
         return ready, states
@@ -369,7 +371,7 @@ class DynamicSparsity:
             for name, layer in self.layers.items():
                 _remove_hook(layer, self._captures[name])
 
-    def _postpone(self, reason: str) -> None:
+    def _say_postponed(self, reason: str) -> None:
         if not self._said_postponed:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)

@@ -121,9 +121,13 @@ class GradientCapture:
         if task not in self._open:
             self._forget_discarded()
             self._open[task] = []
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._open.pop, task, None))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._close, task))
         self.ran = True
         self._open[task].append((input, grad.detach()))
+
+    def _close(self, task: int) -> None:
+        """At the end of a pass: what it did not add to ``.grad`` does not count."""
+        self._open.pop(task, None)
 
     def _forget_discarded(self) -> None:
         """Before a pass: pairs whose gradient was let go do not count any more."""
