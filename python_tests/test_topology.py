@@ -69,7 +69,8 @@ def expected_blocks(layer, weight, gradient, fraction):
 
 def run(model, method, steps, optimizer=None, delta_t=2, **kwargs):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    topology = ua.DynamicSparsity(model, optimizer, method=method, total_steps=steps, delta_t=delta_t, **kwargs)
+    kwargs = {"total_steps": steps} | kwargs
+    topology = ua.DynamicSparsity(model, optimizer, method=method, delta_t=delta_t, **kwargs)
     for _ in range(steps):
         loss_of(model, *batch()).backward()
         optimizer.step()
@@ -206,11 +207,11 @@ def test_tiles_are_the_dense_gradient_of_a_convolution(padding, padding_mode, ti
     )
     dense = layer.to_dense()
     capture = growth.GradientCapture()
-    capture.armed = True
-    layer.register_forward_hook(capture)
+    capture.arm(layer)
+    layer.register_forward_hook(capture, with_kwargs=True)
     x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
     for module in (layer, dense):
-        module(x).sin().sum().backward()
+        module(input=x).sin().sum().backward()
         module(x[0]).cos().sum().backward()
     tiles = list(capture.tiles(layer))
     assert [first for first, _ in tiles] == list(torch.tensor([0, *[t.shape[0] for _, t in tiles][:-1]]).cumsum(0))
@@ -316,13 +317,17 @@ def test_resumes_bit_for_bit(method, storage, stop, tmp_path):
 
 def test_copies_of_the_model_carry_no_optimizer():
     model = network()
-    run(model, "rigl", 1, delta_t=5)
+    topology = run(model, "rigl", 1, delta_t=2, total_steps=8)
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     hook = next(iter(copied[5]._forward_hooks.values()))
     assert isinstance(hook, growth.GradientCapture)
     assert not hook.armed
     assert not hook.pairs
     assert hook is not next(iter(model[5]._forward_hooks.values()))
+    assert topology._captures["5"].armed
+    loss_of(copied, *batch()).backward()
+    assert not hook.pairs
+    copied.load_state_dict(model.state_dict())
 
 
 def test_layers_that_took_no_part_stay_as_they_are():

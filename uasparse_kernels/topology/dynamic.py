@@ -3,45 +3,78 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import nn
 
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
 from uasparse_kernels.topology.growth import GradientCapture
-from uasparse_kernels.topology.methods import METHODS, LayerUpdate, Method, NOfM, Update
+from uasparse_kernels.topology.methods import MEST, METHODS, LayerUpdate, Method, NOfM, Update
+from uasparse_kernels.topology.processes import broadcast, find_group, largest, make_alike
 from uasparse_kernels.topology.schedule import CosineSchedule
+from uasparse_kernels.topology.states import LoadWatch, OptimizerStates, State, start_grown
 
 logger = logging.getLogger("uasparse_kernels")
+
+_OWNERS: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[DynamicSparsity]] = weakref.WeakKeyDictionary()
 
 
 class DynamicSparsity:
     """Changes which weights of a model are active, every ``delta_t`` optimiser steps.
 
-    Call :meth:`step` once an optimiser step, after ``loss.backward()`` and before the gradients are zeroed. On an
-    update step the method decides for all layers at once what they drop and grow; weights, gradients in flight and
-    every optimiser state tensor of the weight's shape move along in place, grown entries starting at zero. Most methods
-    grow as many blocks as they drop, ``ceil(fraction * blocks)`` a layer, so that no size ever changes, and leave fully
-    dense layers alone. Gradual pruning (and SRigL's ablation) changes the number of active weights: packed weights and
-    their states take new sizes then, parameters keeping their identity. Growth by gradient sees every backward pass
-    since the last step, so gradient accumulation needs nothing; the dense gradient exists only a tile at a time (the
-    layer's inputs and output gradients of an update step are kept until :meth:`step`).
+    Call :meth:`step` once an optimiser step (not once a micro-batch: it cannot tell them apart), after
+    ``loss.backward()`` and before the gradients are zeroed. On an update step the method decides for all layers at once
+    what they drop and grow; weights, gradients in flight and every optimiser state tensor of the weight's shape move
+    along in place, grown entries starting as at the optimiser's first step. Most methods grow as many blocks as they
+    drop, ``ceil(fraction * blocks)`` a layer, so that no size ever changes, and leave fully dense layers alone. Gradual
+    pruning (and SRigL's ablation) changes the number of active weights: packed weights and their states take new sizes
+    then, parameters keeping their identity.
 
     ``step`` after ``optimizer.step()`` makes the update an addition to the optimiser step. The authors of RigL and MOON
     have it replace the optimiser step: ``if not topology.step(): optimizer.step()``.
 
-    Under DistributedDataParallel pass the wrapped model: gradients are summed over its processes before the selection
-    and random draws are the first process's, so that all end with the same pattern. Give DDP
-    ``broadcast_buffers=False`` to spare it sending the patterns at every step. Its buckets have fixed sizes: a method
-    that changes the number of active weights needs ``storage="dense"``.
+    **What an update touches.** Layers whose weight does not require gradients are left as they are, bit for bit; where
+    scores are compared over all layers (``scope="global"``, GraNet) their weights do not count. So are, by a method
+    that looks at gradients, layers that have no gradient at this step. SET and GMP need none. What cannot be done right
+    (a weight that the optimiser does not hold, state that cannot move, a sharded or parametrised weight) is an error
+    before anything changes.
+
+    **Growth by gradient** looks at exactly the backward passes that the weights' ``.grad`` came from: micro-batches add
+    up; passes of which nothing is left in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. On
+    the way to an update step a layer's inputs and output gradients are kept until :meth:`step`, and the dense gradient
+    exists only a tile at a time; where they would take more memory than the dense gradient, that is summed instead.
+    Make a DynamicSparsity before the model's first call under ``torch.compile``.
+
+    **Mixed precision.** An update waits for a step whose gradients are finite on all layers and processes. Call step()
+    at every step, also where a GradScaler skips its own, after the gradients are unscaled (MEST compares them with the
+    weights)::
+
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        topology.step()  # or, before it:  if not topology.step(): scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    **Several processes.** The DistributedDataParallel that holds the weights is found, whether the model is it, is in
+    it or holds it. Patterns and weights are made alike at first; gradients are summed over its processes before the
+    selection and random draws are the first process's, so that all end with the same pattern. Its buckets have fixed
+    sizes: a method that changes the number of active weights needs ``storage="dense"``.
+
+    A model has one DynamicSparsity: making another detaches the first. :meth:`detach` ends one.
 
     Args:
         model: holds the sparse layers.
-        optimizer: its state tensors of a weight's shape move with the weight.
+        optimizer: its state tensors of a weight's shape move with the weight; several as a sequence. Optimisers inside
+            of a wrapper (ZeroRedundancyOptimizer, Lookahead, of Accelerate and Lightning) are found.
         method: "rigl", "set", "mest", "gmp", "granet", "srigl", "N:M" (such as "2:4"), "static" (never changes
             anything), or a :class:`topology.Method`, such as ``topology.GraNet(final_sparsity=0.95)``.
         total_steps: optimiser steps of the whole training.
@@ -49,16 +82,20 @@ class DynamicSparsity:
         drop_fraction: share of active weights replaced at first; it falls to 0 by a cosine.
         stop_fraction: share of the training after which the topology is frozen.
         generator: CPU generator of random growth; by default one seeded from torch's.
+        process_group: of the processes that train this model, where no DistributedDataParallel tells. False: the
+            processes train models of their own.
 
     Raises:
-        ValueError: for an unknown method, arguments out of range, a model without sparse layers, or patterns that the
-            method cannot keep to (SRigL, N:M).
+        ValueError: for an unknown method, arguments out of range, a model without sparse layers, patterns that the
+            method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel,
+            parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS, Muon, factored
+            Adafactor), and several processes of which it is not known how they train together.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         method: str | Method = "rigl",
         total_steps: int,
@@ -66,100 +103,290 @@ class DynamicSparsity:
         drop_fraction: float = 0.3,
         stop_fraction: float = 0.75,
         generator: torch.Generator | None = None,
+        process_group: Any | Literal[False] | None = None,
     ):
         self.schedule = CosineSchedule(total_steps, delta_t, drop_fraction, stop_fraction)
         self.method = resolve_method(method)
-        self.optimizer = optimizer
-        self.group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
         if not self.layers:
             raise ValueError("Expected a model with sparse layers, got none; call sparsify(model, sparsity) first.")
+        self.optimizer = optimizer
+        self._states = OptimizerStates(optimizer)
+        if self.method is not None or all(_unowned(layer) is None for layer in self.layers.values()):
+            self._check_owned()
+        weights = [layer.weight for layer in self.layers.values()]
+        self.group = find_group(model, weights, process_group, needed=self.method is not None)
         if self.method is not None:
+            self._states.check_can_move(self.layers)
             self._check_method(self.method)
         if generator is None:
             generator = torch.Generator()
             generator.manual_seed(int(torch.randint(2**62, ())))
         self.generator = generator
         self.steps = 0
+        self._postponed = 0  # the step whose update waits for finite gradients
+        self._states_seen = self.method is None
+        self._said_postponed = False
+        if self.group is not None:
+            make_alike(self.layers, self.group)
         self.initial_blocks = {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
-        # DDP makes the weights alike at its construction, but the patterns only with broadcast_buffers=True.
-        for layer in self.layers.values():
-            for tensor in layer.pattern.buffers():
-                self._agree(tensor)
-        self._captures: dict[str, GradientCapture] = {}
-        if self.method is not None and self.method.needs_gradient:
-            for name, layer in self.layers.items():
-                self._captures[name] = GradientCapture()
-                layer.register_forward_hook(self._captures[name])
+        self._attach(model)
         self._arm()
 
     @property
     def frozen(self) -> bool:
         """Whether no further update comes: weights may be averaged from here on."""
-        return self.method is None or self.schedule.is_over(self.steps)
+        return self.method is None or (self.schedule.is_over(self.steps) and not self._postponed)
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Counts an optimiser step, and updates the topology if one is due. Returns whether it was."""
-        self.steps += 1
-        due = self.method is not None and self.schedule.is_update(self.steps)
-        if due:
-            self._update(self.schedule.fraction(self.steps))
+        """Counts an optimiser step, and updates the topology if that is due. Returns whether anything was updated.
+
+        Raises:
+            RuntimeError, ValueError: if the update cannot be done right. Nothing is changed then, and the step not
+                counted.
+        """
+        if self._detached:
+            raise RuntimeError(f"This DynamicSparsity is no longer attached to its model: {self._detached}.")
+        if not self._states_seen:  # once: those of a checkpoint may lie outside of the pattern
+            self._states.mask(self.layers)
+            self._states_seen = True
+        step = self.steps + 1
+        due = step if self.method is not None and self.schedule.is_update(step) else self._postponed
+        updated = self._update(due) if due else False
+        self._postponed = due if updated is None else 0
+        self.steps = step
         self._arm()
-        return due
+        return bool(updated)
+
+    def detach(self) -> None:
+        """Removes the hooks from the model and the optimiser, which are as without it then."""
+        self._detach("detach() was called")
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the generator and the sizes at first; patterns and weights are in the model's state_dict."""
-        state = {"steps": self.steps, "generator": self.generator.get_state()}
-        return state | {"initial_blocks": dict(self.initial_blocks)}
+        """The step, the generator, the sizes at first, and what was asked for; patterns and weights are in the model's
+        state_dict."""
+        state = {"steps": self.steps, "postponed": self._postponed, "generator": self.generator.get_state()}
+        schedule = asdict(self.schedule)
+        return state | {"initial_blocks": dict(self.initial_blocks), "method": _say(self.method), "schedule": schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a state of :meth:`state_dict`, bit for bit with model and optimiser restored as well."""
+        """Continues from a state of :meth:`state_dict`, bit for bit with model and optimiser restored as well.
+
+        Raises:
+            ValueError: if the state is of another method, schedule or set of layers.
+        """
+        mine, differences = self.state_dict(), []
+        for key in ("method", "schedule"):
+            if state.get(key, mine[key]) != mine[key]:
+                differences.append(f"{key} {state[key]} there, {mine[key]} here")
+        blocks = {_plain(name): count for name, count in state["initial_blocks"].items()}
+        names = {_plain(name): name for name in self.layers}
+        for where, missing in (
+            ("only there", blocks.keys() - names.keys()),
+            ("only here", names.keys() - blocks.keys()),
+        ):
+            if missing:
+                differences.append(f"sparse layers {where}: {', '.join(sorted(missing))}")
+        if differences:
+            raise ValueError(
+                "Expected the state of a training with these settings, got " + "; ".join(differences) + "."
+            )
         self.generator.set_state(state["generator"].cpu())
-        self.initial_blocks = dict(state["initial_blocks"])
-        self.steps = state["steps"]
+        self.initial_blocks = {names[name]: count for name, count in blocks.items()}
+        self.steps, self._postponed = state["steps"], state.get("postponed", 0)
         self._arm()
 
-    def _arm(self) -> None:
-        armed = self.method is not None and self.schedule.is_update(self.steps + 1)
-        for capture in self._captures.values():
-            capture.clear()
-            capture.armed = armed
+    # ---- hooks ----
 
-    def _update(self, fraction: float) -> None:
-        assert self.method is not None
-        if self._captures and not any(capture.pairs for capture in self._captures.values()):
-            raise RuntimeError(
-                "Expected a backward pass through the sparse layers since the last step() (growth by gradient looks at "
-                "it), got none; call step() after loss.backward(), once an optimiser step."
-            )
-        names, updates = [], []
-        *_, last = self.layers.values()
+    def _attach(self, model: nn.Module) -> None:
+        for layer in self.layers.values():
+            owner = _OWNERS.get(layer)
+            if owner is not None and (other := owner()) is not None:
+                other._detach("another DynamicSparsity was made for the same layers")
+            for hook in [h for h in layer._forward_hooks.values() if isinstance(h, GradientCapture)]:
+                _remove_hook(layer, hook)  # of a copied model
+        self._detached, self._armed = "", False
+        self._captures: dict[str, GradientCapture] = {}
+        handles = []
+        if self.method is None:
+            return
         for name, layer in self.layers.items():
-            capture = self._captures.get(name)
-            idle = capture is not None and not capture.pairs and self.group is None
-            if idle or (layer.pattern.density == 1 and not self.method.resizes):
-                continue
-            names.append(name)
+            self._captures[name] = GradientCapture()
+            handles.append(layer.register_forward_hook(self._captures[name], with_kwargs=True))
+            _OWNERS[layer] = weakref.ref(self)
+        self._watch = LoadWatch(model, self.layers, self._states)
+        # The hooks know nothing of this object, and go with it.
+        self._release = weakref.finalize(self, _release, handles, list(self._captures.values()), self._watch)
+        self._release.atexit = False
+
+    def _detach(self, reason: str) -> None:
+        self._detached = reason
+        if self.method is not None:
+            self._release()
+
+    def _arm(self) -> None:
+        method, armed = self.method, False
+        if method is not None and method.needs_gradient:
+            armed = bool(self._postponed) or self.schedule.is_update(self.steps + 1)
+        if armed or self._armed:
+            for name, capture in self._captures.items():
+                if armed:
+                    capture.arm(self.layers[name])
+                else:
+                    capture.clear()
+        self._armed = armed
+
+    # ---- the update ----
+
+    def _update(self, due: int) -> bool | None:
+        """The update that was due at a step. Returns whether anything changed, None if it has to wait."""
+        assert self.method is not None
+        names, states = self._ready()
+        if names is None:
+            return None
+        if not names:
+            return False
+        *_, last = self.layers.values()
+        updates = []
+        for name in names:
+            layer = self.layers[name]
+            tiles = partial(self._captures[name].tiles, layer, self.group) if self.method.needs_gradient else _no_tiles
             updates.append(
                 LayerUpdate(
                     layer.weight.detach(),
                     layer.weight.grad,
                     layer.pattern,
                     self.initial_blocks[name],
-                    partial(capture.tiles, layer, self.group) if capture is not None else _no_tiles,
+                    tiles,
                     last=layer is last,
                 )
             )
-        if not updates:
-            return
-        progress = self.schedule.progress(self.steps)
-        changes = self.method.update(Update(updates, fraction, progress, self.generator))
+        update = Update(updates, self.schedule.fraction(due), self.schedule.progress(due), self.generator)
+        changes = self.method.update(update)
         # Everything is decided before anything changes.
+        self._states.mask({name: self.layers[name] for name in names})
         for name, (dropped, grown) in zip(names, changes, strict=True):
-            layer = self.layers[name]
+            layer, moving = self.layers[name], [state.tensor for state in states[name]]
+            if layer.weight.grad is not None:
+                moving.append(layer.weight.grad)
             change = apply if dropped.numel() == grown.numel() else resize
-            change(layer.weight, layer.pattern, dropped, self._agree(grown), self._states(layer.weight))
+            grown = broadcast(grown, self.group) if self.group is not None else grown
+            change(layer.weight, layer.pattern, dropped, grown, moving)
+            start_grown(states[name])
+        return True
+
+    def _ready(self) -> tuple[list[str] | None, dict[str, list[State]]]:
+        """The layers that can be updated now (None: later) with their optimiser states, the same in every process."""
+        method = self.method
+        assert method is not None
+        refused, states = None, {}
+        try:
+            self._check_owned()
+            states = {n: self._states.of(n, layer.weight) for n, layer in self.layers.items() if _trains(layer)}
+        except ValueError as error:
+            refused = error
+        device = next(iter(self.layers.values())).pattern.device
+        norms = self._gradient_norms()
+        facts = [int(refused is not None), int(not all(map(math.isfinite, norms.values())))]
+        for name, layer in self.layers.items():
+            seen = self._gradient_seen(name, norms)
+            no_grad = not _trains(layer) or layer.weight.grad is None
+            facts += [not _trains(layer), seen, no_grad, refused is None and self._is_misread(name, norms, seen)]
+        one_failed, not_finite, *by_layer = largest([int(fact) for fact in facts], device, self.group)
+        if one_failed:
+            raise refused or ValueError("Another process cannot update its topology; its error says why.")
+        if not_finite:
+            self._say_postponed("gradients are not finite")
+            return None, states
+        table = {name: tuple(by_layer[4 * i : 4 * i + 4]) for i, name in enumerate(self.layers)}
+        trained = {name: row for name, row in table.items() if not row[0]}
+        if method.needs_gradient and trained and not any(seen == 2 for _, seen, _, _ in trained.values()):
+            if any(seen for _, seen, _, _ in trained.values()):
+                self._say_postponed("all gradients are zero")
+                return None, states
+            raise RuntimeError(
+                "Expected a backward pass through the sparse layers since the last step() (growth by gradient looks at "
+                "it), got none that stands in their .grad; call step() after loss.backward() and before zero_grad(), "
+                "once an optimiser step. If the model is compiled (torch.compile), make DynamicSparsity before its "
+                "first call, or call torch._dynamo.reset() after making it."
+            )
+        misread = [name for name, (_, seen, _, wrong) in trained.items() if wrong and not seen]
+        if misread:
+            raise RuntimeError(
+                f"The weights of {', '.join(misread)} have gradients, but their layers were never called: the model "
+                "reads .weight as a matrix, so that neither the pattern nor its growth reach them. Leave these layers "
+                f"dense: sparsify(..., exempt={misread})."
+            )
+        self._end_of_first_interval()
+        reads_grad = isinstance(method, MEST)
+        if reads_grad and trained and all(absent for _, _, absent, _ in trained.values()):
+            raise RuntimeError("MEST: expected gradients at the update, got none; call step() before zero_grad().")
+        ready = []
+        for name, (_, seen, absent, _) in trained.items():
+            left_alone = bool((method.needs_gradient and seen < 2) or (reads_grad and absent))
+            if not left_alone and (method.resizes or self.layers[name].pattern.density < 1):
+                ready.append(name)
+        return ready, states
+
+    def _gradient_norms(self) -> dict[str, float]:
+        """Largest magnitude of the gradient of every weight that has one; one wait for a GPU."""
+        grads = {
+            name: layer.weight.grad
+            for name, layer in self.layers.items()
+            if _trains(layer) and layer.weight.grad is not None and layer.weight.numel()
+        }
+        if not grads:
+            return {}
+        device = next(iter(grads.values())).device
+        norms = [torch.linalg.vector_norm(grad, math.inf).to(device, torch.float64) for grad in grads.values()]
+        return dict(zip(grads, torch.stack(norms).tolist(), strict=True))
+
+    def _gradient_seen(self, name: str, norms: dict[str, float]) -> int:
+        """2 where the dense gradient of ``.grad`` is known, 1 where it was but ``.grad`` was zeroed since, else 0."""
+        capture = self._captures[name]
+        if not capture.has_gradient:
+            return 0
+        return 1 if capture.grad_was_written and norms.get(name) == 0 else 2
+
+    def _is_misread(self, name: str, norms: dict[str, float], seen: int) -> bool:
+        """Whether a weight has a gradient that did not come through its layer."""
+        layer = self.layers[name]
+        if seen or self._captures[name].ran or not norms.get(name) or self._captures[name].removed:
+            return False
+        assert self.method is not None
+        if self.method.needs_gradient:
+            return True
+        # Hooks may not show in a compiled graph. But the layer itself masks the gradient of a dense-stored weight.
+        if layer.pattern.is_packed(layer.weight):
+            return False
+        grad = layer.weight.grad
+        assert grad is not None
+        return bool(grad.masked_fill(layer.pattern.to_mask(), 0).any())
+
+    def _end_of_first_interval(self) -> None:
+        """Methods that read no gradients need no hooks but to know that the layers are called."""
+        assert self.method is not None
+        if not self.method.needs_gradient:
+            for name, layer in self.layers.items():
+                _remove_hook(layer, self._captures[name])
+
+    def _say_postponed(self, reason: str) -> None:
+        if not self._said_postponed:
+            self._said_postponed = True
+            logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
+
+    # ---- checks ----
+
+    def _check_owned(self) -> None:
+        """Raises ValueError for weights that an update cannot write to, or that the optimiser does not hold."""
+        for name, layer in self.layers.items():
+            if (reason := _unowned(layer)) is not None:
+                raise ValueError(f"{name or type(layer).__name__}: {reason}")
+        shared = len({id(layer.weight) for layer in self.layers.values()}) < len(self.layers)
+        if shared:
+            raise ValueError("Expected every sparse layer to have a weight of its own, got one that layers share.")
+        self._states.check_holds(self.layers)
 
     def _check_method(self, method: Method) -> None:
         for name, layer in self.layers.items():
@@ -174,28 +401,77 @@ class DynamicSparsity:
                 )
         if method.scope == "global" and len({layer.pattern.block for layer in self.layers.values()}) > 1:
             raise ValueError('Expected one block size in all layers for scope "global", whose norms it compares.')
-        if method.final_sparsity is not None and self.schedule.is_over(0):
-            raise ValueError(
-                f"Expected an update every {self.schedule.delta_t} steps before step {self.schedule.end}, got none: "
-                "gradual pruning would never begin; give a smaller delta_t."
-            )
+        if self.schedule.is_over(0):
+            text = f"Expected an update every {self.schedule.delta_t} steps before step {self.schedule.end}, got none: "
+            if method.final_sparsity is not None:
+                raise ValueError(text + "gradual pruning would never begin; give a smaller delta_t.")
+            warnings.warn(text + "the topology will never change; give a smaller delta_t.", stacklevel=3)
 
-    def _agree(self, tensor: Tensor) -> Tensor:
-        """Takes over the first process's tensor, in place, where there are several."""
-        if self.group is not None:
-            torch.distributed.broadcast(tensor, torch.distributed.get_global_rank(self.group, 0), group=self.group)
-        return tensor
 
-    def _states(self, weight: nn.Parameter) -> list[Tensor]:
-        """Tensors that belong to the weight entry by entry: optimiser state, and a gradient in flight."""
-        tensors = [t for t in self.optimizer.state.get(weight, {}).values() if isinstance(t, Tensor)]
-        if weight.grad is not None:
-            tensors.append(weight.grad)
-        return [t for t in tensors if t.shape == weight.shape]
+def _trains(layer: SparseLayer) -> bool:
+    return layer.weight.requires_grad
+
+
+def _unowned(layer: SparseLayer) -> str | None:
+    """Why an update cannot write to a layer's weight."""
+    weight: Any = layer.weight
+    way_out = 'Use DistributedDataParallel, or method="static", which changes nothing.'
+    if any(kind.__name__ == "DTensor" for kind in type(weight).__mro__):
+        return f"its weight is sharded (a DTensor, of fully_shard or tensor parallelism), its pattern is not. {way_out}"
+    if hasattr(layer, "parametrizations"):
+        return "its weight is parametrised; leave the layer dense (sparsify(..., exempt=...))."
+    flattened = hasattr(weight, "_fsdp_flattened")
+    if flattened or layer._parameters.get("weight") is not weight or not weight.is_leaf:
+        return (
+            "its weight is not a parameter of its own, as FullyShardedDataParallel (use_orig_params=True does not "
+            f"help), weight_norm and functional calls make it. {way_out}"
+        )
+    if tuple(weight.shape) not in (layer.pattern.shape, layer.pattern.packed_shape):
+        return (
+            f"expected a weight of shape {layer.pattern.shape} (dense-stored) or {layer.pattern.packed_shape} "
+            f"(packed), got {tuple(weight.shape)}: a part of it, or another pattern's."
+        )
+    if not weight.is_meta and weight.layout == torch.strided:
+        needed = (weight.storage_offset() + weight.numel()) * weight.element_size()
+        if weight.untyped_storage().nbytes() < needed:
+            return f"the memory of its weight was freed (as FullyShardedDataParallel does). {way_out}"
+    return None
+
+
+def _remove_hook(layer: SparseLayer, hook: GradientCapture) -> None:
+    hook.clear()
+    hook.removed = True
+    for key in [key for key, other in layer._forward_hooks.items() if other is hook]:
+        del layer._forward_hooks[key]
+        layer._forward_hooks_with_kwargs.pop(key, None)
+
+
+def _release(handles: list[Any], captures: list[GradientCapture], watch: LoadWatch) -> None:
+    for handle in handles:
+        handle.remove()
+    for capture in captures:
+        capture.clear()
+    watch.remove()
 
 
 def _no_tiles() -> Any:
     raise RuntimeError("A method that reads gradient tiles must say so: needs_gradient = True.")
+
+
+def _plain(name: str) -> str:
+    """A layer's name without those of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def _say(part: Any) -> Any:
+    """A method in words that two runs share, without addresses."""
+    if part is None or isinstance(part, bool | int | float | str):
+        return "static" if part is None else part
+    if is_dataclass(part):
+        values = {f.name: getattr(part, f.name) for f in fields(part)}
+        said = ", ".join(f"{key}={'None' if value is None else _say(value)}" for key, value in values.items())
+        return f"{type(part).__name__}({said})"
+    return getattr(part, "__qualname__", type(part).__name__)
 
 
 def resolve_method(method: str | Method) -> Method | None:

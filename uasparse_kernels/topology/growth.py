@@ -1,9 +1,11 @@
-"""The dense gradient of a sparse layer's weight, in tiles: what growth looks at, and what never exists as a whole."""
+"""The dense gradient of a sparse layer's weight, in tiles: what growth looks at, and what rarely exists as a whole."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,36 +17,141 @@ from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer
 _TILE_ENTRIES = 1 << 20
 _GPU_TILES = 16
 
+Pair = tuple[Tensor, Tensor]  # a layer's input and the gradient of its output
+
 
 def tile_entries(device: torch.device) -> int:
     return _TILE_ENTRIES if device.type == "cpu" else _TILE_ENTRIES * _GPU_TILES
 
 
 class GradientCapture:
-    """Keeps a layer's inputs and output gradients while armed, and computes the weight's dense gradient from them.
+    """Keeps, while armed, the inputs and output gradients that a layer's ``weight.grad`` came from, and computes the
+    gradient of the whole weight from them.
 
-    Every backward pass between arming and reading counts, so that micro-batches and layers used several times add up.
-    It is a forward hook of the layer; a copy or a pickle of the layer carries an idle one.
+    A forward hook keeps the input, a hook of the output pairs it with its gradient, and a hook of the weight, called
+    when a backward pass has added to ``weight.grad``, confirms the pairs of that pass. Passes that do not add to it
+    (``autograd.grad``, a frozen weight) leave nothing. Gradients that were set to None or to zero take the pairs that
+    they came from with them: the pairs are those of what stands in ``weight.grad``. So micro-batches and layers used
+    several times add up, and discarded batches, a generator's passes through a discriminator or the first pass of SAM
+    do not count.
+
+    Confirmed pairs that take more memory than the dense gradient are folded into it, so that a layer never holds more
+    than the larger of one pass and its dense gradient.
+
+    It is a forward hook of the layer (``with_kwargs=True``); a copy or a pickle of the layer carries an idle one.
     """
 
     def __init__(self) -> None:
         self.armed = False
-        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.ran = False  # whether the layer's forward was ever called, outside of compiled graphs
+        self.removed = False
+        self.pairs: list[Pair] = []  # confirmed
+        self._reset()
 
-    def __call__(self, module: SparseLayer, args: tuple, output: Tensor) -> None:
-        if self.armed and output.requires_grad:
-            input = args[0].detach()
-            output.register_hook(lambda grad: self.pairs.append((input, grad.detach())))
+    def _reset(self) -> None:
+        self._layer: SparseLayer | None = None
+        self._weight: Tensor | None = None
+        self._hook: Any = None
+        self._open: dict[int, list[Pair]] = {}  # by running backward pass, not confirmed yet
+        self._drop()
+
+    def _drop(self) -> None:
+        self.pairs.clear()
+        self._dense: Tensor | None = None
+        self._confirmed = False
+        self._standing: tuple[int, int] | None = None  # weight.grad after it was last added to: address and version
 
     def __deepcopy__(self, memo) -> GradientCapture:
         return GradientCapture()
 
     def __getstate__(self) -> dict:
-        return {"armed": False, "pairs": []}
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def arm(self, layer: SparseLayer) -> None:
+        """Begins to keep what comes."""
+        self.clear()
+        self._layer, self._weight = layer, layer.weight
+        self.armed = True
 
     def clear(self) -> None:
+        """Lets go of everything and idles."""
         self.armed = False
-        self.pairs.clear()
+        if self._hook is not None:
+            self._hook.remove()
+        self._reset()
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether what stands in ``weight.grad``, or was there for an optimiser that runs in the backward pass, is
+        known."""
+        taken = self._standing is None  # by a hook, in the pass itself
+        return self._confirmed and self._weight is not None and (taken or self._weight.grad is not None)
+
+    @property
+    def grad_was_written(self) -> bool:
+        """Whether anybody but backward passes wrote to ``weight.grad``."""
+        return self._weight is not None and _place(self._weight.grad) != self._standing
+
+    def __call__(self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            self.ran = True
+        if self.armed:
+            self._watch(module, args[0] if args else kwargs["input"], output)
+
+    @torch._disable_dynamo  # what follows belongs to autograd: a compiled graph is cut here while armed
+    def _watch(self, layer: SparseLayer, input: Tensor, output: Tensor) -> None:
+        weight = layer.weight
+        if weight is not self._weight or not weight.requires_grad or not output.requires_grad:
+            return
+        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+            return
+        if torch._C._current_graph_task_id() < 0:
+            self._open.clear()  # of passes that failed
+        if self._hook is None:
+            self._hook = weight.register_post_accumulate_grad_hook(self._confirm)
+        output.register_hook(partial(self._pair, input.detach()))
+
+    def _pair(self, input: Tensor, grad: Tensor) -> None:
+        if not self.armed:
+            return
+        task = torch._C._current_graph_task_id()
+        if task not in self._open:
+            self._forget_discarded()
+            self._open[task] = []
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._close, task))
+        self.ran = True
+        self._open[task].append((input, grad.detach()))
+
+    def _close(self, task: int) -> None:
+        """At the end of a pass: what it did not add to ``.grad`` does not count."""
+        self._open.pop(task, None)
+
+    def _forget_discarded(self) -> None:
+        """Before a pass: pairs whose gradient was let go do not count any more."""
+        if not self._confirmed:
+            return
+        assert self._weight is not None
+        grad = self._weight.grad
+        if grad is None or (_place(grad) != self._standing and not bool(grad.any())):
+            self._drop()
+
+    @torch.no_grad()
+    def _confirm(self, weight: Tensor) -> None:
+        pairs = self._open.pop(torch._C._current_graph_task_id(), [])
+        if not self.armed or not pairs:
+            return
+        self.pairs += pairs
+        self._confirmed, self._standing = True, _place(weight.grad)
+        layer = self._layer
+        assert layer is not None
+        held = sum(tensor.numel() * tensor.element_size() for pair in self.pairs for tensor in pair)
+        if self._dense is not None or held > math.prod(layer.pattern.shape) * _dtype(layer).itemsize:
+            dense = [tile for _, tile in self.tiles(layer)]
+            self._dense = torch.cat(dense) if len(dense) > 1 else dense[0]
+            self.pairs.clear()
 
     def tiles(self, layer: SparseLayer, group=None) -> Iterator[tuple[int, Tensor]]:
         """Tiles of the dense gradient: ``(first row, gradient [rows, ...])``, ascending, whole rows of blocks each.
@@ -55,16 +162,26 @@ class GradientCapture:
         shape = layer.pattern.shape
         rows_of_blocks = max(1, tile_entries(layer.weight.device) // math.prod(shape[1:]) // layer.pattern.block[0])
         rows = rows_of_blocks * layer.pattern.block[0]
-        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         for first in range(0, shape[0], rows):
             last = min(first + rows, shape[0])
-            tile = torch.zeros((last - first, *shape[1:]), dtype=dtype, device=layer.weight.device)
+            if self._dense is None:
+                tile = torch.zeros((last - first, *shape[1:]), dtype=_dtype(layer), device=layer.weight.device)
+            else:
+                tile = self._dense[first:last].clone()
             for input, grad in self.pairs:
                 common = torch.promote_types(input.dtype, grad.dtype)
                 tile += _weight_gradient(layer, input.to(common), grad.to(common), first, last)
             if group is not None:
                 torch.distributed.all_reduce(tile, group=group)
             yield first, tile
+
+
+def _dtype(layer: SparseLayer) -> torch.dtype:
+    return torch.promote_types(layer.weight.dtype, torch.float32)
+
+
+def _place(grad: Tensor | None) -> tuple[int, int] | None:
+    return None if grad is None else (grad.data_ptr(), grad._version)
 
 
 def _weight_gradient(layer: SparseLayer, input: Tensor, grad: Tensor, first: int, last: int) -> Tensor:

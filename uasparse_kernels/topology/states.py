@@ -1,0 +1,264 @@
+"""Optimiser state that belongs to sparse weights entry by entry: what can move with them, and what cannot."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.ops._common import replace_data_
+from uasparse_kernels.pattern import SparsityPattern
+
+# Optimisers whose update of an entry depends on other entries, or that cannot serve at all, and the way out.
+_FIRST_ORDER = "use one that treats each weight by itself (SGD, Adam, AdamW, RMSprop, ...)"
+_REFUSED = {
+    "LBFGS": f"its curvature history mixes all weights, and cannot follow them to other places; {_FIRST_ORDER}",
+    "Muon": f"it orthogonalises the weight as a matrix; {_FIRST_ORDER} for the sparse weights",
+    "SparseAdam": f"it needs sparse gradients; {_FIRST_ORDER}",
+}
+_ADAFACTOR = 'its factored second moments belong to rows and columns; use storage="packed" with 1x1 blocks, or Adam'
+# State of a grown entry where it is not zero, by optimiser class: as at its first step.
+_START: dict[str, dict[str, Callable[[dict[str, Any]], float]]] = {
+    "Rprop": {"step_size": lambda group: float(group["lr"])},
+    "Adagrad": {"sum": lambda group: float(group.get("initial_accumulator_value", 0.0))},
+}
+
+
+class State(NamedTuple):
+    """A tensor of the weight's shape that moves with it, and the value of a grown entry."""
+
+    tensor: Tensor
+    start: float = 0.0
+
+
+class OptimizerStates:
+    """The optimisers of a model's sparse weights, those that others wrap included, and what they hold of each weight.
+
+    Raises:
+        TypeError: for something that is no optimiser.
+    """
+
+    def __init__(self, optimizers: Any):
+        given = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
+        self.optimizers: list[Any] = []
+        for optimizer in given:
+            found = [o for o in _with_wrapped(optimizer, set()) if isinstance(o.state, Mapping)]
+            if not found:
+                raise TypeError(
+                    f"Expected an optimizer with param_groups and state, or several, got {type(optimizer).__name__}."
+                )
+            self.optimizers += found
+
+    def check_holds(self, layers: Mapping[str, SparseLayer]) -> None:
+        """Raises ValueError if a weight that requires gradients is in no param group."""
+        held = {id(p) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]}
+        missing = [n for n, layer in layers.items() if layer.weight.requires_grad and id(layer.weight) not in held]
+        if missing:
+            raise ValueError(
+                f"The optimizer does not hold the weights of {_names(missing)}: they would never be trained, or their "
+                "state would not move with them. Make it after sparsify(), of model.parameters(); pass all optimizers "
+                "where there are several; requires_grad_(False) leaves a layer as it is."
+            )
+
+    def check_can_move(self, layers: Mapping[str, SparseLayer]) -> None:
+        """Raises ValueError for optimisers that are known not to go with weights that move."""
+        for name, layer in layers.items():
+            for optimizer in self._holders(layer.weight):
+                kinds = _kinds(optimizer)
+                reasons = [reason for kind, reason in _REFUSED.items() if kind in kinds]
+                if "Adafactor" in kinds and layer.weight.dim() > 1:
+                    reasons.append(_ADAFACTOR)
+                if reasons:
+                    raise ValueError(
+                        f"{name or type(layer).__name__}: {kinds[0]} cannot train weights whose pattern changes: "
+                        f"{reasons[0]}."
+                    )
+
+    def of(self, name: str, weight: Tensor) -> list[State]:
+        """What moves with a weight.
+
+        Raises:
+            ValueError: if the state of some optimiser holds tensors of another shape.
+        """
+        states, seen = [], set()
+        for optimizer in self.optimizers:
+            for key, value in (optimizer.state.get(weight) or {}).items():
+                if isinstance(value, Tensor) and value.shape == weight.shape:
+                    if id(value) not in seen:
+                        seen.add(id(value))
+                        states.append(State(value, _start(optimizer, weight, key)))
+                elif any(tensor.numel() > 1 for tensor in _tensors(value)):
+                    got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise ValueError(
+                        f"{name}: the state {key!r} of {type(optimizer).__name__} is {got}, where the weight has shape "
+                        f"{tuple(weight.shape)}: it cannot move with the weights. If it was loaded from a checkpoint "
+                        "of another model or pattern, load the model's state_dict that goes with it, or make a new "
+                        f"optimizer; otherwise {_FIRST_ORDER}."
+                    )
+        return states
+
+    @torch.no_grad()
+    def mask(self, layers: Mapping[str, SparseLayer]) -> None:
+        """Zeroes the state of dense-stored weights outside of the pattern, which a loaded state may have. First checks
+        the state of every layer, as :meth:`of` does."""
+        states = {name: self.of(name, layer.weight) for name, layer in layers.items()}
+        for name, layer in layers.items():
+            if states[name] and layer.weight.requires_grad and not layer.pattern.is_packed(layer.weight):
+                inactive = ~layer.pattern.to_mask()
+                for tensor, start in states[name]:
+                    tensor.masked_fill_(inactive, start)
+
+    def _holders(self, weight: Tensor) -> Iterator[Any]:
+        return (o for o in self.optimizers if any(p is weight for group in o.param_groups for p in group["params"]))
+
+
+def start_grown(states: Sequence[State]) -> None:
+    """After an update, which leaves zeros: the first value of grown entries. No other entry is zero in such a state."""
+    for tensor, start in states:
+        if start:
+            tensor.masked_fill_(tensor == 0, start)
+
+
+class LoadWatch:
+    """Keeps optimiser state with its weights where a state_dict brings another pattern in the middle of a training.
+
+    Loading the model moves the state by position: what becomes active starts anew. A state that was loaded into the
+    optimiser since its last step is left as it is, for it belongs to the checkpoint; it is checked, and masked where
+    weights are dense-stored, before the optimiser's next step. Copies and pickles of the model carry one that does
+    nothing.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, SparseLayer], states: OptimizerStates):
+        self._layers, self._states = layers, states
+        self._before: dict[str, Tensor] = {}
+        self._loaded = False
+        self._once: list[Any] = []
+        self.handles: list[Any] = []
+        if not isinstance(model, SparseLayer):  # its own hooks come too late: a layer loads its pattern first
+            self.handles += [
+                model.register_load_state_dict_pre_hook(self._before_load),
+                model.register_load_state_dict_post_hook(self._after_load),
+            ]
+        me = weakref.ref(self)  # an optimiser is no owner
+        for optimizer in states.optimizers:
+            if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
+
+                def loaded(optimizer, me=me):
+                    if (watch := me()) is not None:
+                        watch._optimizer_loaded(optimizer)
+
+                self.handles.append(optimizer.register_load_state_dict_post_hook(loaded))
+
+    def __deepcopy__(self, memo) -> LoadWatch:
+        return LoadWatch.__new__(LoadWatch)
+
+    def __getstate__(self) -> dict:
+        return {}
+
+    def __setstate__(self, state: dict) -> None:
+        pass
+
+    def remove(self) -> None:
+        for handle in (*self.handles, *self._once):
+            handle.remove()
+        self._layers, self._before = {}, {}
+
+    def _before_load(self, module, *args) -> None:
+        if hasattr(self, "_layers"):
+            self._before = {name: layer.pattern.blocks() for name, layer in self._layers.items()}
+
+    @torch.no_grad()
+    def _after_load(self, module, incompatible_keys) -> None:
+        if not hasattr(self, "_layers"):
+            return
+        before, self._before = self._before, {}
+        for name, blocks in before.items():
+            pattern, weight = self._layers[name].pattern, self._layers[name].weight
+            if self._loaded or torch.equal(blocks, pattern.blocks()):
+                continue
+            old = SparsityPattern.from_blocks(pattern.shape, blocks, block=pattern.block)
+            states = []
+            for optimizer in self._states.optimizers:
+                for key, value in (optimizer.state.get(weight) or {}).items():
+                    if isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape):
+                        states.append(State(value, _start(optimizer, weight, key)))
+            for tensor, _ in states:
+                if tuple(tensor.shape) == pattern.shape:
+                    tensor.masked_fill_(~(old.to_mask() & pattern.to_mask()), 0)
+                    continue
+                values = pattern.pack(old.unpack(tensor))
+                if values.shape == tensor.shape:
+                    tensor.copy_(values)
+                else:
+                    replace_data_(tensor, values)
+            start_grown(states)
+
+    def _optimizer_loaded(self, optimizer: Any) -> None:
+        self._loaded = True
+
+        me = weakref.ref(self)
+
+        def check(optimizer, args, kwargs):
+            if (watch := me()) is not None:
+                watch.settle()
+
+        if not self._once:
+            self._once.append(optimizer.register_step_pre_hook(check))
+
+    def settle(self) -> None:
+        """Before a step: what was loaded must fit, and belongs to the weights from now on."""
+        if self._loaded:
+            self._states.mask(self._layers)
+            self._loaded = False
+            for handle in self._once:
+                handle.remove()
+            self._once.clear()
+
+
+def _with_wrapped(optimizer: Any, seen: set[int]) -> Iterator[Any]:
+    """An optimiser and those that it holds as attributes, in lists too."""
+    if id(optimizer) in seen:
+        return
+    seen.add(id(optimizer))
+    is_optimizer = hasattr(optimizer, "param_groups") and hasattr(optimizer, "state")
+    if is_optimizer:
+        yield optimizer
+    for value in list(getattr(optimizer, "__dict__", {}).values()):
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(inner, torch.optim.Optimizer) or (
+                not isinstance(inner, type) and hasattr(type(inner), "step") and hasattr(inner, "param_groups")
+            ):
+                yield from _with_wrapped(inner, seen)
+
+
+def _kinds(optimizer: Any) -> list[str]:
+    return [kind.__name__ for kind in type(optimizer).__mro__]
+
+
+def _start(optimizer: Any, weight: Tensor, key: str) -> float:
+    for kind in _kinds(optimizer):
+        if key in _START.get(kind, {}):
+            for group in optimizer.param_groups:
+                if any(p is weight for p in group["params"]):
+                    return _START[kind][key](group)
+    return 0.0
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(name or "the model itself" for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
