@@ -21,7 +21,9 @@ FLAGS = ["-O1", "-g1", "-std=c++20", "-fPIC", "-fno-omit-frame-pointer", "-fno-m
 FLAGS += ["-fopenmp", "-DTORCH_EXTENSION_NAME=_C", "-DPy_LIMITED_API=0x030b0000", "-DTORCH_API_INCLUDE_EXTENSION_H"]
 FLAGS += [f'-DUASPARSE_TORCH_VERSION=\\"{torch.__version__}\\"', *SANITIZERS]
 # What nearly every file includes: read once.
-HEADER = "#include <ATen/Parallel.h>\n#include <ATen/core/Tensor.h>\n#include <ATen/ops/empty.h>\n#include <torch/library.h>\n"
+HEADER = "".join(
+    f"#include <{name}>\n" for name in ("ATen/Parallel.h", "ATen/core/Tensor.h", "ATen/ops/empty.h", "torch/library.h")
+)
 
 
 def compiler() -> str | None:
@@ -77,10 +79,15 @@ def has_no_torch(source: pathlib.Path) -> bool:
 
 def environment(isa: str) -> dict[str, str]:
     """Of a process that imports the sanitized package, with the kernels of one instruction set."""
-    found = subprocess.run([compiler() or "g++", "-print-file-name=libasan.so"], capture_output=True, text=True)
+    # libstdc++ too, for the exceptions of libraries that are loaded before a C++ one would bring it.
+    command = [compiler() or "g++"]
+    found = [
+        subprocess.run([*command, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
     return {
         **os.environ,
-        "LD_PRELOAD": found.stdout.strip(),
+        "LD_PRELOAD": " ".join(found),
         "PYTHONPATH": str(FOLDER),
         "UASPARSE_CPU_ISA": isa,
         # Python and torch leak by design, and torch answers a request that is too large with an exception.

@@ -267,6 +267,8 @@ void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, con
                     first, " on.");
   TORCH_CHECK_VALUE(scores.device() == crow.device() && dropped.device() == crow.device(),
                     "exclude_kept_: expected scores, pattern and dropped blocks on one device.");
+  TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kDouble,
+                   "exclude_kept_: expected float32 or float64 scores, got ", scores.scalar_type(), ".");
   check_output(scores, "scores");
   check_indices(dropped, "dropped", rows * columns);
   verify_rows(crow, col, columns);

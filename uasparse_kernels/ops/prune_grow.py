@@ -355,7 +355,9 @@ def prune_grow_reference(
     k = drop_count(fraction, pattern, regrow_dropped)
     values = weight.detach() if pattern.is_packed(weight) else pattern.pack(weight.detach())
     active = pattern.blocks()
-    dropped = active[topk_indices_reference(_norms(values.reshape(pattern.num_blocks, math.prod(pattern.block))), k, largest=False)]
+    dropped = active[
+        topk_indices_reference(_norms(values.reshape(pattern.num_blocks, math.prod(pattern.block))), k, largest=False)
+    ]
     candidates_too = dropped if regrow_dropped else dropped[:0]
     if grow == "random":
         grown = random_candidates(pattern, candidates_too, k, generator)
