@@ -5,8 +5,11 @@
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <vector>
 
 namespace uasparse {
 
@@ -118,6 +121,18 @@ inline void check_output(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, "Expected ", name,
                     " whose entries have places of their own, got sizes ", tensor.sizes(), " of strides ",
                     tensor.strides(), ".");
+}
+
+// Tensors that are written: no two share memory. (Dense-stored ones may interleave: they get nothing but zeros.)
+inline void check_apart(std::vector<at::Tensor> tensors) {
+  std::erase_if(tensors, [](const at::Tensor& tensor) { return tensor.numel() == 0 || !tensor.is_contiguous(); });
+  std::sort(tensors.begin(), tensors.end(), [](const at::Tensor& a, const at::Tensor& b) {
+    return std::less<>()(a.const_data_ptr(), b.const_data_ptr());
+  });
+  for (size_t i = 1; i < tensors.size(); ++i)
+    TORCH_CHECK_VALUE(std::less_equal<>()(static_cast<const char*>(tensors[i - 1].const_data_ptr()) + tensors[i - 1].nbytes(),
+                                          static_cast<const char*>(tensors[i].const_data_ptr())),
+                      "prune_grow_: expected weight, states and pattern tensors that share no memory.");
 }
 
 }  // namespace uasparse

@@ -383,6 +383,8 @@ def change(rng, how, tensor, others):
         return tensor.transpose(0, -1)
     if how == "zero":
         return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
+    if tensor.dtype == torch.bool:
+        raise RuntimeError("has no negative")
     return torch._neg_view(tensor)
 
 

@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
-#include <functional>
 #include <limits>
 #include <vector>
 
@@ -196,18 +195,6 @@ void write_columns(const Grid& grid, int32_t* ccol, int32_t* row, int32_t* perm)
       at_row[r] = i;
     }
   }
-}
-
-// Tensors that are written: no two share memory. (Dense-stored ones may interleave: they get nothing but zeros.)
-void check_apart(std::vector<at::Tensor> tensors) {
-  std::erase_if(tensors, [](const at::Tensor& tensor) { return tensor.numel() == 0 || !tensor.is_contiguous(); });
-  std::sort(tensors.begin(), tensors.end(), [](const at::Tensor& a, const at::Tensor& b) {
-    return std::less<>()(a.const_data_ptr(), b.const_data_ptr());
-  });
-  for (size_t i = 1; i < tensors.size(); ++i)
-    TORCH_CHECK_VALUE(std::less_equal<>()(static_cast<const char*>(tensors[i - 1].const_data_ptr()) + tensors[i - 1].nbytes(),
-                                          static_cast<const char*>(tensors[i].const_data_ptr())),
-                      "prune_grow_: expected weight, states and pattern tensors that share no memory.");
 }
 
 void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::Tensor col, at::Tensor ccol,

@@ -26,7 +26,8 @@ def unknown_aware_loss(
     For a sample with ``p = softmax(logits)`` over the K + 1 outputs, target ``y``, ``h = -log p[y]`` and
     ``u = min(p[K], 1 - 1e-7)``, the loss is ``w * h`` with ``w = 1`` where the prediction (the first largest logit) is
     right, and ``w = 1 + alpha / (1 + alpha * u)`` where it is wrong. The gradient flows through ``u``, but not where
-    ``h`` is infinite (a target logit of -inf); ``alpha`` is a constant. A sample of target K is a synthetic unknown: its loss is ``unknown_weight * h``.
+    ``h`` is infinite (a target logit of -inf); ``alpha`` is a constant. A sample of target K is a synthetic unknown:
+    its loss is ``unknown_weight * h``.
 
     Args:
         logits: ``[N, K + 1]``, K >= 1, any floating-point dtype; the arithmetic is in float32 (float64 for float64).
