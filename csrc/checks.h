@@ -129,10 +129,11 @@ inline void check_apart(std::vector<at::Tensor> tensors) {
   std::sort(tensors.begin(), tensors.end(), [](const at::Tensor& a, const at::Tensor& b) {
     return std::less<>()(a.const_data_ptr(), b.const_data_ptr());
   });
-  for (size_t i = 1; i < tensors.size(); ++i)
-    TORCH_CHECK_VALUE(std::less_equal<>()(static_cast<const char*>(tensors[i - 1].const_data_ptr()) + tensors[i - 1].nbytes(),
-                                          static_cast<const char*>(tensors[i].const_data_ptr())),
+  for (size_t i = 1; i < tensors.size(); ++i) {
+    const void* end = static_cast<const char*>(tensors[i - 1].const_data_ptr()) + tensors[i - 1].nbytes();
+    TORCH_CHECK_VALUE(std::less_equal<>()(end, tensors[i].const_data_ptr()),
                       "prune_grow_: expected weight, states and pattern tensors that share no memory.");
+  }
 }
 
 }  // namespace uasparse

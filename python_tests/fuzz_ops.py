@@ -24,6 +24,7 @@ import time
 
 import fuzz_arguments as arguments
 import fuzz_references as references
+import sanitized
 import torch
 from fuzz_arguments import copies, is_freed, make_damaged, make_wrong, tensors_of
 from fuzz_references import refuse
@@ -46,6 +47,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.serve:
         return serve()
+    if not options.plain:
+        print(f"Building under sanitizers in {sanitized.build()} ...", flush=True)
     isas = [options.isa] if options.isa else instruction_sets()
     if options.seed is not None:
         with Server(isas[-1], options.plain) as server:
@@ -95,9 +98,6 @@ class Server:
     def __init__(self, isa: str, plain: bool):
         environment = {**os.environ, "UASPARSE_CPU_ISA": isa}
         if not plain:
-            import sanitized
-
-            sanitized.build()
             environment = sanitized.environment(isa)
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         command = [sys.executable, __file__, "--serve"]
@@ -162,6 +162,7 @@ def run_batch(order: dict, log) -> None:
         outcome["result"], outcome["text"] = run_call(outcome["op"], outcome["kind"], seed, order["verbose"])
         signal.alarm(0)
         log.write(json.dumps(outcome) + "\n")
+        log.flush()
 
 
 # ---- one call ------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ class UnknownAwareLoss(nn.Module):
     K+1 outputs. At every training step, warm-up included, a running mean ``a`` of the loss's threshold is kept
     (``a <- 0.05 * threshold + 0.95 * a``, starting at the first value; one that is not finite counts nothing). A
     training step is a call in training mode whose logits require gradients: validation leaves the mean alone. After the
-    warm-up alpha starts at ``a / rho`` and rises by the same amount each epoch, so that it is ``alpha_final`` in the last one.
-    Call :meth:`step_epoch` after each epoch. Nothing here waits for the device.
+    warm-up alpha starts at ``a / rho`` and rises by the same amount each epoch, so that it is ``alpha_final`` in the
+    last one. Call :meth:`step_epoch` after each epoch. Nothing here waits for the device.
 
     Source: Lei et al., "Embracing Unknown Step by Step", arXiv 2403.20047; the schedule after Thulasidasan et al.,
     "Combating Label Noise in Deep Learning Using Abstention", arXiv 1905.10964.
