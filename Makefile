@@ -23,7 +23,7 @@ demo: $(VENV)/demo.done fashion-mnist
 
 test: $(VENV)/test.done lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8  # tests of threads set their number
-	$(MAKE) fuzz FUZZ_SECONDS=40
+	$(MAKE) fuzz FUZZ_SECONDS=30
 	$(MAKE) dist
 
 # FUZZ_OPTIONS="--first 1000000" begins with another seed.

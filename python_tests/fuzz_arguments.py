@@ -328,6 +328,8 @@ def wrong_tensor(rng, tensor, others):
             "negative",
         ]
     )
+    if is_freed(tensor):
+        return "freed", tensor
     try:
         return how, change(rng, how, tensor, others)
     except (RuntimeError, IndexError):  # this tensor cannot be changed so

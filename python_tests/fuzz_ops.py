@@ -182,6 +182,8 @@ def run_call(name: str, kind: str, seed: int, verbose: bool = False) -> tuple[st
     if verbose:
         print(name, kind, *told, *(describe(a) for a in given), sep="\n  ", file=sys.stderr)
     before = copies(given)  # as the op takes them
+    # torch itself negates in place what an op writes, and leaves it so where the op raises.
+    negated = any(t.is_neg() for t in tensors_of(given))
     try:
         got = getattr(torch.ops.uasparse, name)(*given)
     except ERRORS as error:
@@ -189,7 +191,7 @@ def run_call(name: str, kind: str, seed: int, verbose: bool = False) -> tuple[st
             return "wrong", f"a valid call raised {type(error).__name__}: {error}"
         if "bad_alloc" in str(error):
             return "wrong", f"{told}: bad_alloc"
-        if not same(before, given):
+        if not negated and not same(before, given):
             return "wrong", f"{told}: raised, but changed its arguments"
         return "raised", f"{told} {type(error).__name__}: {str(error).splitlines()[0][:300]}"
     if any(t.is_meta for t in tensors_of(given)):

@@ -48,7 +48,8 @@ void backward_rows(const LossProblem<T>& problem, int64_t begin, int64_t end, co
   }
 }
 
-void check(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha, int64_t reduction) {
+void check(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha, double unknown_weight,
+           int64_t reduction) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 2, "Expected logits [N, K + 1] with K >= 1, got ",
                     logits.sizes(), ".");
   TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "Expected targets [", logits.size(0),
@@ -56,6 +57,8 @@ void check(const at::Tensor& logits, const at::Tensor& target, const at::Tensor&
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "Expected int64 targets, got ", target.scalar_type(), ".");
   TORCH_CHECK_VALUE(alpha.numel() == 1 && reduction >= kNone && reduction <= kSum,
                     "Expected one alpha and a reduction of 0, 1 or 2.");
+  TORCH_CHECK_VALUE(std::isfinite(unknown_weight) && unknown_weight >= 0, "Expected a finite unknown_weight >= 0, got ",
+                    unknown_weight, ".");
   TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()) && at::isFloatingType(alpha.scalar_type()),
                    "Expected floating-point logits and alpha, got ", logits.scalar_type(), " and ", alpha.scalar_type(),
                    ".");
@@ -134,7 +137,7 @@ class ChunkGrad {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits_, const at::Tensor& target_,
                                                        const at::Tensor& alpha, double unknown_weight,
                                                        int64_t reduction) {
-  check(logits_, target_, alpha, reduction);
+  check(logits_, target_, alpha, unknown_weight, reduction);
   const at::Tensor logits = logits_.contiguous(), target = target_.contiguous();
   check_range(target, logits.size(1));
   const int64_t rows = logits.size(0);
@@ -166,7 +169,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits_
 
 at::Tensor backward(const at::Tensor& grad_loss_, const at::Tensor& logits_, const at::Tensor& target_,
                     const at::Tensor& alpha, const at::Tensor& saved_, double unknown_weight, int64_t reduction) {
-  check(logits_, target_, alpha, reduction);
+  check(logits_, target_, alpha, unknown_weight, reduction);
   TORCH_CHECK_TYPE(at::isFloatingType(grad_loss_.scalar_type()), "Expected a floating-point gradient of the loss, got ",
                    grad_loss_.scalar_type(), ".");
   check_storage(grad_loss_, "grad_loss");

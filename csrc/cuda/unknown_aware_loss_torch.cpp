@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <limits>
 #include <tuple>
 
@@ -43,6 +44,8 @@ LossArguments check(const at::Tensor& logits, const at::Tensor& target, const at
                    alpha.scalar_type(), ".");
   TORCH_CHECK_VALUE(alpha.numel() == 1 && reduction >= 0 && reduction <= 2,
                     "Expected one alpha and a reduction of 0, 1 or 2.");
+  TORCH_CHECK_VALUE(std::isfinite(unknown_weight) && unknown_weight >= 0, "Expected a finite unknown_weight >= 0, got ",
+                    unknown_weight, ".");
   TORCH_CHECK_VALUE(target.device() == logits.device() && alpha.device() == logits.device(),
                     "Expected logits, targets and alpha on one device, got ", logits.device(), ", ", target.device(),
                     " and ", alpha.device(), ".");
