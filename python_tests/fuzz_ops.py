@@ -142,7 +142,7 @@ def serve() -> int:
             if status != 0:
                 errors.seek(0)
                 how = "hung" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else "crashed"
-                outcomes[-1] |= {"result": how, "text": errors.read()[-6000:]}
+                outcomes[-1] |= {"result": how, "text": errors.read(6000)}
         answers.write(json.dumps([o for o in outcomes if "result" in o]) + "\n")
         answers.flush()
     return 0
