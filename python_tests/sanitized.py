@@ -93,6 +93,6 @@ def environment(isa: str) -> dict[str, str]:
         "PYTHONPATH": str(FOLDER),
         "UASPARSE_CPU_ISA": isa,
         # Python and torch leak by design, and torch answers a request that is too large with an exception.
-        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:abort_on_error=0:handle_abort=1",
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4000:handle_abort=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
     }

@@ -51,7 +51,7 @@ UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
   const Floats clamped = x < lowest ? broadcast(lowest) : x;
   const Floats shifted = clamped * log2_e + magic;
   const Floats n = shifted - magic;
-  const Floats scale = (Floats)(((Ints)shifted << 23) + 0x3f800000);
+  const Floats scale = (Floats)(((Vec<uint32_t>)shifted << 23) + 0x3f800000u);
   return x < lowest ? broadcast(0.0f) : exp_small(clamped - n * ln2_high - n * ln2_low) * scale;
 #endif
 }
