@@ -1,5 +1,7 @@
 # make demo    sets up everything in .venv and trains a 90 %-sparse network with the whole method beside plain RigL
-# make test    sets up everything in .venv, checks style and types, builds with warnings as errors, runs all tests
+# make test    sets up everything in .venv, checks style and types, builds with warnings as errors, runs all tests and
+#              a short fuzz
+# make fuzz    calls every op with random, wrong and damaged arguments under sanitizers, for FUZZ_SECONDS=600
 # make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in ten minutes, with what is installed
 # make dist    builds the sdist and from it the wheel, installs that into an empty environment and tries it from another folder
 #
@@ -21,7 +23,14 @@ demo: $(VENV)/demo.done fashion-mnist
 
 test: $(VENV)/test.done lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8  # tests of threads set their number
+	$(MAKE) fuzz FUZZ_SECONDS=30
 	$(MAKE) dist
+
+# FUZZ_OPTIONS="--first 1000000" begins with another seed.
+.PHONY: fuzz
+fuzz: FUZZ_SECONDS ?= 600
+fuzz: $(VENV)/test.done
+	$(BIN)/python python_tests/fuzz_ops.py --seconds $(FUZZ_SECONDS) $(FUZZ_OPTIONS)
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import uasparse_kernels as ua
 def epoch_batches(steps, seed):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        yield torch.randn(9, 5, generator=generator), torch.randint(4, (9,), generator=generator)
+        yield torch.randn(9, 5, generator=generator).requires_grad_(), torch.randint(4, (9,), generator=generator)
 
 
 def threshold_of(logits, target):
@@ -35,7 +35,7 @@ def test_alpha_follows_the_schedule():
             torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-6)
             if epoch < 2:
                 torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target))
-            value = threshold_of(logits, target)
+            value = threshold_of(logits.detach(), target)
             average = value if average is None else 0.05 * value + 0.95 * average
             torch.testing.assert_close(loss_fn.average, average)
         loss_fn.step_epoch()
@@ -44,12 +44,21 @@ def test_alpha_follows_the_schedule():
     assert alphas[5] == pytest.approx(1.5)
 
 
-def test_evaluation_changes_nothing():
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference_mode", "detached", "not finite"])
+def test_what_is_no_training_step_changes_nothing(how):
     loss_fn = ua.UnknownAwareLoss(4, warmup_epochs=1, total_epochs=3)
     loss_fn(*next(epoch_batches(1, 0)))
     before = copy.deepcopy(loss_fn.state_dict())
-    loss_fn.eval()
-    loss_fn(*next(epoch_batches(1, 1)))
+    logits, target = next(epoch_batches(1, 1))
+    if how == "eval":
+        loss_fn.eval()(logits, target)
+    elif how == "detached":
+        loss_fn(logits.detach(), target)
+    elif how == "not finite":
+        loss_fn(torch.full_like(logits, -torch.inf).requires_grad_(), target)
+    else:
+        with getattr(torch, how)():
+            loss_fn(logits, target)
     assert all(torch.equal(v, loss_fn.state_dict()[k]) for k, v in before.items() if isinstance(v, torch.Tensor))
 
 

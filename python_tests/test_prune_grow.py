@@ -376,6 +376,21 @@ def test_random_growth_is_uniform(block):
     assert (counts[free] - draws * share).abs().max() <= 5 * math.sqrt(draws * share * (1 - share))
 
 
+@pytest.mark.parametrize("dropped", [torch.empty(1, 0, dtype=torch.int64), torch.empty(0), torch.tensor(3)])
+def test_growth_candidates_want_one_row_of_dropped_blocks(dropped):
+    with pytest.raises(ValueError, match="one row of int64 indices"):
+        GrowthCandidates(1, SparsityPattern.random((4, 4), 0.5), dropped)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("function", [prune_grow, prune_grow_reference])
+def test_an_empty_pattern_stays_empty(function, block):
+    pattern = SparsityPattern.from_mask(torch.zeros(4, 6), block=block)
+    for weight in (torch.zeros(4, 6), torch.zeros(pattern.packed_shape)):
+        dropped, grown = function(weight, pattern, 0.5, grow_scores=torch.rand(4, 6))
+        assert dropped.numel() == grown.numel() == pattern.num_blocks == 0 and not weight.any()
+
+
 def test_random_growth_needs_no_dense_memory():
     pattern = SparsityPattern(
         (2**18, 2**18), torch.zeros(2**18 + 1, dtype=torch.int32), torch.empty(0, dtype=torch.int32)

@@ -212,6 +212,40 @@ def test_target_of_minus_infinity_is_an_infinite_loss():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("function", [unknown_aware_loss, unknown_aware_loss_reference])
+def test_target_of_minus_infinity_has_the_gradient_of_cross_entropy(function, dtype, device):
+    """At any alpha, times the weight of the sample: through u comes nothing where h is infinite."""
+    logits = torch.tensor([[0.0, -math.inf, 1.0], [2.0, -math.inf, -math.inf]], dtype=dtype, device=device)
+    target = torch.tensor([1, 1], device=device)
+    z = logits.clone().requires_grad_()
+    F.cross_entropy(z, target, reduction="sum").backward()
+    assert z.grad[0].tolist() == pytest.approx([0.2689, -1, 0.7311], abs=1e-4)
+    u = logits.double().softmax(1)[:, 2]
+    for alpha in (0.0, 0.5, 1e4):
+        loss, _, grad = run(function, logits, target, alpha, reduction="sum")
+        assert loss.isinf()
+        weight = 1 + alpha / (1 + alpha * u)
+        torch.testing.assert_close(grad, z.grad.double() * weight[:, None], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("alpha", [1e3, 1e4, 1e6, 1e8])
+def test_a_large_alpha_loses_no_precision(alpha, device):
+    """Where alpha meets a u of about 1 / alpha, the weight needs u's own digits, not those of 1 - u."""
+    logits, target = make(200, 5, device=device)
+    logits[:, -1] = logits[:, :-1].amax(1) + torch.linspace(-2, 0, 200, device=device) * math.log(alpha)
+    target = target.clamp(max=3)
+    for got, expected in zip(
+        run(unknown_aware_loss, logits, target, alpha, reduction="none"),
+        run(unknown_aware_loss_reference, logits.double(), target, alpha, reduction="none"),
+        strict=True,
+    ):
+        size = expected.abs().amax(-1, keepdim=True) if expected.dim() == 2 else expected.abs()
+        assert ((got - expected).abs() <= 5e-6 * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_empty_batch(device):
     logits, target = make(0, 5, device=device)
     for function in (unknown_aware_loss, unknown_aware_loss_reference):

@@ -11,9 +11,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
+#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/workspace.h"
 
@@ -59,6 +61,7 @@ const float* parameter(const OptionalTensor& tensor, int64_t channels, const cha
                    ".");
   TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->size(0) == channels && tensor->is_contiguous(), "Expected a ", name,
                     " of ", channels, " contiguous values, got sizes ", tensor->sizes(), ".");
+  check_storage(*tensor, name);
   return tensor->const_data_ptr<float>();
 }
 
@@ -72,6 +75,8 @@ BatchNormProblem describe(const at::Tensor& x, const OptionalTensor& weight) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, const OptionalTensor& weight,
                                                        const OptionalTensor& bias, double eps) {
+  TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), "Expected a positive eps, got ", eps, ".");
+  check_storage(input, "input");
   const at::Tensor x = input.contiguous();
   const BatchNormProblem problem = describe(x, weight);
   at::Tensor y = at::empty(x.sizes(), x.options());
@@ -85,12 +90,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
                                                         const OptionalTensor& weight, const at::Tensor& saved,
                                                         std::array<bool, 3> output_mask) {
+  check_storage(input, "input");
+  check_storage(grad_output, "grad_output");
+  check_storage(saved, "saved");
   const at::Tensor x = input.contiguous(), dy = grad_output.contiguous();
   const BatchNormProblem problem = describe(x, weight);
   TORCH_CHECK_TYPE(dy.scalar_type() == at::kFloat && saved.scalar_type() == at::kDouble,
                    "Expected a float32 gradient and what the forward saved, got ", dy.scalar_type(), " and ",
                    saved.scalar_type(), ".");
-  TORCH_CHECK_VALUE(dy.sizes() == x.sizes() && saved.is_contiguous() && saved.numel() == 2 * problem.channels,
+  TORCH_CHECK_VALUE(dy.sizes() == x.sizes() && saved.is_contiguous() && saved.sizes() == at::IntArrayRef({2, problem.channels}),
                     "Expected a gradient of sizes ", x.sizes(), " and what the forward saved, got sizes ", dy.sizes(),
                     " and ", saved.sizes(), ".");
   const std::array<int64_t, 1> none = {0}, vector = {problem.channels};

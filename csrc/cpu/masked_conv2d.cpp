@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "cpu/conv_pass.h"
+#include "cpu/verified.h"
 
 namespace uasparse {
 namespace {
@@ -23,27 +24,39 @@ ConvWeight weight_of(const at::Tensor& weight, const at::Tensor& crow, const at:
           groups, block[0], block[1], col.size(0), weight.sizes() != shape};
 }
 
+// The kernels make tables of a stride's length and of the padded rows: none is made for what no network has.
+constexpr int64_t kMaxStep = 1 << 20;
+constexpr int64_t kMaxNumbers = int64_t{1} << 48;  // of a packed row: far more than is served, and no overflow
+
 Geometry check(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& crow, const at::Tensor& col,
-               at::IntArrayRef shape, at::IntArrayRef block, at::IntArrayRef stride, at::IntArrayRef padding,
-               at::IntArrayRef dilation, int64_t groups) {
-  check_csr(crow, col, shape, block);
+               const at::Tensor& ccol, const at::Tensor& row, const at::Tensor& perm, at::IntArrayRef shape,
+               at::IntArrayRef block, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+               int64_t groups) {
+  const BlockGrid grid = check_csr(crow, col, shape, block);
+  check_transposed(ccol, row, perm, col, grid);
   TORCH_CHECK_VALUE(shape.size() == 4 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
                     "masked_conv2d: expected a weight shape of 4 sizes and pairs of stride, padding and dilation.");
   for (int i = 0; i < 2; ++i)
-    TORCH_CHECK_VALUE(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0,
-                      "masked_conv2d: expected stride and dilation >= 1 and padding >= 0, got ", stride, ", ",
-                      dilation, " and ", padding, ".");
+    TORCH_CHECK_VALUE(stride[i] >= 1 && dilation[i] >= 1 && padding[i] >= 0 && stride[i] <= kMaxStep &&
+                          dilation[i] <= kMaxStep && padding[i] <= kMaxStep,
+                      "masked_conv2d: expected stride and dilation >= 1 and padding >= 0, all up to ", kMaxStep, ", got ",
+                      stride, ", ", dilation, " and ", padding, ".");
   TORCH_CHECK_VALUE(groups >= 1 && shape[0] % groups == 0 && shape[0] / groups % block[0] == 0,
                     "masked_conv2d: expected groups that divide the output size ", shape[0], " into whole blocks, got ",
                     groups, ".");
   TORCH_CHECK_VALUE(input.dim() == 4 && input.size(1) == shape[1] * groups, "masked_conv2d: expected an input [N, ",
                     shape[1] * groups, ", H, W] for a weight of shape ", shape, " and ", groups, " groups, got ",
                     input.sizes(), ".");
-  const int64_t packed = col.size(0) * block[0] * block[1];
-  TORCH_CHECK_VALUE(weight.sizes() == shape || weight.numel() == packed, "masked_conv2d: expected a weight of shape ",
-                    shape, " or ", packed, " packed values, got ", weight.sizes(), ".");
-  TORCH_CHECK_TYPE(weight.scalar_type() == input.scalar_type(), "masked_conv2d: expected input and weight of one dtype, got ",
-                   input.scalar_type(), " and ", weight.scalar_type(), ".");
+  check_storage(input, "input");
+  check_like(weight, "weight", input, "masked_conv2d");
+  check_weight(weight, col, shape, block, "masked_conv2d");
+  int64_t numbers = std::max(shape[0], input.size(1));
+  const bool fits = multiply_below(numbers, shape[2] * shape[3], kMaxNumbers) &&
+                    multiply_below(numbers, stride[0], kMaxNumbers) && input.size(2) <= kIndexLimit &&
+                    input.size(3) <= kIndexLimit &&
+                    multiply_below(numbers, input.size(3) + 2 * padding[1] + stride[1], kMaxNumbers);
+  TORCH_CHECK_VALUE(fits, "masked_conv2d: an image of ", input.sizes(), " with stride ", stride, " and padding ", padding,
+                    " is too large for the sparse kernel.");
   Geometry g{input.size(0), input.size(1), input.size(2), input.size(3), shape[0], 0, 0, shape[2], shape[3],
              groups,        stride,        padding,       dilation};
   g.out_height = (g.height + 2 * padding[0] - dilation[0] * (g.kernel_h - 1) - 1) / stride[0] + 1;
@@ -52,6 +65,7 @@ Geometry check(const at::Tensor& input, const at::Tensor& weight, const at::Tens
                         g.width + 2 * padding[1] > dilation[1] * (g.kernel_w - 1),
                     "masked_conv2d: the kernel ", shape.slice(2), " with dilation ", dilation,
                     " is larger than the padded input ", input.sizes(), ".");
+  verify_rows(crow, col, grid.columns);  // the order by columns is not read
   return g;
 }
 
@@ -68,16 +82,16 @@ void dispatch(at::ScalarType type, Run run) {
 }
 
 at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                         const at::Tensor& crow, const at::Tensor& col, const at::Tensor&, const at::Tensor&,
-                         const at::Tensor&, at::IntArrayRef shape, at::IntArrayRef block, at::IntArrayRef stride,
+                         const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol,
+                         const at::Tensor& row, const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block, at::IntArrayRef stride,
                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const Geometry g = check(input, weight, crow, col, shape, block, stride, padding, dilation, groups);
+  const Geometry g = check(input, weight, crow, col, ccol, row, perm, shape, block, stride, padding, dilation, groups);
   const at::Tensor values = weight.contiguous();
   at::Tensor bias_values;
   if (bias.has_value() && bias->defined()) {
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == g.out && bias->scalar_type() == input.scalar_type(),
-                      "masked_conv2d: expected a bias of ", g.out, " numbers of the input's dtype, got ", bias->sizes(),
-                      " of ", bias->scalar_type(), ".");
+    check_like(*bias, "bias", input, "masked_conv2d");
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == g.out, "masked_conv2d: expected a bias [", g.out, "], got ",
+                      bias->sizes(), ".");
     bias_values = bias->contiguous();
   }
   const at::Tensor output = at::empty({g.batch, g.out, g.out_height, g.out_width}, input.options(),
@@ -100,15 +114,13 @@ at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& weight, const at::Tensor& crow,
-    const at::Tensor& col, const at::Tensor&, const at::Tensor&, const at::Tensor&, at::IntArrayRef shape,
-    at::IntArrayRef block, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+    const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row, const at::Tensor& perm,
+    at::IntArrayRef shape, at::IntArrayRef block, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
     std::array<bool, 3> output_mask) {
-  const Geometry g = check(input, weight, crow, col, shape, block, stride, padding, dilation, groups);
+  const Geometry g = check(input, weight, crow, col, ccol, row, perm, shape, block, stride, padding, dilation, groups);
   TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef({g.batch, g.out, g.out_height, g.out_width}),
                     "masked_conv2d: expected a grad_output of the output's shape, got ", grad_output.sizes(), ".");
-  TORCH_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(),
-                   "masked_conv2d: expected grad_output and input of one dtype, got ", grad_output.scalar_type(), " and ",
-                   input.scalar_type(), ".");
+  check_like(grad_output, "grad_output", input, "masked_conv2d");
   const at::Tensor values = weight.contiguous();
   const ConvWeight w = weight_of(values, crow, col, shape, block, groups);
   const auto plain = input.options().memory_format(at::MemoryFormat::Contiguous);

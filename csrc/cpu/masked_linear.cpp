@@ -22,6 +22,7 @@
 #include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/pattern.h"
+#include "cpu/verified.h"
 #include "cpu/workspace.h"
 
 namespace uasparse {
@@ -289,28 +290,20 @@ at::ScalarType compute_type(at::ScalarType type) { return type == at::kBFloat16 
 Grid check_grid(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
                 const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block, bool or_short = false) {
   TORCH_CHECK_VALUE(shape.size() == 2, "masked_linear: expected a weight shape [out, in], got ", shape, ".");
-  check_csr(crow, col, shape, block, or_short && shape[1] <= 1 << 16);
-  check_csr(ccol, row, {shape[1], shape[0]}, {block[1], block[0]});
-  TORCH_CHECK_TYPE(perm.scalar_type() == at::kInt, "Expected an int32 perm, got ", perm.scalar_type(), ".");
-  TORCH_CHECK_VALUE(row.numel() == col.numel() && perm.numel() == col.numel() && perm.is_contiguous(), "Expected ",
-                    col.numel(), " entries in row and perm, got ", row.numel(), " and ", perm.numel(), ".");
+  const BlockGrid grid = check_csr(crow, col, shape, block, or_short && shape[1] <= 1 << 16);
+  check_transposed(ccol, row, perm, col, grid);
   const bool is_short = col.scalar_type() == at::kShort;
   return {crow.const_data_ptr<int32_t>(), is_short ? nullptr : col.const_data_ptr<int32_t>(),
           is_short ? reinterpret_cast<const uint16_t*>(col.const_data_ptr<int16_t>()) : nullptr,
           ccol.const_data_ptr<int32_t>(), row.const_data_ptr<int32_t>(), perm.const_data_ptr<int32_t>(),
-          shape[0] / block[0], shape[1] / block[1], col.numel(), block[0], block[1]};
+          grid.rows, grid.columns, col.numel(), block[0], block[1]};
 }
 
-void check_tensor(const char* name, const at::Tensor& tensor, const at::Tensor& like) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), "masked_linear: expected ", name, " of dtype ",
-                   like.scalar_type(), ", got ", tensor.scalar_type(), ".");
-}
-
-bool is_dense(const at::Tensor& weight, at::IntArrayRef shape, const Grid& grid) {
-  if (weight.sizes() == shape) return true;
-  TORCH_CHECK_VALUE(weight.numel() == grid.values(), "masked_linear: expected a weight of shape ", shape, " or ",
-                    grid.values(), " packed values, got ", weight.sizes(), ".");
-  return false;
+void check_input(const at::Tensor& input, const at::Tensor& weight, const Grid& grid) {
+  TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == grid.in(), "masked_linear: expected an input [..., ",
+                    grid.in(), "], got ", input.sizes(), ".");
+  check_storage(input, "input");
+  check_like(weight, "weight", input, "masked_linear");
 }
 
 // Packed, contiguous values in the type of the computation.
@@ -334,15 +327,15 @@ void dispatch(at::ScalarType type, Body body) {
 at::Tensor masked_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
                          const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block) {
-  const int64_t batch = c10::multiply_integers(input.sizes().slice(0, std::max<int64_t>(input.dim() - 1, 0)));
-  const bool or_short = weight.sizes() != shape && is_narrow(batch, c10::multiply_integers(block), input.scalar_type());
+  const int64_t batch = input.dim() > 0 ? input.numel() / std::max<int64_t>(1, input.size(-1)) : 1;
+  const bool or_short = weight.sizes() != shape && block == at::IntArrayRef({1, 1}) &&
+                        is_narrow(batch, 1, input.scalar_type());
   const Grid grid = check_grid(crow, col, ccol, row, perm, shape, block, or_short);
-  TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == grid.in(), "masked_linear: expected an input [..., ",
-                    grid.in(), "], got ", input.sizes(), ".");
-  check_tensor("weight", weight, input);
-  const bool dense = is_dense(weight, shape, grid);
+  check_input(input, weight, grid);
+  const bool dense = check_weight(weight, col, shape, block, "masked_linear");
+  verify_rows(crow, col, grid.columns);  // the order by columns is not read here
   if (bias) {
-    check_tensor("bias", *bias, input);
+    check_like(*bias, "bias", input, "masked_linear");
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == grid.out(), "masked_linear: expected a bias [", grid.out(),
                       "], got ", bias->sizes(), ".");
   }
@@ -366,15 +359,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_linear_backward(
     const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row, const at::Tensor& perm,
     at::IntArrayRef shape, at::IntArrayRef block, std::array<bool, 3> output_mask) {
   const Grid grid = check_grid(crow, col, ccol, row, perm, shape, block);
-  TORCH_CHECK_VALUE(input.dim() >= 1 && input.size(-1) == grid.in(), "masked_linear: expected an input [..., ",
-                    grid.in(), "], got ", input.sizes(), ".");
+  check_input(input, weight, grid);
   std::vector<int64_t> sizes = input.sizes().vec();
   sizes.back() = grid.out();
   TORCH_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(sizes), "masked_linear: expected a grad_output ", sizes,
                     ", got ", grad_output.sizes(), ".");
-  check_tensor("weight", weight, input);
-  check_tensor("grad_output", grad_output, input);
-  const bool dense = is_dense(weight, shape, grid);
+  check_like(grad_output, "grad_output", input, "masked_linear");
+  const bool dense = check_weight(weight, col, shape, block, "masked_linear");
+  if (output_mask[0])
+    verify_both(crow, col, ccol, row, perm);
+  else
+    verify_rows(crow, col, grid.columns);
 
   const auto options = input.options().memory_format(at::MemoryFormat::Contiguous);
   at::Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), options) : at::empty({0}, options);

@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "cpu/pattern.h"
+#include "cpu/verified.h"
 
 namespace uasparse {
 namespace {
@@ -42,10 +43,15 @@ void for_each_run(const int32_t* crow, const int32_t* col, int64_t r, int64_t bh
   }
 }
 
-int64_t positions_of(at::IntArrayRef shape) {
-  int64_t positions = 1;
-  for (size_t i = 2; i < shape.size(); ++i) positions *= shape[i];
-  return positions;
+// The grid, where crow and col fit it and a tensor [dense shape] or of packed values lies beside them.
+BlockGrid check(const at::Tensor& tensor, const char* name, const at::Tensor& crow, const at::Tensor& col,
+                at::IntArrayRef shape, at::IntArrayRef block) {
+  const BlockGrid grid = check_csr(crow, col, shape, block);
+  TORCH_CHECK_VALUE(tensor.device() == crow.device(), "Expected ", name, " and pattern on one device, got ",
+                    tensor.device(), " and ", crow.device(), ".");
+  check_storage(tensor, name);
+  verify_rows(crow, col, grid.columns);
+  return grid;
 }
 
 // Calls run(word), of the unsigned integer that has the size of an element.
@@ -61,10 +67,11 @@ void as_words(int64_t element_size, Run run) {
 }
 
 void keep_active(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef block) {
-  check_csr(crow, col, dense.sizes(), block);
+  const BlockGrid grid = check(dense, "dense", crow, col, dense.sizes(), block);
+  check_output(dense, "dense");
   const at::Tensor work = dense.contiguous();  // itself, but for gradients of channels_last convolutions
-  const int64_t bh = block[0], bw = block[1], channels = dense.size(1), positions = positions_of(dense.sizes());
-  const int64_t columns = channels / bw * positions;
+  const int64_t bh = block[0], bw = block[1], channels = dense.size(1), positions = grid.positions;
+  const int64_t columns = grid.columns;
   as_words(dense.element_size(), [&]<typename Word>(Word) {
     Word* to = static_cast<Word*>(work.mutable_data_ptr());
     const int32_t *rows = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
@@ -101,7 +108,7 @@ void keep_active(const at::Tensor& dense, const at::Tensor& crow, const at::Tens
 }  // namespace
 
 at::Tensor pack(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef block) {
-  check_csr(crow, col, dense.sizes(), block);
+  const BlockGrid grid = check(dense, "dense", crow, col, dense.sizes(), block);
   const at::Tensor source = dense.contiguous();
   const int64_t bh = block[0], bw = block[1];
   const auto options = dense.options().memory_format(at::MemoryFormat::Contiguous);
@@ -113,7 +120,7 @@ at::Tensor pack(const at::Tensor& dense, const at::Tensor& crow, const at::Tenso
     const int32_t *rows = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
     at::parallel_for(0, crow.size(0) - 1, 64, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
-        for_each_run(rows, cols, r, bh, bw, dense.size(1), positions_of(dense.sizes()),
+        for_each_run(rows, cols, r, bh, bw, dense.size(1), grid.positions,
                      [=](int64_t packed, int64_t flat, auto count) { std::copy_n(from + flat, count, to + packed); });
     });
   });
@@ -122,13 +129,13 @@ at::Tensor pack(const at::Tensor& dense, const at::Tensor& crow, const at::Tenso
 
 at::Tensor unpack(const at::Tensor& values, const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef shape,
                   at::IntArrayRef block) {
-  check_csr(crow, col, shape, block);
+  const BlockGrid grid = check(values, "values", crow, col, shape, block);
   const int64_t bh = block[0], bw = block[1];
   TORCH_CHECK_VALUE(values.numel() == col.size(0) * bh * bw, "Expected ", col.size(0) * bh * bw,
                     " packed values, got ", values.numel(), ".");
   const at::Tensor source = values.contiguous();
   at::Tensor dense = at::empty(shape, values.options().memory_format(at::MemoryFormat::Contiguous));
-  const int64_t row_size = bh * shape[1] * positions_of(shape);
+  const int64_t row_size = bh * shape[1] * grid.positions;
   AT_DISPATCH_ALL_TYPES_AND3(at::kBFloat16, at::kHalf, at::kBool, values.scalar_type(), "unpack", [&] {
     const scalar_t* from = source.const_data_ptr<scalar_t>();
     scalar_t* to = dense.mutable_data_ptr<scalar_t>();
@@ -136,7 +143,7 @@ at::Tensor unpack(const at::Tensor& values, const at::Tensor& crow, const at::Te
     at::parallel_for(0, crow.size(0) - 1, 64, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         std::fill_n(to + r * row_size, row_size, scalar_t(0));
-        for_each_run(rows, cols, r, bh, bw, shape[1], positions_of(shape),
+        for_each_run(rows, cols, r, bh, bw, shape[1], grid.positions,
                      [=](int64_t packed, int64_t flat, auto count) { std::copy_n(from + packed, count, to + flat); });
       }
     });

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/verified.h"
 #include "cpu/workspace.h"
 
 namespace uasparse {
@@ -49,15 +50,12 @@ struct Moves {
 };
 
 void check_indices(const at::Tensor& blocks, const char* name, int64_t total) {
-  TORCH_CHECK_TYPE(blocks.scalar_type() == at::kLong, "prune_grow_: expected int64 indices of the ", name,
-                   " blocks, got ", blocks.scalar_type(), ".");
-  TORCH_CHECK_VALUE(blocks.dim() == 1 && blocks.is_contiguous(), "prune_grow_: expected one contiguous row of ", name,
+  TORCH_CHECK_TYPE(blocks.scalar_type() == at::kLong, "Expected int64 indices of the ", name, " blocks, got ",
+                   blocks.scalar_type(), ".");
+  TORCH_CHECK_VALUE(blocks.dim() == 1 && blocks.is_contiguous(), "Expected one contiguous row of ", name,
                     " blocks, got ", blocks.sizes(), ".");
-  const int64_t* index = blocks.const_data_ptr<int64_t>();
-  for (int64_t j = 0; j < blocks.size(0); ++j)
-    TORCH_CHECK_VALUE(index[j] >= 0 && index[j] < total && (j == 0 || index[j] > index[j - 1]), "prune_grow_: expected ",
-                      name, " blocks to be distinct, ascending and in [0, ", total, "), got ", index[j], " at position ",
-                      j, ".");
+  check_storage(blocks, name);
+  verify_blocks(blocks, name, total);
 }
 
 // Row by row, a walk along its blocks beside those dropped and those grown; all are ascending.
@@ -199,24 +197,11 @@ void write_columns(const Grid& grid, int32_t* ccol, int32_t* row, int32_t* perm)
   }
 }
 
-void check_pattern(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
-                   const at::Tensor& perm, int64_t columns, at::IntArrayRef shape, at::IntArrayRef block) {
-  check_csr(crow, col, shape, block);
-  for (const at::Tensor* tensor : {&ccol, &row, &perm})
-    TORCH_CHECK_VALUE(tensor->scalar_type() == at::kInt && tensor->is_contiguous() && tensor->device() == crow.device(),
-                      "prune_grow_: expected contiguous int32 pattern tensors on one device.");
-  TORCH_CHECK_VALUE(ccol.numel() == columns + 1 && row.numel() == col.numel() && perm.numel() == col.numel(),
-                    "prune_grow_: expected ccol, row and perm of ", columns + 1, ", ", col.numel(), " and ", col.numel(),
-                    " entries, got ", ccol.numel(), ", ", row.numel(), " and ", perm.numel(), ".");
-}
-
 void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::Tensor col, at::Tensor ccol,
                  at::Tensor row, at::Tensor perm, const at::Tensor& dropped, const at::Tensor& grown,
                  at::IntArrayRef shape, at::IntArrayRef block) {
-  const int64_t rows = shape[0] / block[0];
-  int64_t columns = shape[1] / block[1];
-  for (size_t i = 2; i < shape.size(); ++i) columns *= shape[i];
-  check_pattern(crow, col, ccol, row, perm, columns, shape, block);
+  const auto [rows, columns, positions] = check_csr(crow, col, shape, block);
+  check_transposed(ccol, row, perm, col, {rows, columns, positions});
   check_indices(dropped, "dropped", rows * columns);
   check_indices(grown, "grown", rows * columns);
   TORCH_CHECK_VALUE(dropped.size(0) == grown.size(0), "prune_grow_: expected as many grown blocks as dropped ones, got ",
@@ -224,14 +209,18 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
   std::vector<at::Tensor> tensors{weight};
   tensors.insert(tensors.end(), states.begin(), states.end());
   const int64_t blocks = col.numel();
-  const bool packed = weight.sizes() != shape;
-  for (const at::Tensor& tensor : tensors)
-    TORCH_CHECK_VALUE(tensor.sizes() == weight.sizes() && (!packed || tensor.is_contiguous()),
-                      "prune_grow_: expected states of the weight's shape ", weight.sizes(),
-                      packed ? ", contiguous, got " : ", got ", tensor.sizes(), ".");
-  TORCH_CHECK_VALUE(!packed || weight.numel() == blocks * block[0] * block[1],
-                    "prune_grow_: expected a weight of shape ", shape, " or ", blocks * block[0] * block[1],
-                    " packed values, got ", weight.sizes(), ".");
+  const bool packed = !check_weight(weight, col, shape, block, "prune_grow_");
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK_VALUE(tensor.sizes() == weight.sizes() && tensor.device() == weight.device() &&
+                          tensor.layout() == at::kStrided && (!packed || tensor.is_contiguous()),
+                      "prune_grow_: expected states of the weight's shape ", weight.sizes(), " on its device",
+                      packed ? ", contiguous, got " : ", got ", tensor.sizes(), " on ", tensor.device(), ".");
+    check_output(tensor, "weight and states");
+  }
+  std::vector<at::Tensor> written = tensors;
+  written.insert(written.end(), {crow, col, ccol, row, perm});
+  check_apart(written);
+  verify_rows(crow, col, columns);  // the order by columns is made anew
 
   const Grid grid{crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), rows, columns};
   Moves moves(blocks);
@@ -256,14 +245,20 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
 
 void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, const at::Tensor& col,
                    const at::Tensor& dropped, int64_t columns) {
+  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 2, "exclude_kept_: expected crow of one dimension and at least two "
+                    "entries, got ", crow.sizes(), ".");
   const int64_t n = scores.numel(), rows = crow.size(0) - 1;
-  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.is_contiguous() && columns > 0 && first >= 0 &&
-                        first + n <= rows * columns,
+  check_csr(crow, col, {rows, columns}, {1, 1});
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.is_contiguous() && first >= 0 && first <= rows * columns - n,
                     "exclude_kept_: expected contiguous scores of blocks in [0, ", rows * columns, "), got ", n, " from ",
                     first, " on.");
-  TORCH_CHECK_VALUE(crow.scalar_type() == at::kInt && col.scalar_type() == at::kInt && crow.is_contiguous() &&
-                        col.is_contiguous() && dropped.scalar_type() == at::kLong && dropped.is_contiguous(),
-                    "exclude_kept_: expected contiguous int32 pattern tensors and int64 dropped blocks.");
+  TORCH_CHECK_VALUE(scores.device() == crow.device() && dropped.device() == crow.device(),
+                    "exclude_kept_: expected scores, pattern and dropped blocks on one device.");
+  TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kDouble,
+                   "exclude_kept_: expected float32 or float64 scores, got ", scores.scalar_type(), ".");
+  check_output(scores, "scores");
+  check_indices(dropped, "dropped", rows * columns);
+  verify_rows(crow, col, columns);
   if (n == 0) return;
   const int32_t *starts = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
   const int64_t *out = dropped.const_data_ptr<int64_t>(), *out_end = out + dropped.size(0);

@@ -26,6 +26,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/workspace.h"
 
 namespace uasparse {
@@ -284,6 +285,7 @@ at::Tensor topk_indices(const at::Tensor& scores, int64_t k, bool largest, bool 
   TORCH_CHECK_VALUE(k >= 0 && k <= n, "Expected k in [0, ", n, "], got ", k, ".");
   TORCH_CHECK_TYPE(at::isFloatingType(scores.scalar_type()), "Expected floating-point scores, got ",
                    scores.scalar_type(), ".");
+  check_storage(scores, "scores");
   at::Tensor indices = at::empty({k}, at::kLong);
   if (k == 0) return indices;
   const at::ScalarType type = scores.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -321,6 +323,7 @@ void mark_above(const T* scores, int64_t n, T threshold, uint64_t* above, uint64
 at::Tensor indices_above(const at::Tensor& scores, double threshold) {
   TORCH_CHECK_VALUE(scores.dim() == 1 && scores.is_contiguous(), "Expected contiguous scores of one dimension, got ",
                     scores.sizes(), ".");
+  check_storage(scores, "scores");
   const int64_t n = scores.size(0), words = (n + 63) / 64;
   const Workspace memory(16 * words);
   uint64_t* const above = memory.as<uint64_t>();

@@ -19,6 +19,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/isa.h"
 
 namespace uasparse {
@@ -47,7 +48,8 @@ void backward_rows(const LossProblem<T>& problem, int64_t begin, int64_t end, co
   }
 }
 
-void check(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha, int64_t reduction) {
+void check(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& alpha, double unknown_weight,
+           int64_t reduction) {
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= 2, "Expected logits [N, K + 1] with K >= 1, got ",
                     logits.sizes(), ".");
   TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == logits.size(0), "Expected targets [", logits.size(0),
@@ -55,6 +57,14 @@ void check(const at::Tensor& logits, const at::Tensor& target, const at::Tensor&
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "Expected int64 targets, got ", target.scalar_type(), ".");
   TORCH_CHECK_VALUE(alpha.numel() == 1 && reduction >= kNone && reduction <= kSum,
                     "Expected one alpha and a reduction of 0, 1 or 2.");
+  TORCH_CHECK_VALUE(std::isfinite(unknown_weight) && unknown_weight >= 0, "Expected a finite unknown_weight >= 0, got ",
+                    unknown_weight, ".");
+  TORCH_CHECK_TYPE(at::isFloatingType(logits.scalar_type()) && at::isFloatingType(alpha.scalar_type()),
+                   "Expected floating-point logits and alpha, got ", logits.scalar_type(), " and ", alpha.scalar_type(),
+                   ".");
+  check_storage(logits, "logits");
+  check_storage(target, "target");
+  check_storage(alpha, "alpha");
 }
 
 void check_range(const at::Tensor& target, int64_t classes) {
@@ -82,7 +92,7 @@ void for_each_chunk(const at::Tensor& logits, const at::Tensor& target, const at
   LossProblem<Acc<T>> whole{nullptr, nullptr, target.const_data_ptr<int64_t>(), classes,
                             alpha.item().to<Acc<T>>(), static_cast<Acc<T>>(unknown_weight)};
   const int64_t chunks = (rows + kChunkRows - 1) / kChunkRows;
-  const int64_t grain = std::max<int64_t>(1, 32768 / (kChunkRows * classes));
+  const int64_t grain = std::max<int64_t>(1, 32768 / kChunkRows / classes);
   at::parallel_for(0, chunks, grain, [&](int64_t first, int64_t last) {
     std::vector<Acc<T>> copy;
     for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -127,7 +137,7 @@ class ChunkGrad {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits_, const at::Tensor& target_,
                                                        const at::Tensor& alpha, double unknown_weight,
                                                        int64_t reduction) {
-  check(logits_, target_, alpha, reduction);
+  check(logits_, target_, alpha, unknown_weight, reduction);
   const at::Tensor logits = logits_.contiguous(), target = target_.contiguous();
   check_range(target, logits.size(1));
   const int64_t rows = logits.size(0);
@@ -159,7 +169,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits_
 
 at::Tensor backward(const at::Tensor& grad_loss_, const at::Tensor& logits_, const at::Tensor& target_,
                     const at::Tensor& alpha, const at::Tensor& saved_, double unknown_weight, int64_t reduction) {
-  check(logits_, target_, alpha, reduction);
+  check(logits_, target_, alpha, unknown_weight, reduction);
+  TORCH_CHECK_TYPE(at::isFloatingType(grad_loss_.scalar_type()), "Expected a floating-point gradient of the loss, got ",
+                   grad_loss_.scalar_type(), ".");
+  check_storage(grad_loss_, "grad_loss");
+  check_storage(saved_, "saved");
   const at::Tensor logits = logits_.contiguous(), target = target_.contiguous(), saved = saved_.contiguous();
   check_range(target, logits.size(1));
   const int64_t rows = logits.size(0), classes = logits.size(1);

@@ -51,7 +51,7 @@ UASPARSE_INLINE Floats exp_nonpositive(Floats x) {
   const Floats clamped = x < lowest ? broadcast(lowest) : x;
   const Floats shifted = clamped * log2_e + magic;
   const Floats n = shifted - magic;
-  const Floats scale = (Floats)(((Ints)shifted << 23) + 0x3f800000);
+  const Floats scale = (Floats)(((Vec<uint32_t>)shifted << 23) + 0x3f800000u);
   return x < lowest ? broadcast(0.0f) : exp_small(clamped - n * ln2_high - n * ln2_low) * scale;
 #endif
 }
@@ -136,6 +136,7 @@ UASPARSE_INLINE T exp_base(T max) {
 }
 
 constexpr double kLeastKnown = 1e-7;  // 1 - u is at least this
+constexpr double kLargestUnknown = 1 - kLeastKnown;
 
 template <typename T>
 void loss_forward(const LossProblem<T>& problem, int64_t begin, int64_t end, T* losses, T* saved, LossSums* sums) {
@@ -160,14 +161,15 @@ void loss_forward(const LossProblem<T>& problem, int64_t begin, int64_t end, T* 
       if (others != 0) others *= exp_nonpositive(exp_base(known_max) - max);
     }
     const T base = exp_base(max);
-    const T sum = others + exp_nonpositive(z[unknown] - base);
+    const T unknown_share = exp_nonpositive(z[unknown] - base), sum = others + unknown_share;
     const T h = (base - z[target]) + log_of(sum);
     T loss = problem.unknown_weight * h;
     bool correct = false;
     if (target != unknown) {
       correct = z[target] == max && !contains(z, target, max);
-      const T known = others / sum, v = known < kLeastKnown ? T(kLeastKnown) : known;  // 1 - u, without cancellation
-      const T u = 1 - v;
+      // u and 1 - u without cancellation: a large alpha meets a small u.
+      const T known = others / sum, v = known < kLeastKnown ? T(kLeastKnown) : known, p = unknown_share / sum;
+      const T u = p > T(kLargestUnknown) ? T(kLargestUnknown) : p;
       loss = correct ? h : h * (1 + problem.alpha / (1 + problem.alpha * u));
       sums->threshold += static_cast<double>(v * h);
       sums->known += 1;
@@ -193,12 +195,12 @@ void loss_backward(const LossProblem<T>& problem, int64_t begin, int64_t end, co
     if (target != unknown) {
       w = 1;
       if (!__builtin_signbit(saved[2 * i + 1])) {
-        constexpr T largest = 1 - kLeastKnown;
+        constexpr T largest = kLargestUnknown;
         const T h = (base - z[target]) + log_of(sum), p = exp_nonpositive(z[unknown] - base) / sum;
         const T u = p < largest ? p : largest, slope = problem.alpha / (1 + problem.alpha * u);
         w += slope;
-        // u = 0 first: an infinite h times it counts nothing. At the clamp the gradient stops.
-        if (u > 0 && u < largest) through_u = -h * slope * slope * u;
+        // At the clamp the gradient stops; where h is infinite, w counts as a constant (the loss says enough).
+        if (u < largest && h != static_cast<T>(__builtin_inf())) through_u = -h * slope * slope * u;
       }
     }
     scaled_exp(z, problem.classes, base, g * (w - through_u) / sum, out, problem.logits_end);

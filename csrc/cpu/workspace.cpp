@@ -34,6 +34,17 @@ Pool& pool() {
 
 }  // namespace
 
+#ifdef __SANITIZE_ADDRESS__
+
+// To the byte and never used again, so that an access beyond it is noticed.
+Workspace::Workspace(size_t bytes) {
+  if (bytes > 0 && posix_memalign(&data_, 64, bytes) != 0) throw std::bad_alloc();
+}
+
+Workspace::~Workspace() { std::free(data_); }
+
+#else
+
 Workspace::Workspace(size_t bytes) {
   if (bytes == 0) return;
   {
@@ -79,6 +90,8 @@ Workspace::~Workspace() {
   }
   std::free(data_);
 }
+
+#endif
 
 size_t free_workspaces() {
   Pool& p = pool();

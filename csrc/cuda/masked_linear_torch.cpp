@@ -9,6 +9,7 @@
 
 #include <limits>
 
+#include "checks.h"
 #include "cuda/masked_linear.h"
 
 namespace uasparse {
@@ -31,16 +32,19 @@ void check_matrix(const at::Tensor& matrix, const at::Tensor& x, const char* op,
                     matrix.sizes(), " of strides ", matrix.strides(), " on ", matrix.device(), ".");
   TORCH_CHECK_TYPE(matrix.scalar_type() == x.scalar_type(), op, ": expected ", name, " of x's dtype ", x.scalar_type(),
                    ", got ", matrix.scalar_type(), ".");
+  check_storage(matrix, name);
 }
 
 SparseProblem problem(const at::Tensor& x, const at::Tensor& offsets, const at::Tensor& index, const char* op) {
   SparseProblem p{};
   p.type = value_type(x, op);
   check_matrix(x, x, op, "x");
-  for (const at::Tensor* one : {&offsets, &index})
+  for (const at::Tensor* one : {&offsets, &index}) {
     TORCH_CHECK_VALUE(one->scalar_type() == at::kInt && one->dim() == 1 && one->is_contiguous() &&
                           one->device() == x.device(),
                       op, ": expected contiguous int32 offsets and index on ", x.device(), ".");
+    check_storage(*one, "offsets and index");
+  }
   p.offsets = offsets.const_data_ptr<int32_t>();
   p.index = index.const_data_ptr<int32_t>();
   p.rows = offsets.numel() - 1;
@@ -68,11 +72,14 @@ void sparse_product_out(const at::Tensor& x, const at::Tensor& values, const std
   const c10::cuda::CUDAGuard guard(x.device());
   const SparseProblem p = problem(x, offsets, index, kOp);
   check_matrix(out, x, kOp, "out");
-  for (const auto& [tensor, size] : {std::pair{&values, p.nnz}, {bias ? &*bias : nullptr, p.rows}})
-    TORCH_CHECK_VALUE(tensor == nullptr ||
-                          (tensor->dim() == 1 && tensor->numel() == size && tensor->is_contiguous() &&
-                           tensor->scalar_type() == x.scalar_type() && tensor->device() == x.device()),
+  for (const auto& [tensor, size] : {std::pair{&values, p.nnz}, {bias ? &*bias : nullptr, p.rows}}) {
+    if (tensor == nullptr) continue;
+    TORCH_CHECK_VALUE(tensor->dim() == 1 && tensor->numel() == size && tensor->is_contiguous() &&
+                          tensor->scalar_type() == x.scalar_type() && tensor->device() == x.device(),
                       kOp, ": expected contiguous values [", p.nnz, "] and bias [", p.rows, "] of x's dtype and device.");
+    check_storage(*tensor, "values and bias");
+  }
+  check_output(out, "out");
   TORCH_CHECK_VALUE(out.size(1) == p.rows, kOp, ": expected out [tokens, ", p.rows, "], got ", out.sizes(), ".");
   if (p.tokens == 0) return;
   const at::Tensor scratch = workspace(p, false, x);

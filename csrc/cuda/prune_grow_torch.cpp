@@ -24,6 +24,7 @@ void check_blocks(const at::Tensor& blocks, const at::Tensor& crow, const char* 
   TORCH_CHECK_VALUE(blocks.dim() == 1 && blocks.is_contiguous() && blocks.device() == crow.device(),
                     "prune_grow_: expected one contiguous row of ", name, " blocks on ", crow.device(), ", got ",
                     blocks.sizes(), " on ", blocks.device(), ".");
+  check_storage(blocks, name);
 }
 
 void zero_blocks(const at::Tensor& tensor, const at::Tensor& blocks, int64_t columns, at::IntArrayRef block,
@@ -42,34 +43,30 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
                  at::Tensor row, at::Tensor perm, const at::Tensor& dropped, const at::Tensor& grown,
                  at::IntArrayRef shape, at::IntArrayRef block) {
   const c10::cuda::CUDAGuard guard(weight.device());
-  check_csr(crow, col, shape, block);
-  Topology topology{crow.mutable_data_ptr<int32_t>(), col.mutable_data_ptr<int32_t>(), shape[0] / block[0],
-                    shape[1] / block[1], col.numel()};
-  for (size_t i = 2; i < shape.size(); ++i) topology.columns *= shape[i];
-  for (const at::Tensor* tensor : {&ccol, &row, &perm})
-    TORCH_CHECK_VALUE(tensor->scalar_type() == at::kInt && tensor->is_contiguous() && tensor->device() == crow.device(),
-                      "prune_grow_: expected contiguous int32 pattern tensors on one device.");
-  TORCH_CHECK_VALUE(ccol.numel() == topology.columns + 1 && row.numel() == col.numel() && perm.numel() == col.numel(),
-                    "prune_grow_: expected ccol, row and perm of ", topology.columns + 1, ", ", col.numel(), " and ",
-                    col.numel(), " entries, got ", ccol.numel(), ", ", row.numel(), " and ", perm.numel(), ".");
+  const BlockGrid grid = check_csr(crow, col, shape, block);
+  check_transposed(ccol, row, perm, col, grid);
+  const Topology topology{crow.mutable_data_ptr<int32_t>(), col.mutable_data_ptr<int32_t>(), grid.rows, grid.columns,
+                          col.numel()};
   check_blocks(dropped, crow, "dropped");
   check_blocks(grown, crow, "grown");
   TORCH_CHECK_VALUE(dropped.size(0) == grown.size(0), "prune_grow_: expected as many grown blocks as dropped ones, got ",
                     grown.size(0), " and ", dropped.size(0), ".");
   std::vector<at::Tensor> tensors{weight};
   tensors.insert(tensors.end(), states.begin(), states.end());
-  const bool packed = weight.sizes() != shape;
+  const bool packed = !check_weight(weight, col, shape, block, "prune_grow_");
   int64_t bytes = 0;
   for (const at::Tensor& tensor : tensors) {
     TORCH_CHECK_VALUE(tensor.sizes() == weight.sizes() && tensor.device() == crow.device() &&
                           (!packed || tensor.is_contiguous()),
                       "prune_grow_: expected states of the weight's shape ", weight.sizes(), " on ", crow.device(),
                       packed ? ", contiguous, got " : ", got ", tensor.sizes(), " on ", tensor.device(), ".");
+    check_output(tensor, "weight and states");
     bytes = std::max(bytes, tensor.numel() * static_cast<int64_t>(tensor.element_size()));
   }
+  std::vector<at::Tensor> written = tensors;
+  written.insert(written.end(), {crow, col, ccol, row, perm});
+  check_apart(written);
   const int64_t size = block[0] * block[1];
-  TORCH_CHECK_VALUE(!packed || weight.numel() == topology.blocks * size, "prune_grow_: expected a weight of shape ",
-                    shape, " or ", topology.blocks * size, " packed values, got ", weight.sizes(), ".");
   const int64_t k = dropped.size(0);
   if (k == 0) return;
 
@@ -99,19 +96,19 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
 void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, const at::Tensor& col,
                    const at::Tensor& dropped, int64_t columns) {
   const c10::cuda::CUDAGuard guard(scores.device());
+  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 2, "exclude_kept_: expected crow of one dimension and at least two "
+                    "entries, got ", crow.sizes(), ".");
   const int64_t n = scores.numel(), rows = crow.size(0) - 1;
-  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.is_contiguous() && columns > 0 && first >= 0 &&
-                        first + n <= rows * columns,
+  check_csr(crow, col, {rows, columns}, {1, 1});
+  TORCH_CHECK_VALUE(scores.dim() == 1 && scores.is_contiguous() && first >= 0 && first <= rows * columns - n,
                     "exclude_kept_: expected contiguous scores of blocks in [0, ", rows * columns, "), got ", n, " from ",
                     first, " on.");
   TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kDouble,
                    "exclude_kept_: expected float32 or float64 scores, got ", scores.scalar_type(), ".");
-  TORCH_CHECK_VALUE(crow.scalar_type() == at::kInt && col.scalar_type() == at::kInt && crow.is_contiguous() &&
-                        col.is_contiguous() && dropped.scalar_type() == at::kLong && dropped.is_contiguous() &&
-                        crow.device() == scores.device() && col.device() == scores.device() &&
-                        dropped.device() == scores.device(),
-                    "exclude_kept_: expected contiguous int32 pattern tensors and int64 dropped blocks on ",
-                    scores.device(), ".");
+  TORCH_CHECK_VALUE(crow.device() == scores.device(), "exclude_kept_: expected scores and pattern on one device, got ",
+                    scores.device(), " and ", crow.device(), ".");
+  check_blocks(dropped, crow, "dropped");
+  check_output(scores, "scores");
   if (n == 0) return;
   // The kernel only reads the topology.
   const Topology topology{const_cast<int32_t*>(crow.const_data_ptr<int32_t>()),

@@ -11,6 +11,7 @@
 #include <limits>
 #include <vector>
 
+#include "checks.h"
 #include "cuda/topk_indices.h"
 
 namespace uasparse {
@@ -31,6 +32,7 @@ std::vector<at::Tensor> topk_indices_many(at::TensorList scores, at::IntArrayRef
     TORCH_CHECK_VALUE(k[s] >= 0 && k[s] <= one.numel(), "Expected k in [0, ", one.numel(), "], got ", k[s], ".");
     TORCH_CHECK_TYPE(at::isFloatingType(one.scalar_type()), "Expected floating-point scores, got ", one.scalar_type(),
                      ".");
+    check_storage(one, "scores");
     sources.push_back(one.to(is_double ? at::kDouble : at::kFloat).contiguous());
     indices.push_back(at::empty({k[s]}, one.options().dtype(at::kLong)));
   }

@@ -136,12 +136,15 @@ __device__ Row<Acc> finish_row(const Problem<T>& problem, const T* z, int64_t ta
   const Acc max = z_unknown > others_max ? z_unknown : others_max;
   const Acc base = max == minus_infinity<Acc>() ? Acc(0) : max;
   const Acc others = others_max == minus_infinity<Acc>() ? state.sum : state.sum * exp_of(others_max - base);
-  const Acc sum = others + exp_of(z_unknown - base);  // NaN where the maximum is +inf, as in torch
+  const Acc unknown_share = exp_of(z_unknown - base);
+  const Acc sum = others + unknown_share;  // NaN where the maximum is +inf, as in torch
   const Acc h = (base - to_acc(z[target])) + log_of(sum);
   if (target == unknown) return {unknown_weight * h, Acc(0), base, sum};
   const bool correct = state.first == target && !(z_unknown > others_max);
   const Acc share = others / sum, known = share < Acc(kLeastKnown) ? Acc(kLeastKnown) : share;
-  const Acc w = correct ? Acc(1) : 1 + alpha / (1 + alpha * (1 - known));
+  // u too without cancellation: a large alpha meets a small u.
+  const Acc p = unknown_share / sum, u = p > Acc(1 - kLeastKnown) ? Acc(1 - kLeastKnown) : p;
+  const Acc w = correct ? Acc(1) : 1 + alpha / (1 + alpha * u);
   return {w * h, known * h, base, correct ? -sum : sum};
 }
 
@@ -248,8 +251,8 @@ __global__ void __launch_bounds__(kThreads)
         const Acc h = (base - to_acc(z[target])) + log_of(sum), p = exp_of(to_acc(z[unknown]) - base) / sum;
         const Acc u = p < largest ? p : largest, slope = alpha / (1 + alpha * u);
         w += slope;
-        // u = 0 first: an infinite h times it counts nothing. At the clamp the gradient stops.
-        if (u > 0 && u < largest) through_u = -h * slope * slope * u;
+        // At the clamp the gradient stops; where h is infinite, w counts as a constant (the loss says enough).
+        if (u < largest && h != static_cast<Acc>(INFINITY)) through_u = -h * slope * slope * u;
       }
     }
     const Acc scale = g * (w - through_u) / sum;

@@ -9,9 +9,11 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <limits>
 #include <tuple>
 
+#include "checks.h"
 #include "cuda/unknown_aware_loss.h"
 
 namespace uasparse {
@@ -42,9 +44,12 @@ LossArguments check(const at::Tensor& logits, const at::Tensor& target, const at
                    alpha.scalar_type(), ".");
   TORCH_CHECK_VALUE(alpha.numel() == 1 && reduction >= 0 && reduction <= 2,
                     "Expected one alpha and a reduction of 0, 1 or 2.");
+  TORCH_CHECK_VALUE(std::isfinite(unknown_weight) && unknown_weight >= 0, "Expected a finite unknown_weight >= 0, got ",
+                    unknown_weight, ".");
   TORCH_CHECK_VALUE(target.device() == logits.device() && alpha.device() == logits.device(),
                     "Expected logits, targets and alpha on one device, got ", logits.device(), ", ", target.device(),
                     " and ", alpha.device(), ".");
+  check_storage(alpha, "alpha");
   return {logit_type(logits),    logits.const_data_ptr(), target.const_data_ptr<int64_t>(), alpha.const_data_ptr(),
           logits.size(0),        logits.size(1),          unknown_weight,
           static_cast<int>(reduction)};
@@ -54,6 +59,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits_
                                                        const at::Tensor& alpha, double unknown_weight,
                                                        int64_t reduction) {
   const c10::cuda::CUDAGuard guard(logits_.device());
+  check_storage(logits_, "logits");
+  check_storage(target_, "target");
   const at::Tensor logits = logits_.contiguous(), target = target_.contiguous();
   const LossArguments arguments = check(logits, target, alpha, unknown_weight, reduction);
   const auto options = logits.options().dtype(acc_type(logits));
@@ -76,6 +83,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& logits_
 at::Tensor backward(const at::Tensor& grad_loss_, const at::Tensor& logits_, const at::Tensor& target_,
                     const at::Tensor& alpha, const at::Tensor& saved_, double unknown_weight, int64_t reduction) {
   const c10::cuda::CUDAGuard guard(logits_.device());
+  check_storage(logits_, "logits");
+  check_storage(target_, "target");
+  check_storage(saved_, "saved");
+  check_storage(grad_loss_, "grad_loss");
   const at::Tensor logits = logits_.contiguous(), target = target_.contiguous(), saved = saved_.contiguous();
   const LossArguments arguments = check(logits, target, alpha, unknown_weight, reduction);
   const at::Tensor grad_loss = grad_loss_.to(acc_type(logits)).contiguous();

@@ -15,9 +15,10 @@ class UnknownAwareLoss(nn.Module):
 
     The loss is :func:`uasparse_kernels.ops.unknown_aware_loss`. During ``warmup_epochs`` alpha is 0: cross entropy over
     K+1 outputs. At every training step, warm-up included, a running mean ``a`` of the loss's threshold is kept
-    (``a <- 0.05 * threshold + 0.95 * a``, starting at the first value). After the warm-up alpha starts at ``a / rho``
-    and rises by the same amount each epoch, so that it is ``alpha_final`` in the last one. Call :meth:`step_epoch`
-    after each epoch. Nothing here waits for the device.
+    (``a <- 0.05 * threshold + 0.95 * a``, starting at the first value; one that is not finite counts nothing). A
+    training step is a call in training mode whose logits require gradients: validation leaves the mean alone. After the
+    warm-up alpha starts at ``a / rho`` and rises by the same amount each epoch, so that it is ``alpha_final`` in the
+    last one. Call :meth:`step_epoch` after each epoch. Nothing here waits for the device.
 
     Source: Lei et al., "Embracing Unknown Step by Step", arXiv 2403.20047; the schedule after Thulasidasan et al.,
     "Combating Label Noise in Deep Learning Using Abstention", arXiv 1905.10964.
@@ -76,11 +77,12 @@ class UnknownAwareLoss(nn.Module):
         loss, threshold = ops.unknown_aware_loss(
             logits, target, self.alpha, unknown_weight=self.unknown_weight, reduction=self.reduction
         )
-        if self.training:
+        if self.training and torch.is_grad_enabled() and logits.requires_grad:
             with torch.no_grad():
                 threshold = threshold.to(self.average.dtype)
                 running = torch.lerp(self.average, threshold, 0.05)
-                self.average.copy_(torch.where(self.average.isnan(), threshold, running))
+                running = torch.where(self.average.isnan(), threshold, running)
+                self.average.copy_(torch.where(threshold.isfinite(), running, self.average))
         return loss
 
     @torch.no_grad()

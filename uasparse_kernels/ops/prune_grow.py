@@ -141,6 +141,11 @@ class GrowthCandidates:
     """
 
     def __init__(self, k: int, pattern: SparsityPattern, dropped: Tensor):
+        if dropped.dim() != 1 or dropped.dtype != torch.int64 or dropped.device != pattern.device:
+            raise ValueError(
+                f"GrowthCandidates: expected dropped blocks as one row of int64 indices on {pattern.device}, got shape "
+                f"{tuple(dropped.shape)} of {dropped.dtype} on {dropped.device}."
+            )
         free = math.prod(pattern.grid) - pattern.num_blocks + dropped.numel()
         if not 0 <= k <= free:
             raise ValueError(f"GrowthCandidates: expected k in [0, {free}], the inactive or dropped blocks, got {k}.")
@@ -351,7 +356,9 @@ def prune_grow_reference(
     k = drop_count(fraction, pattern, regrow_dropped)
     values = weight.detach() if pattern.is_packed(weight) else pattern.pack(weight.detach())
     active = pattern.blocks()
-    dropped = active[topk_indices_reference(_norms(values.reshape(pattern.num_blocks, -1)), k, largest=False)]
+    dropped = active[
+        topk_indices_reference(_norms(values.reshape(pattern.num_blocks, math.prod(pattern.block))), k, largest=False)
+    ]
     candidates_too = dropped if regrow_dropped else dropped[:0]
     if grow == "random":
         grown = random_candidates(pattern, candidates_too, k, generator)

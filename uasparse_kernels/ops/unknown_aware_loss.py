@@ -25,8 +25,9 @@ def unknown_aware_loss(
 
     For a sample with ``p = softmax(logits)`` over the K + 1 outputs, target ``y``, ``h = -log p[y]`` and
     ``u = min(p[K], 1 - 1e-7)``, the loss is ``w * h`` with ``w = 1`` where the prediction (the first largest logit) is
-    right, and ``w = 1 + alpha / (1 + alpha * u)`` where it is wrong. The gradient flows through ``u``; ``alpha`` is a
-    constant. A sample of target K is a synthetic unknown: its loss is ``unknown_weight * h``.
+    right, and ``w = 1 + alpha / (1 + alpha * u)`` where it is wrong. The gradient flows through ``u``, but not where
+    ``h`` is infinite (a target logit of -inf); ``alpha`` is a constant. A sample of target K is a synthetic unknown:
+    its loss is ``unknown_weight * h``.
 
     Args:
         logits: ``[N, K + 1]``, K >= 1, any floating-point dtype; the arithmetic is in float32 (float64 for float64).
@@ -75,6 +76,7 @@ def unknown_aware_loss_reference(
     is_known = target != logits.shape[1] - 1
     correct = logits.argmax(1) == target
     w = torch.where(correct, torch.ones_like(u), 1 + alpha / (1 + alpha * u))
+    w = torch.where(h.isinf(), w.detach(), w)
     losses = torch.where(is_known, w, torch.full_like(w, unknown_weight)) * h
     threshold = torch.where(is_known, (1 - u) * h, torch.zeros_like(h)).detach().sum() / is_known.sum().clamp(min=1)
     if reduction == "none":
