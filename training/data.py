@@ -118,8 +118,8 @@ def check_classes(data: TrainTest, where: str = "") -> None:
     if empty := [name for name, count in zip(train.classes, counts.tolist(), strict=True) if count == 0]:
         listed = ", ".join(empty[:20]) + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
         raise DataError(
-            f"{train.name}: no training images{where} of {'class' if len(empty) == 1 else 'classes'} {listed}. Expected "
-            f"some of each of the {num_classes} classes; labels have to count from 0 without gaps."
+            f"{train.name}: no training images{where} of {'class' if len(empty) == 1 else 'classes'} {listed}. "
+            f"Expected some of each of the {num_classes} classes; labels have to count from 0 without gaps."
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training.batches import Normalise
 from training.checkpoint import load_checkpoint
 from training.config import FitConfig
-from training.data import ImageSet, TrainTest, load_train_test, load_unknowns
+from training.data import ImageSet, TrainTest, load_train_test, load_unknown_sets
 from training.errors import CheckpointError, TrainingError
 from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
 from training.recipe import build_network
@@ -50,6 +50,8 @@ def evaluate(
     num_classes = data.train.num_classes
     judge = Judge.of(model, normalise, num_classes, data.train.images, data.train.labels, device)
     known = judge.outputs(data.test.images)
+    if not bool(known.logits.isfinite().all() and judge.fit.logits.isfinite().all()):
+        raise TrainingError("Expected finite outputs of the network, got NaN or infinite ones: its training diverged.")
     has_unknown = known.logits.shape[1] > num_classes
     scorers = {n: judge.scorer(n) for n in names if has_unknown or not SCORES[n].needs_unknown_output}
 
@@ -113,7 +115,7 @@ def evaluate_checkpoint(
         raise CheckpointError(
             f"{path} was trained on the classes {state['classes']}, {config.data} has {data.train.classes}."
         )
-    sets = [load_unknowns(spec, data, data_dir=data_dir or config.data_dir or None) for spec in unknowns]
+    sets = load_unknown_sets(unknowns, data, data_dir=data_dir or config.data_dir or None)
     normalise = Normalise(tuple(state["mean"]), tuple(state["std"]))
     return evaluate(model, data, sets, normalise=normalise, device=device, scores=scores)
 

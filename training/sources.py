@@ -83,8 +83,8 @@ def _idx_header(magic: bytes, read: Callable[[int], bytes], file: Path) -> tuple
     """The whole header, and the shape that it says."""
     if len(magic) < 4 or magic[:3] != b"\x00\x00\x08" or magic[3] > 4:
         raise DataError(
-            f"{file} is no idx file of unsigned bytes: expected it to start 00 00 08 and its dimensions, at most 4, got "
-            f"{magic.hex(' ')}."
+            f"{file} is no idx file of unsigned bytes: expected it to start 00 00 08 and its dimensions, at most 4, "
+            f"got {magic.hex(' ')}."
         )
     sizes = read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
