@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def _innermost(names: dict[int, str]) -> str | None:
 
     Hooks would tell it too, but they would be on a module that other threads may share.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (name := names.get(id(frame.f_locals.get("self")))) is not None:
             return name
