@@ -227,10 +227,9 @@ def changed(state, path, value):
     if not path:
         return value
     copy = dict(state) if isinstance(state, dict) else list(state)
-    if value is KeyError:
-        if len(path) == 1:
-            del copy[path[0]]
-            return copy
+    if value is KeyError and len(path) == 1:
+        del copy[path[0]]
+        return copy
     copy[path[0]] = changed(copy[path[0]], path[1:], value)
     return copy
 

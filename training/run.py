@@ -236,8 +236,9 @@ def _check_history(state: dict[str, Any], file: Path) -> None:
         for record in history
     ):
         raise CheckpointError(f"{file} is damaged: expected a history of {', '.join(names)}, an epoch each.")
-    if [record["epoch"] for record in history] != list(range(1, (state.get("epoch") or 0) + 1)):
-        raise CheckpointError(f"{file} is damaged: its history is not that of {state.get('epoch')!r} epochs.")
+    epoch = state.get("epoch")
+    if type(epoch) is not int or epoch != len(history) or any(r["epoch"] != n for n, r in enumerate(history, 1)):
+        raise CheckpointError(f"{file} is damaged: its history is not that of {epoch!r:.80} epochs.")
 
 
 def save_scores(path: Path, judged: Evaluation) -> None:
