@@ -196,9 +196,7 @@ class Trainer:
         momenta = [value for state in self.optimizer.state.values() for value in state.values()]
         values = [*self.model.state_dict().values(), *self.loss_fn.state_dict().values(), *average.values(), *momenta]
         if not all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point()):
-            raise NonFiniteLossError(
-                f"Weights are NaN or infinite after step {self.step - 1} (epoch {self.epoch + 1}).", self.step - 1
-            )
+            raise NonFiniteLossError(f"Weights are NaN or infinite after step {self.step - 1}.", self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, tensors and plain values only."""

@@ -82,9 +82,9 @@ def fit(
     last = run_dir / "last.pt"
     with locked(run_dir):
         state = _check_folder(config, run_dir, resume)
-        trainer = Trainer(config, data, pick_device(device))
         history: list[dict[str, Any]] = []
         with _log_to(run_dir / "fit.log"):
+            trainer = Trainer(config, data, pick_device(device))
             if state is not None:
                 trainer.load_state_dict(state)
                 history = state["history"]
