@@ -239,10 +239,8 @@ class Trainer:
 
     def _check_form(self, state: dict[str, Any]) -> None:
         """Raises CheckpointError unless the state has the form that `state_dict` gives, where torch would not look."""
-        mine = self.state_dict()
-        check_form(
-            {name: state.get(name) for name in mine} | {"vote": None}, mine, free=("topology", "optimizer", "cuda_rng")
-        )
+        mine, free = self.state_dict(), ("topology", "optimizer", "vote", "cuda_rng")
+        check_form({name: state.get(name) for name in mine}, mine, free=free)
         epoch, optimizer = state["epoch"], state["optimizer"]
         if not 0 <= epoch <= self.config.epochs or state["step"] != epoch * len(self.batches):
             raise CheckpointError(f"epoch {epoch} and step {state['step']} of {self.total_steps} steps")
