@@ -129,7 +129,7 @@ def test_looking_at_the_network_first_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("loss", ["ce", "moon"])
 def test_one_class_or_one_image(loss):
     config = replace(BASE, loss=loss, epochs=3, warmup_epochs=1)
-    with pytest.raises(DataError, match="two classes at least, got 0"):
+    with pytest.raises(DataError, match="two classes at least, got 1: 0"):
         Trainer(config, images(num_classes=1))
     with pytest.raises(DataError, match="no training images of classes 1, 2"):
         Trainer(config, images(num=1))

@@ -111,7 +111,7 @@ def check_classes(data: TrainTest, where: str = "") -> None:
     """Raises DataError, naming the classes, unless there are two at least, all with training images."""
     train, num_classes = data.train, data.train.num_classes
     if num_classes < 2:
-        raise DataError(f"{train.name}: expected two classes at least, got {', '.join(train.classes) or 'none'}.")
+        raise DataError(f"{train.name}: expected two classes at least, got {num_classes}: {', '.join(train.classes)}.")
     if len(data.test) == 0 or len(train) == 0:
         raise DataError(f"{train.name}: expected images, got {len(train)} to train on and {len(data.test)} to test on.")
     counts = torch.bincount(train.labels, minlength=num_classes)
