@@ -71,9 +71,10 @@ def row(case: Case, method: str, seconds: float, epochs: int = 5) -> dict[str, A
 def _training(case: Case, arm: str, epochs: int, key: str, trainers: dict[str, Trainer]) -> Callable[[], Any]:
     """A call that builds a trainer and trains it, leaving it in `trainers`."""
     images = torch.randint(256, (case.steps * case.batch_size, *case.image), dtype=torch.uint8)
-    labels, names = torch.randint(10, (len(images),)), tuple("abcdefghij")
+    labels, names = torch.arange(len(images)) % 10, tuple("abcdefghij")
     data = TrainTest(ImageSet("noise", images, labels, names), ImageSet("noise", images[:1], labels[:1], names))
-    shared = FitConfig(model=case.model, batch_size=case.batch_size, epochs=epochs, warmup_epochs=1, delta_t=10)
+    delta_t = min(10, epochs * case.steps // 4)  # a short training (a test's) is to have updates too
+    shared = FitConfig(model=case.model, batch_size=case.batch_size, epochs=epochs, warmup_epochs=1, delta_t=delta_t)
     config, seeds = with_arm(shared, arm), count()
 
     def call() -> None:

@@ -17,6 +17,7 @@ from training.config import FitConfig
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL = ["--data", "digits", "--epochs", "2", "--warmup-epochs", "1", "--no-vote", "--limit-train", "300"]
+SMALL += ["--delta-t", "1"]
 
 
 def call(monkeypatch, *arguments):
@@ -53,7 +54,18 @@ def test_fit_then_evaluate(monkeypatch, capsys, tmp_path):
 
 def test_an_arm_sets_what_it_names(monkeypatch, capsys, tmp_path):
     arguments = ["fit", "--data", "digits", "--epochs", "4", "--limit-train", "300"]  # the warm-up of moon is longer
-    arguments += ["--arm", "set+vote+hard-shuffle", "--ood", "noise", "--score", "u", "--device", "cpu"]
+    arguments += [
+        "--delta-t",
+        "1",
+        "--arm",
+        "set+vote+hard-shuffle",
+        "--ood",
+        "noise",
+        "--score",
+        "u",
+        "--device",
+        "cpu",
+    ]
     assert call(monkeypatch, *arguments, "--out", tmp_path / "run") == 0
     config = FitConfig.from_dict(json.loads((tmp_path / "run" / "config.json").read_text()))
     assert config.arm == "set+vote+hard-shuffle" and config.loss == "ce" and config.unknown_grids == (4, 2, 0)
@@ -75,7 +87,20 @@ def test_compare(monkeypatch, capsys, tmp_path):
         "--arm",
         "dense",
     ]
-    arguments += ["--seeds", "2", "--ood", "noise", "--score", "msp", "--out", str(tmp_path)]
+    arguments += [
+        "--batch-size",
+        "64",
+        "--delta-t",
+        "1",
+        "--seeds",
+        "2",
+        "--ood",
+        "noise",
+        "--score",
+        "msp",
+        "--out",
+        str(tmp_path),
+    ]
     assert call(monkeypatch, *arguments) == 0
     assert "±" in capsys.readouterr().out
     assert call(monkeypatch, *arguments) == 0

@@ -321,11 +321,12 @@ def test_patch_shuffle_refuses_what_it_cannot_cut():
         PatchShuffle(3, share=1.5)
 
 
-def test_train_test_with_other_channels_is_refused(image_folder):
-    for file in (image_folder / "test").rglob("*.png"):
-        Image.open(file).convert("L").save(file)
+def test_train_test_with_other_channels_is_refused(tmp_path):
+    grey, colour = pixels(6, 8, 8), pixels(6, 8, 8, 3)
+    labels = np.arange(6) % 2
+    np.savez(tmp_path / "set.npz", x_train=colour, y_train=labels, x_test=grey, y_test=labels)
     with pytest.raises(DataError, match=r"3 channels in training, 1 in test"):
-        load_train_test(f"folder:{image_folder}")
+        load_train_test(f"npz:{tmp_path / 'set.npz'}")
 
 
 def test_load_unknowns_takes_the_test_split(image_folder):

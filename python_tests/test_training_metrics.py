@@ -14,7 +14,7 @@ from torch import nn
 from training.batches import Normalise
 from training.errors import TrainingError
 from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
-from training.scores import SCORES, Judge, collect, moon_score, unknown_log_odds
+from training.scores import SCORES, Judge, Outputs, collect, moon_score, unknown_log_odds
 
 
 def test_detection_metrics_of_a_worked_example():
@@ -25,14 +25,16 @@ def test_detection_metrics_of_a_worked_example():
     assert metrics["fpr95"] == pytest.approx(1 / 3)
     # All three known are accepted only with the threshold above 4, where two of three unknown are accepted.
     assert metrics["fpr95_known_positive"] == pytest.approx(2 / 3)
-    assert metrics["aupr_out"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
-    assert metrics["aupr_in"] == pytest.approx((1 / 1 + 2 / 2 + 3 / 5) / 3)
+    # Trapezoids between the points (recall, precision): (0, 1), (1/3, 1), (1/3, 1/2), (2/3, 2/3), (1, 3/4), ...
+    assert metrics["aupr_out"] == pytest.approx((1 + (1 / 2 + 2 / 3) / 2 + (2 / 3 + 3 / 4) / 2) / 3)
+    assert metrics["aupr_in"] == pytest.approx((1 + 1 + (1 / 2 + 3 / 5) / 2) / 3)
 
 
 def test_detection_metrics_count_ties_half():
     metrics = detection_metrics(torch.zeros(4), torch.zeros(3))
     assert metrics["auroc"] == 0.5
     assert metrics["fpr95"] == 1.0
+    assert metrics["aupr_out"] == pytest.approx((1 + 3 / 7) / 2)  # the field's convention, not 3 / 7
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([0.0, math.nan]), torch.tensor([math.inf]), torch.empty(0)])
@@ -210,3 +212,39 @@ def test_collect_gives_the_input_of_the_last_layer():
         torch.testing.assert_close(outputs.features, features)
         torch.testing.assert_close(outputs.logits, judge.model[3](features).double())
     assert not judge.model[3]._forward_pre_hooks
+
+
+def _judge_of_features(features, labels):
+    outputs = Outputs(torch.zeros(len(features), 3).double(), features)
+    return Judge(nn.Identity(), Normalise((0.0,), (1.0,)), 3, outputs, labels, torch.device("cpu")), outputs
+
+
+def test_a_feature_that_was_dead_in_fitting_counts_nothing():
+    torch.manual_seed(0)
+    labels, features = torch.arange(300) % 3, torch.randn(300, 8)
+    features[:, 4] = 0.0
+    features[:, 6] = features[:, 5]  # nor does a difference that was always zero
+    judge, fit = _judge_of_features(features, labels)
+    score = SCORES["mahalanobis"].make(judge)
+    changed = features.clone()
+    changed[:, 4] = 0.001
+    changed[:, 6] += 0.001
+    moved = score(Outputs(fit.logits, changed)) - score(fit)
+    assert moved.abs().max() < 0.01 * score(fit).std()
+    # Without such features it is the usual score.
+    alive = features[:, :4]
+    judge, fit = _judge_of_features(alive, labels)
+    centred = torch.cat([alive[labels == k] - alive[labels == k].mean(0) for k in range(3)]).double()
+    precision = torch.linalg.inv(centred.T @ centred)
+    off = torch.stack([alive.double() - alive[labels == k].double().mean(0) for k in range(3)])
+    expected = torch.einsum("kni,ij,knj->kn", off, precision, off).amin(0) / 2
+    torch.testing.assert_close(SCORES["mahalanobis"].make(judge)(fit), expected.float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 2, 2], [0, 1, 2, 2, 2], [0, 1, 2, 3, 4]])
+@pytest.mark.parametrize("name", ["mahalanobis", "knn", "react", "combined-all"])
+def test_scores_are_fitted_on_classes_with_one_image_or_none(name, labels):
+    judge, images = _judge(3, 3)
+    outputs = collect(judge.model, images, judge.normalise, judge.device)
+    judge.fit, judge.fit_labels = Outputs(outputs.logits[:5], outputs.features[:5]), torch.tensor(labels)
+    assert SCORES[name].make(judge)(outputs).isfinite().all()

@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import math
+import threading
+import warnings
 
 import pytest
 import torch
@@ -101,11 +104,11 @@ def test_tune_measures_every_cell(cache, monkeypatch):
 
 @needs_compiled
 @pytest.mark.parametrize("op", ["masked_linear", "masked_conv2d"])
-def test_tune_times_both_kernels(op, monkeypatch):
+def test_tune_times_both_kernels(op):
     heard = []
-    monkeypatch.setattr(_common, "listeners", [lambda name, choice: heard.append((name, choice.kernel))])
-    for kernel in ("cpu", "dense"):
-        module._call(op, torch.float32, "1x1", ">16", 0.1, kernel)()
+    with _common.listening(lambda name, choice: heard.append((name, choice.kernel))):
+        for kernel in ("cpu", "dense"):
+            module._call(op, torch.float32, "1x1", ">16", 0.1, kernel)()
     assert (op, "cpu") in heard and (op, "dense") in heard
 
 
@@ -120,9 +123,149 @@ def test_forced_is_undone_by_an_error():
     with pytest.raises(ZeroDivisionError), _common.forced("reference"):
         raise ZeroDivisionError
     heard = []
-    _common.listeners.append(lambda op, choice: heard.append(choice.reason))
-    try:
+    with _common.listening(lambda op, choice: heard.append(choice.reason)):
         masked_linear(torch.randn(2, 8), torch.randn(pattern.nnz), pattern)
-    finally:
-        _common.listeners.pop()
-    assert heard != ["forced"]
+    assert heard and heard != ["forced"]
+    assert _common._asking == 0
+
+
+# --- a cache that is damaged, or cannot be ---------------------------------------------------------------------------
+
+
+def damaged(change):
+    """A file with the defaults as this processor's table, changed by `change`."""
+    table = json.loads(json.dumps(_cpu.DEFAULT))
+    change(table)
+    return json.dumps({"format": 1, "devices": {_cpu.processor(): table}})
+
+
+def cell(value):
+    return damaged(lambda table: table["masked_linear"]["float32"]["1x1"].update({">16": value}))
+
+
+@needs_compiled
+@pytest.mark.parametrize(
+    "content",
+    [
+        damaged(lambda table: table.pop("masked_conv2d")),
+        damaged(lambda table: table["masked_linear"]["float32"].pop("blocks")),
+        damaged(lambda table: table["masked_linear"]["float32"]["1x1"].pop("1")),
+        damaged(lambda table: table.update(masked_linear=0.5)),
+        *map(cell, ("0.5", -0.1, 1.5, math.nan, math.inf, None, True, [0.5], {"1": 0.5}, 10**400)),
+        '{"format": 1, "devices": []}',
+        json.dumps({"format": 1, "devices": {_cpu.processor(): 0.5}}),
+        "[" * 100_000,
+        b"\xff\xfe",
+    ],
+)
+def test_a_damaged_table_warns_once_and_the_defaults_serve(cache, content):
+    """As a whole: no cell of a damaged table is used."""
+    cache.parent.mkdir()
+    cache.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.warns(RuntimeWarning, match=r"crossovers.json is not used .*tune\(\)") as caught:
+        for op, dtypes in _cpu.DEFAULT.items():
+            for structure, widths in dtypes["float32"].items():
+                for width, density in widths.items():
+                    limit, source = _cpu.crossover(op, torch.float32, structure, width)
+                    assert limit == density and "default" in source
+    assert len(caught) == 1
+    layer = ua.SparseLinear(16, 8, sparsity=0.5)
+    layer(torch.randn(20, 16)).sum().backward()
+
+
+@needs_compiled
+@pytest.mark.parametrize("fault", ["no home", "a folder in its place", "below a file", "unreadable"])
+def test_where_no_cache_can_be_the_measured_table_serves_this_process(tmp_path, monkeypatch, fault):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_crossovers, "_unsaved", {})
+    file = tmp_path / "uasparse_kernels" / "crossovers.json"
+    if fault == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(_crossovers.Path, "home", no_home)
+    elif fault == "a folder in its place":
+        (file / "x").mkdir(parents=True)
+    elif fault == "below a file":
+        file.parent.write_text("")
+    else:
+        monkeypatch.setattr(_crossovers.Path, "is_file", lambda _: (_ for _ in ()).throw(PermissionError(13, "denied")))
+        monkeypatch.setattr(_crossovers.os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    _crossovers._warn.cache_clear()
+    _cpu._crossover.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert _choose(0.01).kernel == "cpu"
+        ua.SparseLinear(16, 8, sparsity=0.5)(torch.randn(2, 16))
+    assert len(caught) == (fault in ("no home", "unreadable"))  # the others are as if nothing was ever measured
+    monkeypatch.setattr(module, "_sparse_is_faster", lambda *cell: cell[-1] < 0.02)
+    with pytest.warns(RuntimeWarning, match=r"serve this process only"):
+        table = ua.tune(verbose=False)
+    choice = _choose(0.1)
+    assert choice.kernel == "dense" and "measured" in choice.reason
+    assert table["masked_linear"]["float32"]["1x1"]["1"] < 0.05
+    left = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
+    assert all(name == "crossovers.json" for name in left)  # no half-written file
+    _cpu._crossover.cache_clear()
+
+
+# --- what a thread asks for is its own -------------------------------------------------------------------------------
+
+
+def test_forced_and_listening_are_of_their_thread():
+    pattern = SparsityPattern.random((8, 8), 0.5)
+    x, weight = torch.randn(2, 8), torch.randn(pattern.nnz)
+    elsewhere = []
+
+    def other():
+        with _common.listening(lambda op, choice: elsewhere.append(choice.reason)):
+            masked_linear(x, weight, pattern)
+
+    heard = []
+    with _common.forced("reference"), _common.listening(lambda op, choice: heard.append(choice.reason)):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        masked_linear(x, weight, pattern)
+    assert heard == ["forced"] and len(elsewhere) == 1 and elsewhere != ["forced"]
+
+
+def test_explain_beside_forwards_and_backwards_of_other_threads():
+    """One model in all threads: each explanation has the calls of its own, by the right names."""
+    model = ua.sparsify(torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 12)), 0.5)
+    model.eval()
+    x, stop, failures = torch.randn(3, 12), threading.Event(), []
+
+    def work(call):
+        try:
+            while not stop.is_set():
+                call()
+        except BaseException as error:
+            failures.append(error)
+
+    def step():
+        loss = torch.utils.checkpoint.checkpoint(model, x.clone().requires_grad_(), use_reentrant=False).sum()
+        torch.autograd.grad(loss, list(model.parameters()))
+
+    calls = [lambda: model(x), step, lambda: ua.explain(model, x)]
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    found = [[where for where, *_ in ua.explain(model, x)] for _ in range(100)]
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == [] and all(names == ["0", "2"] for names in found)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_explain_leaves_the_modes_as_they_were():
+    model = torch.nn.Sequential(ua.SparseLinear(8, 8, sparsity=0.5), torch.nn.Dropout(), torch.nn.BatchNorm1d(8))
+    model[1].eval()
+    ua.explain(model, torch.randn(4, 8))
+    assert [module.training for module in (model, *model)] == [True, True, False, True]
+    assert torch.equal(model[2].running_mean, torch.zeros(8))
+    with pytest.raises(ValueError):
+        ua.explain(model, torch.randn(4, 5))
+    assert [module.training for module in (model, *model)] == [True, True, False, True]

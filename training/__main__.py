@@ -198,7 +198,7 @@ def report_study_command(
 @app.command("mixture")
 def mixture_command(
     out: Annotated[Path, typer.Option(help="Folder of figure and numbers.")] = Path("runs/mixture"),
-    seeds: Annotated[int, typer.Option(help="Seeds 0 to N-1.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Seeds 0 to N-1.", min=1)] = 3,
 ) -> None:
     """Gaussian classes in the plane: confidence on points of no class against the loss's alpha. Half a minute."""
     torch.set_num_threads(1)  # networks of 32 units
@@ -232,19 +232,31 @@ def _print_results(results: dict[str, Any], title: str) -> None:
 
 
 def _set_threads(threads: int) -> None:
+    if not 0 <= threads < 1 << 16:
+        raise TrainingError(f"Expected threads from 0 (torch's choice), got {threads}.")
     if threads > 0:
         torch.set_num_threads(threads)
 
 
 def main() -> None:
-    """Runs the command line; an error that the user can repair is one message, and exit code 1."""
+    """Runs the command line; an error is one message, and exit code 1.
+
+    Those that the user can repair say how. Of one that nobody thought of, the traceback goes to the run's fit.log where
+    there is one, and to the screen if $UASPARSE_DEBUG is set.
+    """
     to_console = logging.StreamHandler()
     to_console.setLevel(logging.WARNING)  # what is below goes to the run's fit.log
     logging.basicConfig(handlers=[to_console])
     try:
         app()
-    except TrainingError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+    except Exception as error:
+        if os.environ.get("UASPARSE_DEBUG"):
+            raise
+        text = str(error)
+        if not isinstance(error, TrainingError):
+            text = f"{type(error).__name__}: {error}. UASPARSE_DEBUG=1 shows where, as does the fit.log of a run."
+        Console(stderr=True).print("[red]error:[/red]", end=" ")
+        Console(stderr=True).print(text, soft_wrap=True, highlight=False, markup=False)
         raise SystemExit(1) from error
 
 

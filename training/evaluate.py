@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from training.batches import Normalise
-from training.checkpoint import load_checkpoint
+from training.checkpoint import check_form, load_checkpoint, read_json
 from training.config import FitConfig
-from training.data import ImageSet, TrainTest, load_train_test, load_unknowns
+from training.data import ImageSet, TrainTest, load_train_test, load_unknown_sets
 from training.errors import CheckpointError, TrainingError
 from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
 from training.recipe import build_network
 from training.scores import SCORES, Judge, Outputs
+
+MAX_IMAGE_SIZE = 4096  # of a saved network; more is a damaged file
 
 
 @dataclass
@@ -44,12 +47,13 @@ def evaluate(
     """
     start = time.perf_counter()
     device = torch.device(device)
+    check_scores(scores)
     names = list(scores or SCORES)
-    if wrong := [name for name in names if name not in SCORES]:
-        raise TrainingError(f"Unknown scores {', '.join(wrong)}. Expected some of {', '.join(SCORES)}.")
     num_classes = data.train.num_classes
     judge = Judge.of(model, normalise, num_classes, data.train.images, data.train.labels, device)
     known = judge.outputs(data.test.images)
+    if not bool(known.logits.isfinite().all() and judge.fit.logits.isfinite().all()):
+        raise TrainingError("Expected finite outputs of the network, got NaN or infinite ones: its training diverged.")
     has_unknown = known.logits.shape[1] > num_classes
     scorers = {n: judge.scorer(n) for n in names if has_unknown or not SCORES[n].needs_unknown_output}
 
@@ -89,13 +93,75 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[nn.Modul
     state = load_checkpoint(file)
     if "result" not in state:
         raise CheckpointError(f"{file} is a checkpoint to resume from; expected the finished model.pt of a run.")
-    config = FitConfig.from_dict(state["config"])
+    config = config_in(file, state["config"])
+    _check_about(state, file)
     model, _ = build_network(config, len(state["classes"]), state["in_channels"], state["image_size"])
     try:
+        check_form(state["result"], model.state_dict(), "result")
         model.load_state_dict(state["result"])
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever torch makes of another's tensors
         raise CheckpointError(f"{file} does not hold the {config.model} that it says: {error}") from error
+    if not all(bool(v.isfinite().all()) for v in model.state_dict().values() if v.is_floating_point()):
+        raise CheckpointError(f"{file} holds weights that are NaN or infinite: its training diverged.")
     return model.to(device).eval(), config, state
+
+
+def _check_about(state: dict[str, Any], file: Path) -> None:
+    """What model.pt says of its data: see `_about` of run.py."""
+    channels = state.get("in_channels")
+    numbers = [state.get(name) for name in ("mean", "std")]
+    classes, size = state.get("classes"), state.get("image_size")
+    if (
+        not isinstance(classes, list)
+        or len(classes) < 2
+        or not all(isinstance(name, str) for name in classes)
+        or type(channels) is not int
+        or channels not in (1, 3)
+        or type(size) is not int
+        or not 1 <= size <= MAX_IMAGE_SIZE
+        or not all(isinstance(n, list) and len(n) == channels and all(map(_is_finite, n)) for n in numbers)
+        or min(state["std"]) <= 0
+    ):
+        raise CheckpointError(
+            f"{file} is damaged: expected classes, in_channels, image_size, mean and std of the data, got "
+            f"{classes!r:.80}, {channels!r:.20}, {size!r:.20}, {numbers[0]!r:.80}, {numbers[1]!r:.80}."
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def config_in(file: Path, values: Any) -> FitConfig:
+    """The config that a file holds. Raises CheckpointError that names it."""
+    try:
+        return FitConfig.from_dict(values)
+    except TrainingError as error:
+        raise CheckpointError(f"{file} holds no settings of this version: {error}") from error
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """results.json of a run. Raises CheckpointError unless it has what a study reads of it."""
+    results = read_json(file)
+    try:
+        config_in(file, results["config"])
+        cells = [cell for scores in results["unknown"].values() for cell in scores.values()]
+        numbers = [cell[metric] for cell in cells for metric in ("auroc", "fpr95")]
+        numbers += [results["known"][name] for name in ("accuracy", "ece", "nll", "brier")]
+        numbers += [results["cost"][name] for name in ("memory_bytes", "index_bytes")]
+        numbers += [results.get("seconds_per_epoch", 0), *results.get("mean_auroc", {}).values()]
+        if all(map(_is_finite, numbers)):
+            return results
+        reason = "a figure is no number"
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = repr(error)
+    raise CheckpointError(f"{file} holds no results of a run: {reason}. Remove it and run again.")
+
+
+def check_scores(names: Sequence[str] | None) -> None:
+    """Raises TrainingError for names that are not in SCORES."""
+    if wrong := [name for name in names or () if name not in SCORES]:
+        raise TrainingError(f"Unknown scores {', '.join(wrong)}. Expected some of {', '.join(SCORES)}.")
 
 
 def evaluate_checkpoint(
@@ -113,7 +179,7 @@ def evaluate_checkpoint(
         raise CheckpointError(
             f"{path} was trained on the classes {state['classes']}, {config.data} has {data.train.classes}."
         )
-    sets = [load_unknowns(spec, data, data_dir=data_dir or config.data_dir or None) for spec in unknowns]
+    sets = load_unknown_sets(unknowns, data, data_dir=data_dir or config.data_dir or None)
     normalise = Normalise(tuple(state["mean"]), tuple(state["std"]))
     return evaluate(model, data, sets, normalise=normalise, device=device, scores=scores)
 

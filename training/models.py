@@ -16,6 +16,8 @@ from torchvision.models.vgg import cfgs, make_layers
 import uasparse_kernels as ua
 from training.errors import TrainingError
 
+STEMS = ("auto", "cifar", "imagenet")
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -35,8 +37,8 @@ def build_model(name: str, num_outputs: int, in_channels: int, image_size: int, 
     """Builds a dense network; `uasparse_kernels.sparsify` makes it sparse. Raises TrainingError."""
     if name not in MODELS:
         raise TrainingError(f"Unknown model {name!r}. Expected one of {', '.join(MODELS)}.")
-    if stem not in ("auto", "cifar", "imagenet"):
-        raise TrainingError(f"Expected the stem auto, cifar or imagenet, got {stem!r}.")
+    if stem not in STEMS:
+        raise TrainingError(f"Expected the stem to be one of {', '.join(STEMS)}, got {stem!r}.")
     smallest = MIN_IMAGE_SIZE.get(name, 1)
     if image_size < smallest:
         raise TrainingError(

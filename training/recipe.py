@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import uasparse_kernels as ua
 from training.batches import Batches, Normalise
+from training.checkpoint import check_form
 from training.config import FIXED_SPARSITY, INITIAL_SPARSITY, FitConfig
-from training.data import TrainTest
+from training.data import TrainTest, check_classes
 from training.errors import CheckpointError, NonFiniteLossError, TrainingError
 from training.losses import LOSSES, LossSpec
 from training.models import build_model
@@ -39,7 +40,10 @@ def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float) ->
 def build_network(
     config: FitConfig, num_classes: int, in_channels: int, image_size: int
 ) -> tuple[nn.Module, nn.Module]:
-    """Builds (network, loss) as the config says; the network is sparse unless the method is dense."""
+    """Builds (network, loss) as the config says; the network is sparse unless the method is dense.
+
+    Raises TrainingError for settings that do not fit the network.
+    """
     loss_fn = LOSSES[config.loss](
         LossSpec(
             num_classes,
@@ -54,7 +58,16 @@ def build_network(
     )
     model = build_model(config.model, cast(int, loss_fn.num_outputs), in_channels, image_size, config.stem)
     if config.method != "dense":
-        model = ua.sparsify(model, **sparsity_options(config))
+        try:
+            model = ua.sparsify(model, **sparsity_options(config))
+        except ValueError as error:
+            raise TrainingError(f"{config.model} cannot be made sparse by these settings: {error}") from error
+        if not any(isinstance(module, ua.nn.SparseLayer) for module in model.modules()):
+            raise TrainingError(
+                f"Expected a layer of {config.model} that can be made sparse, got none: not one is divided by "
+                f"{config.block} blocks and given to the method {config.method} at sparsity {config.sparsity}. Give a "
+                "smaller --block, another sparsity, or --method dense."
+            )
     return model, loss_fn
 
 
@@ -87,6 +100,7 @@ class Trainer:
     """One run of `config` on `data`. Raises TrainingError for settings that cannot work together."""
 
     def __init__(self, config: FitConfig, data: TrainTest, device: torch.device | str = "cpu") -> None:
+        check_classes(data)
         self.config, self.data, self.device = config, data, torch.device(device)
         torch.manual_seed(config.seed)
         images = data.train.images
@@ -109,14 +123,15 @@ class Trainer:
         self.epoch = self.step = 0
         self._finite = _FiniteCheck(self.device)
         self._check_vote_settings()
+        self._check_forward()
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, float]:
         """Trains one epoch and returns its loss, accuracy, learning rate, seconds and compute_seconds.
 
         The latter leave out what other processes took of the processor, where one thread of a CPU does all the work.
 
-        Raises NonFiniteLossError, naming the first step whose loss was NaN or infinite; on a CPU before that step
-        changes a weight.
+        Raises NonFiniteLossError, naming the first step whose loss was NaN or infinite, on a CPU before that step
+        changes a weight; and where a weight is no longer finite at the end.
         """
         start, cpu_start = time.perf_counter(), time.process_time()
         config, cosine_steps = self.config, self.config.vote_start_epoch * len(self.batches)
@@ -149,6 +164,7 @@ class Trainer:
             if on_step is not None:
                 on_step(index, loss.detach())
         self._finite.raise_if_found(self.epoch)
+        self.check_weights()
         mean_loss, accuracy = (totals / len(self.batches)).tolist()
         record = {"epoch": self.epoch + 1, "train_loss": mean_loss, "train_accuracy": accuracy, "lr": rate}
         if isinstance(alpha := getattr(self.loss_fn, "alpha", None), Tensor):
@@ -161,10 +177,26 @@ class Trainer:
         return record
 
     def result(self) -> nn.Module:
-        """Returns the network to be evaluated: the average if there was a vote, else the last weights."""
-        if self.vote is None:
-            return self.model.eval()
-        return self.vote.result(self._make_batches(torch.Generator().manual_seed(self.config.seed + 1)))
+        """Returns the network to be evaluated: the average if there was a vote, else the last weights.
+
+        Raises NonFiniteLossError if it holds a value that is not finite.
+        """
+        if self.vote is not None:
+            self.vote.result(self._make_batches(torch.Generator().manual_seed(self.config.seed + 1)))
+        self.check_weights()
+        return (self.model if self.vote is None else self.vote.averaged.module).eval()
+
+    def check_weights(self) -> None:
+        """Raises NonFiniteLossError unless weights, optimiser state and average are all finite.
+
+        A loss may be finite and its gradient not, so that a step, the last of an epoch say, spoils what the next would
+        have told.
+        """
+        average = self.vote.averaged.state_dict() if self.vote is not None else {}
+        momenta = [value for state in self.optimizer.state.values() for value in state.values()]
+        values = [*self.model.state_dict().values(), *self.loss_fn.state_dict().values(), *average.values(), *momenta]
+        if not all(bool(v.isfinite().all()) for v in values if isinstance(v, Tensor) and v.is_floating_point()):
+            raise NonFiniteLossError(f"Weights are NaN or infinite after step {self.step - 1}.", self.step - 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that changes, tensors and plain values only."""
@@ -182,11 +214,13 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises CheckpointError for the state of a run with another network."""
+        """Raises CheckpointError for a state that is damaged or of a run with another network."""
         try:
+            self._check_form(state)
             self.model.load_state_dict(state["model"])
             self.loss_fn.load_state_dict(state["loss"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self._check_momenta()
             if self.topology is not None:
                 self.topology.load_state_dict(state["topology"])
             self.vote = None
@@ -198,8 +232,35 @@ class Trainer:
             if self.device.type == "cuda" and state["cuda_rng"]:
                 torch.cuda.set_rng_state_all(state["cuda_rng"])
             self.epoch, self.step = state["epoch"], state["step"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"The checkpoint does not fit this run: {error}.") from error
+            self.check_weights()
+        except Exception as error:  # whatever torch makes of another's tensors
+            reason = error if isinstance(error, CheckpointError) else repr(error)
+            raise CheckpointError(f"The checkpoint does not fit this run: {reason}.") from error
+
+    def _check_form(self, state: dict[str, Any]) -> None:
+        """Raises CheckpointError unless the state has the form that `state_dict` gives, where torch would not look."""
+        mine, free = self.state_dict(), ("topology", "optimizer", "vote", "cuda_rng")
+        check_form({name: state.get(name) for name in mine}, mine, free=free)
+        epoch, optimizer = state["epoch"], state["optimizer"]
+        if not 0 <= epoch <= self.config.epochs or state["step"] != epoch * len(self.batches):
+            raise CheckpointError(f"epoch {epoch} and step {state['step']} of {self.total_steps} steps")
+        if (state["vote"] is None) != (epoch <= self.config.vote_start_epoch):
+            raise CheckpointError(f"a vote at epoch {epoch} that is {'missing' if state['vote'] is None else 'early'}")
+        if state["vote"] is not None:
+            check_form(state["vote"], Vote(self.model).state_dict(), "vote")
+        check_form(optimizer["param_groups"], mine["optimizer"]["param_groups"], "optimizer", exact=True, free=("lr",))
+        if (state["topology"] is None) != (self.topology is None):
+            raise CheckpointError("a topology where none was expected, or none where one was")
+        if self.topology is not None:
+            nested = [name for name, value in mine["topology"].items() if isinstance(value, dict | list | tuple)]
+            check_form(state["topology"], mine["topology"], "topology", free=nested)
+
+    def _check_momenta(self) -> None:
+        """Raises CheckpointError unless each parameter's state is of its shape."""
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.dim() > 0 and value.shape != parameter.shape:
+                    raise CheckpointError(f"{name} of {tuple(value.shape)} for a weight of {tuple(parameter.shape)}")
 
     def _is_vote(self, index: int) -> bool:
         """Whether the weights after step `index` of an epoch of the vote count: every tenth of the epoch by default.
@@ -224,6 +285,8 @@ class Trainer:
             unknown_label = self.data.train.num_classes
             grids, seams = config.unknown_grids, config.unknown_seams
             unknowns = PatchShuffle(unknown_label, share=config.unknown_share, grids=grids, seams=seams)
+            images = self.data.train.images
+            unknowns.check(min(config.batch_size, len(images)), *images.shape[-2:])
         return Batches(
             self.data.train,
             self.normalise,
@@ -238,16 +301,28 @@ class Trainer:
         config = self.config
         if config.method == "dense":
             return None
-        return ua.DynamicSparsity(
-            self.model,
-            self.optimizer,
-            method=topology_method(config),
-            total_steps=self.total_steps,
-            delta_t=config.delta_t,
-            drop_fraction=config.drop_fraction,
-            stop_fraction=self._stop_fraction(),
-            generator=torch.Generator().manual_seed(config.seed),
-        )
+        end = math.ceil(self._stop_fraction() * self.total_steps)  # the first step that changes nothing any more
+        # As released, the topology hardly ever changes: that is one of the faults which are repeated.
+        if config.method != "static" and config.delta_t >= end and not config.as_released:
+            raise TrainingError(
+                f"Expected a topology update of method {config.method} before step {end} (stop_fraction of the "
+                f"{self.total_steps} steps of this training), got the first at step delta_t {config.delta_t}. "
+                + (f"Give a delta_t of at most {end - 1}, more epochs," if end > 1 else "Give more epochs")
+                + " or method static."
+            )
+        try:
+            return ua.DynamicSparsity(
+                self.model,
+                self.optimizer,
+                method=topology_method(config),
+                total_steps=self.total_steps,
+                delta_t=config.delta_t,
+                drop_fraction=config.drop_fraction,
+                stop_fraction=self._stop_fraction(),
+                generator=torch.Generator().manual_seed(config.seed),
+            )
+        except ValueError as error:
+            raise TrainingError(f"Method {config.method} cannot work with these settings: {error}") from error
 
     def _stop_fraction(self) -> float:
         """Share of all steps after which the topology is frozen.
@@ -267,6 +342,32 @@ class Trainer:
                 f"{config.stop_fraction:.0%}: networks with different patterns cannot be averaged. "
                 f"Give a stop_fraction of at most {math.floor(start * 100) / 100}, a smaller vote_fraction, or more "
                 "epochs."
+            )
+
+    @torch.no_grad()
+    def _check_forward(self) -> None:
+        """Raises TrainingError where the network cannot take the images, or batch norm has one value a channel."""
+        values: dict[str, int] = {}
+        norms = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        hooks = [
+            m.register_forward_pre_hook(lambda _, inputs, n=n: values.update({n: inputs[0][:, 0].numel()}))
+            for n, m in norms
+        ]
+        image = self.data.train.images[:1].to(self.device)
+        try:
+            self.model.eval()(self.normalise(image))
+        except (RuntimeError, ValueError) as error:
+            shape = "x".join(map(str, image.shape[1:]))
+            raise TrainingError(f"{self.config.model} cannot take images of {shape}: {error}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.model.train()
+        if self.batches.batch_size == 1 and (alone := [name for name, count in values.items() if count == 1]):
+            raise TrainingError(
+                f"Expected batches of two images at least: batch norm ({alone[0]} of {self.config.model}) has one "
+                f"value a channel to take statistics of, as images are {image.shape[-2]}x{image.shape[-1]}. Give a "
+                "larger --batch-size or --image-size."
             )
 
 

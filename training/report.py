@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from sklearn.metrics import roc_curve
 
+from training.checkpoint import write_atomically
 from training.scores import SCORES
 
 if TYPE_CHECKING:
@@ -123,9 +124,11 @@ def comparison_bars(summary: dict[str, Any]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    """Writes a PNG and closes the figure. Raises CheckpointError where it cannot be written."""
+    try:
+        write_atomically(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+    finally:
+        plt.close(figure)
     return path
 
 

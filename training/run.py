@@ -1,7 +1,8 @@
 """`fit`: one training run in one folder, from the data to the figures.
 
 The folder holds config.json, last.pt (to resume), model.pt (the result), metrics.jsonl (an epoch a line),
-results.json, scores.npz (the raw scores), fit.log and the figures.
+results.json, scores.npz (the raw scores), fit.log and the figures; while the run goes on also .lock, which keeps others
+out.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from torch import Tensor
 
 import uasparse_kernels as ua
 from training import report
-from training.checkpoint import load_checkpoint, read_json, save_checkpoint, write_atomically, write_json
+from training.checkpoint import (
+    load_checkpoint,
+    locked,
+    read_json,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 from training.config import FitConfig
 from training.cost import training_cost
-from training.data import TrainTest, load_unknowns
-from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError
-from training.evaluate import Evaluation, evaluate, load_data
+from training.data import TrainTest, load_unknown_sets
+from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
+from training.evaluate import Evaluation, check_scores, config_in, evaluate, load_data, read_results
 from training.metrics import classification_metrics
 from training.recipe import Trainer
 from training.scores import collect
@@ -37,8 +45,13 @@ log = logging.getLogger("training")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is the GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else torch.device(name)
+    """`auto` is the GPU if there is one. Raises TrainingError for a device that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = {"auto": "cuda" if count else "cpu", "cpu": "cpu"}
+    there |= {"cuda": "cuda"} | {f"cuda:{n}": f"cuda:{n}" for n in range(count)} if count else {}
+    if name not in there:
+        raise TrainingError(f"Expected a device of {', '.join(there)} on this machine, got {name!r}.")
+    return torch.device(there[name])
 
 
 def fit(
@@ -64,39 +77,46 @@ def fit(
     console = console or Console()
     ua.keep_freed_memory()
     data = data or load_data(config)
-    unknown_sets = [load_unknowns(spec, data, data_dir=config.data_dir or None) for spec in unknowns]
+    unknown_sets = load_unknown_sets(unknowns, data, data_dir=config.data_dir or None)
+    check_scores(scores)
     last = run_dir / "last.pt"
-    _check_folder(config, run_dir, resume)
-    with _log_to(run_dir / "fit.log"):
-        trainer = Trainer(config, data, pick_device(device))
+    with locked(run_dir):
+        state = _check_folder(config, run_dir, resume)
         history: list[dict[str, Any]] = []
-        if resume and last.is_file():
-            state = load_checkpoint(last)
-            trainer.load_state_dict(state)
-            history = state["history"]
-            log.info("resumed after epoch %d", trainer.epoch)
-        write_json(run_dir / "config.json", config.to_dict())
-        log.info("%s: %s on %s, %d steps", config.arm, config.model, config.data, trainer.total_steps)
-        _train(trainer, history, run_dir, console, deadline)
-        cost = training_cost(trainer.model, trainer.optimizer, trainer.vote)
-        model = trainer.result()
-        save_checkpoint(run_dir / "model.pt", {"result": model.state_dict(), **_about(trainer)})
-        judged = evaluate(model, data, unknown_sets, normalise=trainer.normalise, device=trainer.device, scores=scores)
-        results = {
-            "arm": config.arm,
-            "config": config.to_dict(),
-            "seconds_per_epoch": float(np.median([record["seconds"] for record in history])),
-            "compute_seconds_per_epoch": float(np.median([r.get("compute_seconds", r["seconds"]) for r in history])),
-            "cost": cost,
-            **judged.results,
-        }
-        if not lean:
-            save_scores(run_dir / "scores.npz", judged)
-            report.draw_run(run_dir, history, judged)
-        write_json(run_dir / "results.json", results)  # last: its presence says that the run is finished
-        log.info("accuracy %.4f, ECE %.4f", results["known"]["accuracy"], results["known"]["ece"])
-    if lean:
-        last.unlink()
+        with _log_to(run_dir / "fit.log"):
+            trainer = Trainer(config, data, pick_device(device))
+            if state is not None:
+                trainer.load_state_dict(state)
+                history = state["history"]
+                _write_metrics(history, run_dir)  # a kill may have come between last.pt and it
+                log.info("resumed after epoch %d", trainer.epoch)
+            write_json(run_dir / "config.json", config.to_dict())
+            log.info("%s: %s on %s, %d steps", config.arm, config.model, config.data, trainer.total_steps)
+            _train(trainer, history, run_dir, console, deadline)
+            cost = training_cost(trainer.model, trainer.optimizer, trainer.vote)
+            with _explained(config, run_dir, len(history)):
+                model = trainer.result()
+            save_checkpoint(run_dir / "model.pt", {"result": model.state_dict(), **_about(trainer)})
+            judged = evaluate(
+                model, data, unknown_sets, normalise=trainer.normalise, device=trainer.device, scores=scores
+            )
+            results = {
+                "arm": config.arm,
+                "config": config.to_dict(),
+                "seconds_per_epoch": float(np.median([record["seconds"] for record in history])),
+                "compute_seconds_per_epoch": float(
+                    np.median([r.get("compute_seconds", r["seconds"]) for r in history])
+                ),
+                "cost": cost,
+                **judged.results,
+            }
+            if not lean:
+                save_scores(run_dir / "scores.npz", judged)
+                report.draw_run(run_dir, history, judged)
+            write_json(run_dir / "results.json", results)  # last: its presence says that the run is finished
+            log.info("accuracy %.4f, ECE %.4f", results["known"]["accuracy"], results["known"]["ece"])
+        if lean:
+            last.unlink(missing_ok=True)
     return results
 
 
@@ -118,18 +138,13 @@ def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, conso
         while trainer.epoch < config.epochs:
             if time.time() > deadline:
                 raise OutOfTimeError(f"Time is over after epoch {trainer.epoch} of {config.epochs}.")
-            try:
-                record = trainer.train_epoch(on_step)
-            except NonFiniteLossError as error:
-                last = run_dir / "last.pt"
-                kept = f"The last good checkpoint, after epoch {trainer.epoch}, is {last}." if last.exists() else (
-                    "There is no checkpoint yet."
-                )  # fmt: skip
-                message = f"{error} {kept} Try a lower lr_max (now {config.lr_max})."
-                log.error(message)
-                raise NonFiniteLossError(message, error.step) from error
             test = trainer.data.test
-            outputs = collect(trainer.model, test.images, trainer.normalise, trainer.device)
+            with _explained(config, run_dir, len(history)):
+                record = trainer.train_epoch(on_step)
+                outputs = collect(trainer.model, test.images, trainer.normalise, trainer.device)
+                if not bool(outputs.logits.isfinite().all()):
+                    step = trainer.step - 1
+                    raise NonFiniteLossError(f"The outputs are NaN or infinite after step {step}.", step)
             known = classification_metrics(outputs.logits, test.labels)
             record |= {"test_accuracy": known["accuracy"], "test_ece": known["ece"]}
             if outputs.logits.shape[1] > trainer.data.train.num_classes:
@@ -146,10 +161,29 @@ def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, conso
                 console.print(line)
 
 
+@contextmanager
+def _explained(config: FitConfig, run_dir: Path, epochs_done: int) -> Iterator[None]:
+    """Adds to a NonFiniteLossError what is left to go on from, and what to do."""
+    try:
+        yield
+    except NonFiniteLossError as error:
+        kept = f"The last good checkpoint, after epoch {epochs_done}, is {run_dir / 'last.pt'}."
+        message = (
+            f"{error} {kept if epochs_done else 'There is no checkpoint yet.'} Try a lower lr_max (now "
+            f"{config.lr_max}) in another folder: --resume goes on with the same settings, and comes to the same step."
+        )
+        log.error(message)
+        raise NonFiniteLossError(message, error.step) from error
+
+
 def _save(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path) -> None:
     save_checkpoint(
         run_dir / "last.pt", {**trainer.state_dict(), "history": history, "config": trainer.config.to_dict()}
     )
+    _write_metrics(history, run_dir)
+
+
+def _write_metrics(history: list[dict[str, Any]], run_dir: Path) -> None:
     lines = "".join(json.dumps(record) + "\n" for record in history)
     write_atomically(run_dir / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
@@ -166,16 +200,45 @@ def _about(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _check_folder(config: FitConfig, run_dir: Path, resume: bool) -> None:
+def _check_folder(config: FitConfig, run_dir: Path, resume: bool) -> dict[str, Any] | None:
+    """Returns the state to go on from, if there is one. Raises CheckpointError if the folder holds another run."""
     present = [name for name in ("last.pt", "results.json") if (run_dir / name).exists()]
-    if present and not resume:
-        raise CheckpointError(f"{run_dir} holds a run already ({', '.join(present)}). Use --resume, or another folder.")
-    if resume and (run_dir / "config.json").is_file():
-        differences = FitConfig.from_dict(read_json(run_dir / "config.json")).differences(config)
-        if differences:
+    if not resume:
+        if present:
             raise CheckpointError(
-                f"{run_dir} holds a run with other settings: {'; '.join(differences)} (there and here)."
+                f"{run_dir} holds a run already ({', '.join(present)}). Use --resume, or another folder."
             )
+        return None
+    state = load_checkpoint(run_dir / "last.pt") if "last.pt" in present else None
+    found = {"last.pt": state["config"]} if state is not None else {}
+    if (run_dir / "config.json").is_file():
+        found["config.json"] = read_json(run_dir / "config.json")
+    elif "results.json" in present:
+        found["results.json"] = read_results(run_dir / "results.json")["config"]
+    for name, values in found.items():
+        if differences := config_in(run_dir / name, values).differences(config):
+            raise CheckpointError(
+                f"{run_dir / name} is of a run with other settings: {'; '.join(differences)} (there and here)."
+            )
+    if state is not None:
+        _check_history(state, run_dir / "last.pt")
+    return state
+
+
+def _check_history(state: dict[str, Any], file: Path) -> None:
+    history = state.get("history")
+    names = ("epoch", "train_loss", "train_accuracy", "lr", "seconds", "test_accuracy")
+    if not isinstance(history, list) or not all(
+        isinstance(record, dict)
+        and record.keys() | {"compute_seconds"} == history[0].keys() | {"compute_seconds"}  # older runs lack it
+        and all(name in record for name in names)
+        and all(type(value) in (int, float) for value in record.values())
+        for record in history
+    ):
+        raise CheckpointError(f"{file} is damaged: expected a history of {', '.join(names)}, an epoch each.")
+    epoch = state.get("epoch")
+    if type(epoch) is not int or epoch != len(history) or any(r["epoch"] != n for n, r in enumerate(history, 1)):
+        raise CheckpointError(f"{file} is damaged: its history is not that of {epoch!r:.80} epochs.")
 
 
 def save_scores(path: Path, judged: Evaluation) -> None:
@@ -184,11 +247,20 @@ def save_scores(path: Path, judged: Evaluation) -> None:
     write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
+class _LogFile(logging.FileHandler):
+    """A log file; a full disk does not fill the screen with tracebacks, as what matters will say so itself."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 @contextmanager
 def _log_to(path: Path) -> Iterator[None]:
     """Sends what this package and uasparse_kernels log to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    try:
+        handler = _LogFile(path)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {path}: {error}.") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger("training"), logging.getLogger("uasparse_kernels")]
     levels = [logger.level for logger in loggers]
@@ -197,6 +269,11 @@ def _log_to(path: Path) -> Iterator[None]:
         logger.setLevel(logging.INFO)
     try:
         yield
+    except TrainingError:
+        raise
+    except Exception:
+        log.info("the run ended by an error that was not foreseen", exc_info=True)  # INFO: for the file alone
+        raise
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)

@@ -1,8 +1,8 @@
 """Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
 
 "combined", "combined-features" and "combined-all" join several. Those on class logits see the first K only. Post-hoc
-detectors are pytorch-ood's, with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is
-fitted on training images.
+detectors are pytorch-ood's (but Mahalanobis, which there cannot do with dead features), with the hyper-parameters of
+their papers: nothing is tuned, and what has to be fitted is fitted on training images.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from pytorch_ood.detector import KNN, ODIN, EnergyBased, Entropy, Mahalanobis, MaxLogit, MaxSoftmax
+from pytorch_ood.detector import KNN, ODIN, EnergyBased, Entropy, MaxLogit, MaxSoftmax
 from torch import Tensor, nn
 
 from training.batches import Normalise
@@ -22,6 +22,7 @@ from training.models import head_of
 FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
 KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10
 REACT_QUANTILE = 0.9  # of all activations, the paper's choice
+DEAD_VARIANCE = 1e-10  # of the largest: below, a direction of the features is one that did not vary in fitting
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,8 +108,25 @@ def _knn(judge: Judge) -> Callable[[Outputs], Tensor]:
 
 
 def _mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
-    detector = Mahalanobis(None).fit_features(judge.fit.features, judge.fit_labels)
-    return lambda outputs: detector.predict_features(outputs.features)
+    """Half the squared Mahalanobis distance to the nearest class mean (Lee et al., arXiv 1807.03888, equation 2).
+
+    The scatter about the class means is summed, not averaged, and inverted by its pseudo-inverse, as OpenOOD does: a
+    direction in which the features did not vary in fitting (a dead unit, of which sparse networks have some) counts
+    nothing. The study's stored runs were scored with pytorch-ood's inverse of the sum plus 1e-6: equal but for such
+    directions, of which a thousandth moved the score by ten thousands.
+    """
+    features, labels = judge.fit.features.double(), judge.fit_labels
+    means = torch.stack([features[labels == k].mean(0) for k in labels.unique()])
+    centred = features - means[labels.unique(return_inverse=True)[1]]
+    variances, directions = torch.linalg.eigh(centred.T @ centred)
+    alive = variances > DEAD_VARIANCE * variances[-1]
+    whitening = directions[:, alive] / variances[alive].sqrt()
+
+    def score(outputs: Outputs) -> Tensor:
+        white = outputs.features.double() @ whitening
+        return torch.stack([(white - mean).square().sum(1) / 2 for mean in means @ whitening]).amin(0).float()
+
+    return score
 
 
 def _combined(names: Sequence[str]) -> Callable[[Judge], Callable[[Outputs], Tensor]]:

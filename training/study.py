@@ -17,6 +17,7 @@ from training.checkpoint import read_json, write_atomically
 from training.claims import Claim
 from training.config import ARM_PARTS, PLAIN_ARM, FitConfig
 from training.errors import TrainingError
+from training.evaluate import read_results
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 Key = tuple[str, str, float, int, str]
@@ -79,8 +80,11 @@ def read_study(path: Path) -> Study:
     if path.is_file():
         stored = read_json(path)
         try:
-            return Study(stored["settings"], [Row(**values) for values in stored["rows"]])
-        except (KeyError, TypeError) as error:
+            study = Study(dict(stored["settings"]), [Row(**values) for values in stored["rows"]])
+            if all(isinstance(row.auroc, dict) and isinstance(row.known, dict) for row in study.rows):
+                return study
+            raise TypeError("a row without figures")
+        except (KeyError, TypeError, ValueError) as error:
             raise TrainingError(f"Expected a study that `report-study` stored, got {path}: {error!r}.") from error
     files = sorted(path.rglob("results.json"))
     if not files:
@@ -88,7 +92,7 @@ def read_study(path: Path) -> Study:
     settings: dict[str, Any] = {}
     rows = []
     for file in files:
-        results = read_json(file)
+        results = read_results(file)
         found = shared_settings(FitConfig.from_dict(results["config"]))
         check_settings(settings, found, file)
         settings |= found

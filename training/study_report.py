@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from training.checkpoint import write_atomically
 from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
+from training.errors import TrainingError
 from training.report import save_figure
 from training.study import Judgement, Row, judge, read_study, spread_of
 
@@ -70,11 +73,15 @@ def write_study(folder: Path, page: Path) -> list[Path]:
 def insert(page: Path, name: str, text: str) -> None:
     """Replaces what is between the marks of a study in a page; adds page and marks where there are none."""
     start, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
-    content = page.read_text() if page.is_file() else START
+    try:
+        content = page.read_text() if page.is_file() else START
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"Cannot read the page {page}: {error}.") from error
     if start not in content or end not in content:
         content += f"\n## Study: {name}\n\n{start}{end}"
     before, rest = content.split(start, 1)
-    page.write_text(before + start + text + end + rest.split(end, 1)[1])
+    whole = before + start + text + end + rest.split(end, 1)[1]
+    write_atomically(page, lambda file: file.write(whole.encode()))
 
 
 def _about(rows: Sequence[Row]) -> str:
@@ -204,7 +211,7 @@ def full_name(row: Row) -> str:
 
 def write_means(rows: Sequence[Row], path: Path) -> None:
     """Mean and sample standard deviation of AUROC and FPR95 for every arm, sparsity, set and score; from 0 to 1."""
-    with path.open("w", newline="") as file:
+    with io.StringIO() as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["arm", "sparsity", "set", "score", "metric", "runs", "mean", "std"])
         for (name, sparsity), group in _groups(rows).items():
@@ -220,6 +227,8 @@ def write_means(rows: Sequence[Row], path: Path) -> None:
                 table.writerow(
                     [name, sparsity, which, score, metric, len(values), f"{statistics.fmean(values):.5f}", f"{std:.5f}"]
                 )
+        content = file.getvalue().encode()
+    write_atomically(path, lambda out: out.write(content))
 
 
 def draw_claims(judgements: Sequence[Judgement]) -> Figure:

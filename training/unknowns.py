@@ -35,10 +35,23 @@ class PatchShuffle:
         if not grids or any(grid < 2 and grid != 0 for grid in grids):
             listed = ", ".join(map(str, grids)) or "none"
             raise TrainingError(f"Expected at least 2 patches a side, or 0 for single pixels, got {listed}.")
+        if any(seam < 0 for seam in seams):
+            raise TrainingError(f"Expected seams of 0 pixels or more, got {', '.join(map(str, seams))}.")
         if len(seams) not in (1, len(grids)):
             raise TrainingError(f"Expected one seam, or one for each of {len(grids)} grids, got {len(seams)}.")
         self.unknown_label, self.share, self.grids = unknown_label, share, tuple(grids)
         self.seams = tuple(seams) * (len(grids) if len(seams) == 1 else 1)
+
+    def check(self, batch_size: int, height: int, width: int) -> None:
+        """Raises TrainingError unless batches of such images can be given unknowns, and keep some known images."""
+        num = round(batch_size * self.share)
+        if not 0 < num < batch_size:
+            raise TrainingError(
+                f"Expected unknown_share to take some but not all images of a batch of {batch_size}, got {self.share}, "
+                f"which takes {num}."
+            )
+        for grid, seam in zip(self.grids, self.seams, strict=True):
+            _patch_size(height, width, grid, seam)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         num = round(len(x) * self.share)
@@ -64,13 +77,7 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int 
     """
     num, channels, height, width = x.shape
     rows, columns = (grid, grid) if grid else (height, width)
-    if height % rows or width % columns:
-        raise TrainingError(
-            f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid."
-        )
-    stride = height // rows, width // columns
-    if not 0 <= 2 * seam <= min(stride):
-        raise TrainingError(f"Expected a seam of at most half of the {stride[0]}x{stride[1]} patches, got {seam}.")
+    stride = _patch_size(height, width, grid, seam)
     size, padded = (stride[0] + 2 * seam, stride[1] + 2 * seam), (height + 2 * seam, width + 2 * seam)
     order = torch.rand(num, rows * columns, generator=generator).argsort(1).to(x.device, non_blocking=True)
     patches = F.unfold(F.pad(x, (seam,) * 4, mode="replicate") if seam else x, size, stride=stride)
@@ -80,6 +87,18 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int 
     window, weight = _blend(channels, stride, grid, seam, x.dtype, x.device)
     mixed = F.fold(patches.mul_(window), padded, size, stride=stride)
     return mixed[..., seam:-seam, seam:-seam] / weight
+
+
+def _patch_size(height: int, width: int, grid: int, seam: int) -> tuple[int, int]:
+    rows, columns = (grid, grid) if grid else (height, width)
+    if height % rows or width % columns:
+        raise TrainingError(
+            f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid."
+        )
+    size = height // rows, width // columns
+    if not 0 <= 2 * seam <= min(size):
+        raise TrainingError(f"Expected a seam of at most half of the {size[0]}x{size[1]} patches, got {seam}.")
+    return size
 
 
 @lru_cache(maxsize=16)

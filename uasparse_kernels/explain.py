@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,35 +31,42 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     """Runs a module, or an op, on the given arguments and tells which kernel served each of its sparse ops.
 
     ``explain(model, x)`` or ``explain(ops.masked_linear, x, weight, pattern)``. The call is made without gradients, a
-    module in eval mode for its time, so that nothing changes.
+    module in eval mode for its time, so that nothing changes. Only calls of this thread are told, so that the module
+    may serve other threads meanwhile; it is in eval mode for them too (one that they train should be copied first).
 
     Returns:
         One :class:`Explanation` a call, in order; ``where`` is the layer's name, or the op's for a lone call.
     """
     found: list[Explanation] = []
-    stack = [""]
+    modules = dict(target.named_modules()) if isinstance(target, nn.Module) else {}
+    names = {id(module): name for name, module in modules.items()}
 
     def listener(op: str, choice: _common.Choice) -> None:
-        found.append(Explanation(stack[-1] or op, op, *choice))
+        found.append(Explanation(_innermost(names) or op, op, *choice))
 
-    handles, modes = [], {}
-    if isinstance(target, nn.Module):
-        modes = {module: module.training for module in target.modules()}
-        target.eval()
-        for name, module in target.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
-            handles.append(module.register_forward_hook(lambda *_: stack.pop() and None, always_call=True))
-    _common.listeners.append(listener)
+    training = [module for module in modules.values() if module.training]
+    for module in training:
+        module.training = False
     try:
-        with torch.no_grad():
+        with _common.listening(listener), torch.no_grad():
             target(*args, **kwargs)
     finally:
-        _common.listeners.remove(listener)
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+        for module in training:
+            module.training = True
     return found
+
+
+def _innermost(names: dict[int, str]) -> str | None:
+    """The name of the innermost module whose method is running, found on the stack.
+
+    Hooks would tell it too, but they would be on a module that other threads may share.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if (name := names.get(id(frame.f_locals.get("self")))) is not None:
+            return name
+        frame = frame.f_back
+    return None
 
 
 def backend_info() -> dict[str, Any]:

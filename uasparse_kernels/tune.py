@@ -23,7 +23,8 @@ def tune(device: torch.device | str = "cpu", *, verbose: bool = True) -> _crosso
     """Measures the densities at which the dense kernels become faster than the sparse ones on a device.
 
     It takes about a minute on an idle machine; the CPU is measured with the current number of threads. The densities
-    are kept in a file of the platform's cache folder, for this process and later ones.
+    are kept in a file of the platform's cache folder, for this process and later ones; where that cannot be written
+    they serve this process, with a warning.
 
     Args:
         device: the CPU, or a CUDA device.
@@ -59,7 +60,7 @@ def tune(device: torch.device | str = "cpu", *, verbose: bool = True) -> _crosso
 
 def _keep(name: str, table: _crossovers.Table, verbose: bool) -> _crossovers.Table:
     file = _crossovers.save(name, table)
-    if verbose:
+    if verbose and file is not None:
         print(f"kept in {file}")
     return table
 

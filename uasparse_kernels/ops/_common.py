@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,31 +22,68 @@ class Choice(NamedTuple):
     reason: str
 
 
-# Called with op and choice at every call of an op: how explain() learns what was picked.
-listeners: list[Callable[[str, Choice], None]] = []
+Listener = Callable[[str, Choice], None]
 
 
-_forced: str | None = None
+class _OfThread(threading.local):
+    """What a thread asked for. Others, autograd's own included, neither hear nor obey it."""
+
+    forced: str | None = None
+    listeners: tuple[Listener, ...] = ()
+
+
+_of_thread = _OfThread()
+_asking = 0  # how many forced() and listening() are open in all threads: while none is, a call looks no further
+_asking_lock = threading.Lock()
 
 
 def announce(op: str, choice: Choice) -> str:
-    """Tells the listeners of a choice; returns its kernel."""
-    if _forced is not None:
-        choice = Choice(_forced, "forced")
-    for listener in listeners:
+    """Tells the thread's listeners of a choice; returns its kernel."""
+    return _announce(op, choice) if _asking else choice.kernel
+
+
+def _announce(op: str, choice: Choice) -> str:
+    if _of_thread.forced is not None:
+        choice = Choice(_of_thread.forced, "forced")
+    for listener in _of_thread.listeners:
         listener(op, choice)
     return choice.kernel
 
 
 @contextlib.contextmanager
 def forced(kernel: str) -> Iterator[None]:
-    """Every call is served by ``kernel``, whatever would be chosen: for measurements and tests."""
-    global _forced
-    before, _forced = _forced, kernel
+    """Every call of this thread is served by ``kernel``, whatever would be chosen: for measurements and tests."""
+    before = _of_thread.forced
+    with _ask():
+        _of_thread.forced = kernel
+        try:
+            yield
+        finally:
+            _of_thread.forced = before
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """``listener`` is called with op and choice at every call of an op in this thread: how explain() learns of them."""
+    before = _of_thread.listeners
+    with _ask():
+        _of_thread.listeners = (*before, listener)
+        try:
+            yield
+        finally:
+            _of_thread.listeners = before
+
+
+@contextlib.contextmanager
+def _ask() -> Iterator[None]:
+    global _asking
+    with _asking_lock:
+        _asking += 1
     try:
         yield
     finally:
-        _forced = before
+        with _asking_lock:
+            _asking -= 1
 
 
 def pattern_tensors(pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -74,7 +74,7 @@ def crossover(op: str, dtype: torch.dtype, structure: str, width: str) -> tuple[
 
 @functools.lru_cache
 def _crossover(op: str, dtype: str, structure: str, width: str) -> tuple[float, str]:
-    found = _crossovers.load(processor())
+    found = _crossovers.load(processor(), DEFAULT)
     if found is not None:
         return found[op][dtype][structure][width], "measured on this machine"
     return DEFAULT[op][dtype][structure][width], "default; uasparse_kernels.tune() measures this machine's"
@@ -88,7 +88,7 @@ def processor() -> str:
     """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return platform.processor() or platform.machine()
     fields = {key.strip(): value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
     name = fields.get("model name", platform.machine())

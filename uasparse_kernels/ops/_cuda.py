@@ -66,7 +66,7 @@ def _crossover(op: str, arithmetic: str, block: str, device: int | None) -> tupl
     if device is not None:
         name = torch.cuda.get_device_name(device)
         for table, source in (
-            (_crossovers.load(name), "measured on this machine"),
+            (_crossovers.load(name, PREDICTED, partial=True), "measured on this machine"),
             (MEASURED.get(name), f"measured on {name}"),
         ):
             found = (table or {}).get(op, {}).get(arithmetic, {}).get(block)
