@@ -24,7 +24,8 @@ class DynamicSparsity:
 
     Call :meth:`step` once an optimiser step, after ``loss.backward()`` and before the gradients are zeroed. On an
     update step the method decides for all layers at once what they drop and grow; weights, gradients in flight and
-    every optimiser state tensor of the weight's shape move along in place, grown entries starting at zero. Most methods
+    every optimiser state tensor of the weight's shape move along in place. Entries that were inactive start at zero;
+    those that are dropped and grown at the same update stay as they are. Most methods
     grow as many blocks as they drop, ``ceil(fraction * blocks)`` a layer, so that no size ever changes, and leave fully
     dense layers alone. Gradual pruning (and SRigL's ablation) changes the number of active weights: packed weights and
     their states take new sizes then, parameters keeping their identity. Growth by gradient sees every backward pass
@@ -159,7 +160,8 @@ class DynamicSparsity:
         for name, (dropped, grown) in zip(names, changes, strict=True):
             layer = self.layers[name]
             change = apply if dropped.numel() == grown.numel() else resize
-            change(layer.weight, layer.pattern, dropped, self._agree(grown), self._states(layer.weight))
+            states, reset = self._states(layer.weight), self.method.reset_regrown
+            change(layer.weight, layer.pattern, dropped, self._agree(grown), states, reset_regrown=reset)
 
     def _check_method(self, method: Method) -> None:
         for name, layer in self.layers.items():

@@ -186,7 +186,9 @@ class Method:
         scope: "layer" drops the same share of each layer. "global" compares the scores of all layers (of one block
             size); every layer keeps at least its best block, and grows in itself what it lost. With gradual pruning,
             what goes for good is found globally, and replacement is by layer (as in GraNet).
-        regrow_dropped: whether a just-dropped block may be grown again, at zero.
+        regrow_dropped: whether a just-dropped block may be grown again; it then stays as it is, optimiser state
+            included.
+        reset_regrown: whether such a block starts at zero instead, as others that are grown.
         final_sparsity: of gradual pruning, reached at the last update by the cubic schedule; None keeps the density.
             By "layer" each layer ends with it, by "global" all together.
     """
@@ -195,6 +197,7 @@ class Method:
     grow: Grower | None = field(default_factory=GradientGrowth)
     scope: str = "layer"
     regrow_dropped: bool = True
+    reset_regrown: bool = False
     final_sparsity: float | None = None
 
     def __post_init__(self) -> None:
