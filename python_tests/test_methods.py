@@ -344,7 +344,7 @@ def test_srigl_is_the_papers(min_salient, last, seed):
     for step in range(5):
         gradient = torch.randn(rows, columns, generator=g, dtype=torch.float64) * scale
         if step == 2:  # what was ablated is wanted again
-            gradient = gradient / scale
+            gradient = gradient / scale**3
         weight, mask, n = pattern.pack(w), pattern.to_mask(), pattern.num_blocks
         k = math.ceil(0.3 * n)
         survive = torch.zeros(rows * columns, dtype=torch.bool)
