@@ -202,7 +202,7 @@ def test_dropped_weights_stay_out_where_they_are_no_candidates(name, sparsity):
 
 def test_mest_drops_by_weight_and_gradient():
     layer = ua.SparseLinear(30, 20, sparsity=0.7, dtype=torch.float64)
-    method = topology.MEST(drop=topology.magnitude_and_gradient(3.0))
+    method = topology.MEST(drop=topology.magnitude_and_gradient(3.0), reset_regrown=True)  # zeros tell what was grown
     dst = ua.DynamicSparsity(layer, torch.optim.SGD(layer.parameters(), 0.0), method=method, total_steps=9, delta_t=1)
     with pytest.raises(RuntimeError, match="before zero_grad"):
         dst.step()
@@ -322,8 +322,6 @@ def test_srigl_keeps_a_constant_fan_in(block, min_salient):
             alive = counts > 0
             fan_in = initial[n] // int(alive.sum())
             assert (counts[alive] == min(fan_in, layer.pattern.grid[1])).all()
-            if history[n]:
-                assert not (alive & ~history[n][-1]).any()  # ablation is for good
             history[n].append(alive)
 
     train(model, topology.SRigL(min_salient=min_salient), drop_fraction=0.5, on_update=check)
@@ -332,34 +330,78 @@ def test_srigl_keeps_a_constant_fan_in(block, min_salient):
     assert ablated > 0 or min_salient < 0.9
 
 
-def test_srigl_is_the_papers():
-    """Against the steps of section 3, one by one, on a small layer with ties out of the way."""
-    g = torch.Generator().manual_seed(5)
-    pattern = topology.structured_pattern((8, 20), 0.25, "fan-in", generator=g)
-    weight = torch.randn(40, generator=g, dtype=torch.float64)
-    gradient = torch.randn(8, 20, generator=g, dtype=torch.float64)
-    w, mask = pattern.unpack(weight).abs(), pattern.to_mask()
-    w[2], gradient[2] = w[2] * 1e-3, gradient[2] * 1e-3  # a neuron without salient weights
-    weight = pattern.pack(w)
-    layer = topology.LayerUpdate(weight, None, pattern, 40, lambda: iter([(0, gradient)]))
-    ((dropped, grown),) = topology.SRigL().update(topology.Update([layer], 0.3, 1.0, g))
-    k = math.ceil(0.3 * 40)
-    drop = torch.zeros(160, dtype=torch.bool)
-    drop[w.masked_fill(~mask, math.inf).view(-1).argsort()[:k]] = True
-    survivors = mask & ~drop.view(8, 20)
-    top = torch.zeros(160, dtype=torch.bool)
-    top[gradient.abs().masked_fill(survivors, -1).view(-1).argsort(descending=True)[:k]] = True
-    salient = (survivors | top.view(8, 20)).sum(1)
-    alive = salient >= 0.3 * 5
-    assert alive.tolist() == [True, True, False, True, True, True, True, True]
-    fan_in = 40 // 7
-    new = survivors & alive[:, None]
-    for r in range(8):
-        need = fan_in - int(new[r].sum()) if alive[r] else 0
-        new[r, gradient[r].abs().masked_fill(survivors[r], -1).argsort(descending=True)[:need]] = True
-    resize(weight, pattern, dropped, grown)
-    assert torch.equal(pattern.to_mask(), new)
-    assert weight.numel() == 35
+@pytest.mark.parametrize("min_salient", [0.0, 0.3, 0.7, 0.95])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_srigl_is_the_papers(min_salient, last, seed):
+    """Against the steps of section 3 and of the authors' code, one by one on dense tensors, for several updates."""
+    g = torch.Generator().manual_seed(seed)
+    rows, columns = 12, 20
+    pattern = topology.structured_pattern((rows, columns), 0.25, "fan-in", generator=g)
+    initial, scale = pattern.num_blocks, torch.rand(rows, 1, generator=g, dtype=torch.float64)
+    w = torch.randn(rows, columns, generator=g, dtype=torch.float64) * scale * pattern.to_mask()
+    came_back, ablated = 0, torch.zeros(rows, dtype=torch.bool)
+    for step in range(5):
+        gradient = torch.randn(rows, columns, generator=g, dtype=torch.float64) * scale
+        if step == 2:  # what was ablated is wanted again
+            gradient = gradient / scale**3
+        weight, mask, n = pattern.pack(w), pattern.to_mask(), pattern.num_blocks
+        k = math.ceil(0.3 * n)
+        survive = torch.zeros(rows * columns, dtype=torch.bool)
+        survive[w.abs().masked_fill(~mask, -1).view(-1).argsort(descending=True)[: n - k]] = True
+        salient = survive.clone()
+        salient[gradient.abs().view(-1).argsort(descending=True)[:k]] = True
+        salient = salient.view(rows, columns).sum(1)
+        ranked = salient.sort(descending=True).values
+        needed = min(max(1, int(min_salient * (initial // rows))), int(ranked[initial // columns]))
+        alive = salient >= needed
+        if last or min_salient == 0:
+            alive[:] = True
+        fan_in = initial // int(alive.sum())
+        score = w.abs().masked_fill(~(mask & alive[:, None]), -1)
+        new = torch.zeros(rows * columns, dtype=torch.bool)
+        new[score.view(-1).argsort(descending=True)[: n - k]] = True
+        new = new.view(rows, columns) & (score >= 0)
+        for r in range(rows):
+            new[r, score[r].argsort(descending=True)[fan_in:]] = False
+            grow = gradient[r].abs().masked_fill(new[r], -1).argsort(descending=True)
+            new[r, grow[: (fan_in - int(new[r].sum())) * bool(alive[r])]] = True
+
+        layer = topology.LayerUpdate(weight, None, pattern, initial, lambda x=gradient: iter([(0, x)]), last=last)
+        ((dropped, grown),) = topology.SRigL(min_salient=min_salient).update(topology.Update([layer], 0.3, 1.0, g))
+        resize(weight, pattern, dropped, grown)
+        assert torch.equal(pattern.to_mask(), new)
+        w = pattern.unpack(weight) + 0.3 * torch.randn(rows, columns, generator=g, dtype=torch.float64) * scale * new
+        came_back, ablated = came_back + int((alive & ablated).sum()), ~alive
+    assert came_back or min_salient < 0.9 or last
+
+
+@pytest.mark.parametrize(
+    ("density", "min_salient", "rows"),
+    [(0.1, 0.3, (60, 64)), (0.1, 0.7, (44, 60)), (0.1, 0.95, (28, 46)), (0.5, 0.95, (33, 44))],
+)
+def test_srigl_does_not_collapse(density, min_salient, rows):
+    """The authors' code leaves 64, 53, 36 and 35 of 64 rows in this training, of as many weights as at first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    ua.sparsify(model, 1 - density, distribution="uniform", structure="fan-in")
+    x = torch.randn(512, 64)
+    y = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))(x).argmax(1)
+    before = model[0].pattern.nnz
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    dst = ua.DynamicSparsity(
+        model, optimizer, method=topology.SRigL(min_salient=min_salient), total_steps=400, delta_t=10
+    )
+    while not dst.frozen:
+        some = torch.randint(512, (64,))
+        nn.functional.cross_entropy(model(x[some]), y[some]).backward()
+        optimizer.step()
+        dst.step()
+        optimizer.zero_grad()
+    alive = int((topology.structure.row_counts(model[0].pattern) > 0).sum())
+    assert rows[0] <= alive <= rows[1]
+    assert before - alive < model[0].pattern.nnz <= before
+    assert (topology.structure.row_counts(model[2].pattern) > 0).all()
 
 
 class OneByOne(topology.Method):

@@ -167,12 +167,14 @@ def test_topk_bad_input(scores, k, error):
 @pytest.mark.parametrize("density", [0.1, 0.9, 1.0])
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_matches_reference(geometry, storage, density, dtype, device):
+@pytest.mark.parametrize("reset", [False, True])
+def test_matches_reference(reset, geometry, storage, density, dtype, device):
     for fraction in (0.0, 0.01, 0.3, 1.0):
         weight, momentum, pattern, grad = case(*geometry, density, storage, device=device, dtype=dtype)
         twins = weight.clone(), momentum.clone(), copy_of(pattern)
-        result = prune_grow(weight, pattern, fraction, grow_scores=grad, states=[momentum])
-        expected = prune_grow_reference(twins[0], twins[2], fraction, grow_scores=grad, states=[twins[1]])
+        options = {"grow_scores": grad, "reset_regrown": reset}
+        result = prune_grow(weight, pattern, fraction, states=[momentum], **options)
+        expected = prune_grow_reference(twins[0], twins[2], fraction, states=[twins[1]], **options)
         assert torch.equal(result.dropped, expected.dropped) and torch.equal(result.grown, expected.grown)
         assert torch.equal(weight, twins[0]) and torch.equal(momentum, twins[1]) and pattern.equal(twins[2])
         assert_consistent(pattern)
@@ -185,16 +187,17 @@ def test_matches_reference(geometry, storage, density, dtype, device):
     fraction=st.floats(0, 1),
     storage=st.sampled_from(STORAGES),
     random=st.booleans(),
+    reset=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_properties(geometry, density, fraction, storage, random, seed):
+def test_properties(geometry, density, fraction, storage, random, reset, seed):
     """What an update promises, checked on dense tensors and without the reference."""
     weight, momentum, pattern, grad = case(*geometry, density, storage, seed=seed)
     dense = [t if storage == "dense" else pattern.unpack(t) for t in (weight.clone(), momentum.clone())]
     old, before = pattern.to_mask(), [(t.data_ptr(), t.shape) for t in (weight, momentum, *pattern.tensors())]
     generator = torch.Generator().manual_seed(seed)
     growth = {"grow": "random", "generator": generator} if random else {"grow_scores": grad}
-    dropped, grown = prune_grow(weight, pattern, fraction, states=[momentum], **growth)
+    dropped, grown = prune_grow(weight, pattern, fraction, states=[momentum], reset_regrown=reset, **growth)
 
     count = math.ceil(fraction * int(old.sum()) / math.prod(pattern.block))
     assert dropped.numel() == grown.numel() == count
@@ -210,7 +213,8 @@ def test_properties(geometry, density, fraction, storage, random, seed):
     assert torch.equal(new, kept | mask_of(grown)) and not (kept & mask_of(grown)).any()
     for tensor, was in zip((weight, momentum), dense, strict=True):
         now = tensor if storage == "dense" else pattern.unpack(tensor)
-        assert torch.equal(now, torch.where(kept, was, torch.zeros_like(was)))
+        # What left and came back keeps its value and its state.
+        assert torch.equal(now, torch.where(kept if reset else old & new, was, torch.zeros_like(was)))
     norms = block_scores(dense[0], pattern.block)
     active, left = torch.zeros(norms.numel(), dtype=torch.bool), torch.zeros(norms.numel(), dtype=torch.bool)
     active[SparsityPattern.from_mask(old, block=pattern.block).blocks()] = True
@@ -232,6 +236,8 @@ def test_ties_go_to_the_lower_index(storage):
     weight = pattern.pack(weight) if storage == "packed" else weight
     dropped, grown = prune_grow(weight, pattern, 0.5, grow_scores=torch.ones(2, 4))
     assert dropped.tolist() == [0, 1] and grown.tolist() == [0, 1]  # just-dropped weights are candidates
+    assert weight.flatten().sum() == 4 and torch.equal(pattern.to_mask(), mask)
+    prune_grow(weight, pattern, 0.5, grow_scores=torch.ones(2, 4), reset_regrown=True)
     assert weight.flatten().sum() == 2 and torch.equal(pattern.to_mask(), mask)
 
 
@@ -451,6 +457,7 @@ def test_weight_of_another_shape():
     ("dropped", "grown", "message"),
     [
         ([0, 1], [3, 4], "active"),  # 1 is not active
+        ([0, 1], [1, 3], "active"),  # nor where it comes back
         ([0, 2], [3, 5], "inactive or dropped"),  # 5 is active
         ([2, 0], [1, 3], "ascending"),
         ([0, 0], [1, 3], "ascending"),
@@ -511,7 +518,8 @@ def test_other_instruction_sets(isa):
 @pytest.mark.parametrize("storage", ["packed", "dense"])
 @pytest.mark.parametrize("block", [(1, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize(("out", "come"), [(5, 2), (3, 0), (0, 3), (2, 4), (0, 0)])
-def test_resize_moves_everything(block, storage, out, come):
+@pytest.mark.parametrize("reset", [False, True])
+def test_resize_moves_everything(reset, block, storage, out, come):
     g = torch.Generator().manual_seed(out)
     pattern = SparsityPattern.random((12, 6, 1, 3), 0.4, block=block, generator=g)
     dense = torch.randn(pattern.shape, generator=g, dtype=torch.float64)
@@ -524,8 +532,10 @@ def test_resize_moves_everything(block, storage, out, come):
     kept &= ~pattern.mask_of(dropped)
     others = (~torch.isin(torch.arange(math.prod(pattern.grid)), active)).nonzero().squeeze(1)
     grown = torch.cat([dropped[:1], others[torch.randperm(others.numel(), generator=g)]])[:come].sort().values
+    if not reset:  # a block that comes back is as it was
+        kept |= pattern.to_mask() & pattern.mask_of(grown)
     versions = [t._version for t in tensors]
-    resize(tensors[0], pattern, dropped, grown, tensors[1:])
+    resize(tensors[0], pattern, dropped, grown, tensors[1:], reset_regrown=reset)
     expected = torch.cat([active[~torch.isin(active, dropped)], grown]).sort().values
     assert torch.equal(pattern.blocks(), expected)
     for tensor, old, version in zip(tensors, [dense, dense + 5], versions, strict=True):

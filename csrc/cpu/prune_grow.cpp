@@ -1,7 +1,7 @@
 // prune_grow_ on the CPU: moves a weight, its states and its pattern to a new topology, in place and in linear time.
 //
-// The new order of packed values is the old one without the dropped blocks, merged with the grown ones. As many are grown
-// as dropped, so every array is first closed up over the dropped places (to the left) and then spread out to the grown
+// A block that is dropped and grown again stays where and as it is. The new order of packed values
+// is the old one without the dropped blocks, merged with the grown ones. As many are grown as dropped, so every array is first closed up over the dropped places (to the left) and then spread out to the grown
 // ones (from the right), with no second copy. Where they are is said by two rows of bits, a bit a place: values are
 // moved without a branch, which would be mispredicted at every second one. The order by columns is counted anew.
 
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -35,6 +36,7 @@ class Bits {
     std::fill_n(words_, (size + 63) / 64, 0);
   }
   void set(int64_t i) { words_[i / 64] |= uint64_t{1} << (i % 64); }
+  void clear(int64_t i) { words_[i / 64] &= ~(uint64_t{1} << (i % 64)); }
   bool operator[](int64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
   uint64_t word(int64_t i) const { return words_[i / 64]; }
 
@@ -43,10 +45,13 @@ class Bits {
   uint64_t* words_;
 };
 
-// Old places of the dropped blocks, and new places of the grown ones.
+using Blocks = std::vector<int64_t>;
+
+// Old places of the blocks that leave and new places of those that come, and the blocks themselves.
 struct Moves {
   explicit Moves(int64_t blocks) : dropped(blocks), grown(blocks) {}
   Bits dropped, grown;
+  Blocks out, in;
 };
 
 void check_indices(const at::Tensor& blocks, const char* name, int64_t total) {
@@ -62,9 +67,9 @@ void check_indices(const at::Tensor& blocks, const char* name, int64_t total) {
 void plan(const Grid& grid, const at::Tensor& dropped, const at::Tensor& grown, Moves& moves) {
   const int64_t k = dropped.size(0);
   const int64_t *out = dropped.const_data_ptr<int64_t>(), *in = grown.const_data_ptr<int64_t>();
-  int64_t left = 0, came = 0;
+  int64_t left = 0, came = 0, stayed = 0;
   for (int64_t r = 0; r < grid.rows; ++r) {
-    const int64_t first = r * grid.columns, next = first + grid.columns, left_before = left;
+    const int64_t first = r * grid.columns, next = first + grid.columns, gone_before = left - stayed;
     int64_t place = grid.crow[r];
     const int64_t end = grid.crow[r + 1];
     for (; left < k && out[left] < next; ++left, ++place) {
@@ -74,14 +79,21 @@ void plan(const Grid& grid, const at::Tensor& dropped, const at::Tensor& grown, 
       moves.dropped.set(place);
     }
     place = grid.crow[r];
-    for (int64_t gone = left_before; came < k && in[came] < next; ++came) {
+    for (int64_t gone = gone_before; came < k && in[came] < next; ++came) {
       for (; place < end && first + grid.col[place] < in[came]; ++place) gone += moves.dropped[place];
-      const bool is_active = place < end && first + grid.col[place] == in[came];
-      TORCH_CHECK_VALUE(!is_active || moves.dropped[place], "prune_grow_: expected inactive or dropped blocks to grow, got ",
-                        in[came], ", which is active and not dropped.");
-      moves.grown.set(place - gone + came);
+      if (place < end && first + grid.col[place] == in[came]) {
+        TORCH_CHECK_VALUE(moves.dropped[place], "prune_grow_: expected inactive or dropped blocks to grow, got ", in[came],
+                          ", which is active and not dropped.");
+        moves.dropped.clear(place);
+        ++stayed;
+      } else {
+        moves.grown.set(place - gone + std::ssize(moves.in));
+        moves.in.push_back(in[came]);
+      }
     }
   }
+  moves.out.reserve(moves.in.size());
+  std::set_difference(out, out + k, in, in + k, std::back_inserter(moves.out));
 }
 
 // data [blocks, size] of blocks in packed order: without the dropped, with zeros for the grown.
@@ -136,13 +148,12 @@ void move_packed(const at::Tensor& tensor, int64_t blocks, const Moves& moves) {
 }
 
 // Zeroes the given blocks of a tensor of the weight's shape and any strides.
-void zero_blocks(const at::Tensor& tensor, const at::Tensor& blocks, int64_t columns, at::IntArrayRef block) {
+void zero_blocks(const at::Tensor& tensor, const Blocks& blocks, int64_t columns, at::IntArrayRef block) {
   char* data = static_cast<char*>(tensor.mutable_data_ptr());
   const int64_t bytes = tensor.element_size(), height = tensor.dim() == 4 ? tensor.size(2) : 1,
                 width = tensor.dim() == 4 ? tensor.size(3) : 1, positions = height * width;
-  for (int64_t j = 0; j < blocks.size(0); ++j) {
-    const int64_t flat = blocks.const_data_ptr<int64_t>()[j], row = flat / columns, column = flat % columns;
-    const int64_t position = column % positions;
+  for (const int64_t flat : blocks) {
+    const int64_t row = flat / columns, column = flat % columns, position = column % positions;
     int64_t offset = row * block[0] * tensor.stride(0) + column / positions * block[1] * tensor.stride(1);
     if (positions > 1) offset += position / width * tensor.stride(2) + position % width * tensor.stride(3);
     for (int64_t y = 0; y < block[0]; ++y)
@@ -152,10 +163,9 @@ void zero_blocks(const at::Tensor& tensor, const at::Tensor& blocks, int64_t col
 }
 
 // crow and col of the new topology; col was moved like a packed value.
-void write_rows(int32_t* crow, int32_t* col, int64_t rows, int64_t columns, const at::Tensor& dropped,
-                const at::Tensor& grown, const Moves& moves) {
-  const int64_t k = dropped.size(0);
-  const int64_t *out = dropped.const_data_ptr<int64_t>(), *in = grown.const_data_ptr<int64_t>();
+void write_rows(int32_t* crow, int32_t* col, int64_t rows, int64_t columns, const Moves& moves) {
+  const Blocks &out = moves.out, &in = moves.in;
+  const int64_t k = std::ssize(out);
   int64_t left = 0, came = 0, place = 0;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t first = r * columns;
@@ -225,7 +235,7 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
   const Grid grid{crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), rows, columns};
   Moves moves(blocks);
   plan(grid, dropped, grown, moves);  // the last that can fail: nothing has changed yet
-  if (dropped.size(0) == 0) return;
+  if (moves.out.empty()) return;
   at::parallel_for(0, static_cast<int64_t>(tensors.size()) + 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (t == static_cast<int64_t>(tensors.size())) {
@@ -233,12 +243,12 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
       } else if (packed) {
         move_packed(tensors[t], blocks, moves);
       } else {
-        zero_blocks(tensors[t], dropped, columns, block);
-        zero_blocks(tensors[t], grown, columns, block);
+        zero_blocks(tensors[t], moves.out, columns, block);
+        zero_blocks(tensors[t], moves.in, columns, block);
       }
     }
   });
-  write_rows(crow.mutable_data_ptr<int32_t>(), col.mutable_data_ptr<int32_t>(), rows, columns, dropped, grown, moves);
+  write_rows(crow.mutable_data_ptr<int32_t>(), col.mutable_data_ptr<int32_t>(), rows, columns, moves);
   write_columns(grid, ccol.mutable_data_ptr<int32_t>(), row.mutable_data_ptr<int32_t>(),
                 perm.mutable_data_ptr<int32_t>());
 }

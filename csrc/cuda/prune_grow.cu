@@ -70,8 +70,11 @@ __global__ void source_kernel(Topology topology, Change change) {
   if (i >= topology.blocks) return;
   const int64_t grown_before = lower_bound(change.to, change.k, i);
   if (grown_before < change.k && change.to[grown_before] == i) {
-    change.source[i] = -1;
-    change.new_col[i] = static_cast<int32_t>(change.grown[grown_before] % topology.columns);
+    const int64_t block = change.grown[grown_before];
+    const int64_t at = lower_bound(change.dropped, change.k, block);
+    const bool stays = at < change.k && change.dropped[at] == block;
+    change.source[i] = stays ? static_cast<int32_t>(change.from[at]) : -1;
+    change.new_col[i] = static_cast<int32_t>(block % topology.columns);
     return;
   }
   // The kept block of rank i - grown_before lies behind m dropped ones, those with from[m] - m <= rank.
@@ -113,11 +116,12 @@ __global__ void columns_kernel(Topology topology, const int32_t* sorted_col, con
 }
 
 template <typename T>
-__global__ void zero_kernel(DenseTensor tensor, const int64_t* block_list, int64_t count, int64_t columns,
-                            int block_rows, int block_columns) {
+__global__ void zero_kernel(DenseTensor tensor, const int64_t* block_list, const int64_t* stay, int64_t count,
+                            int64_t columns, int block_rows, int block_columns) {
   const int64_t i = thread_index(), size = static_cast<int64_t>(block_rows) * block_columns;
   if (i >= count * size) return;
   const int64_t block = block_list[i / size], y = i % size / block_columns, x = i % size % block_columns;
+  if (contains(stay, count, block)) return;
   const int64_t row = block / columns, column = block % columns, position = column % tensor.positions;
   const int64_t offset = (row * block_rows + y) * tensor.stride[0] +
                          (column / tensor.positions * block_columns + x) * tensor.stride[1] +
@@ -178,11 +182,12 @@ cudaError_t launch_write_columns(const Topology& topology, const int32_t* sorted
                 perm);
 }
 
-cudaError_t launch_zero_blocks(const DenseTensor& tensor, const int64_t* block_list, int64_t count, int64_t columns,
-                               int block_rows, int block_columns, cudaStream_t stream) {
+cudaError_t launch_zero_blocks(const DenseTensor& tensor, const int64_t* block_list, const int64_t* stay, int64_t count,
+                               int64_t columns, int block_rows, int block_columns, cudaStream_t stream) {
   const int64_t blocks = blocks_for(count * block_rows * block_columns);
   const auto zero = [&](auto kernel) {
-    return launch(kernel, blocks, kThreads, stream, tensor, block_list, count, columns, block_rows, block_columns);
+    return launch(kernel, blocks, kThreads, stream, tensor, block_list, stay, count, columns, block_rows,
+                  block_columns);
   };
   switch (tensor.bytes) {
     case 1: return zero(zero_kernel<uint8_t>);

@@ -16,7 +16,7 @@ struct Change {
   const int64_t *dropped, *grown;  // [k], ascending
   int64_t k;
   int64_t *from, *to;  // scratch [k]: old places of the dropped blocks, new places of the grown ones
-  int32_t* source;     // scratch [blocks]: the old place of every new block, -1 for a grown one
+  int32_t* source;     // scratch [blocks]: the old place of every new block, -1 for one that was not active
   int32_t* new_col;    // scratch [blocks]
 };
 
@@ -38,8 +38,9 @@ struct DenseTensor {
   int64_t stride[4], width, positions;  // kernel width, kernel height * width
 };
 
-cudaError_t launch_zero_blocks(const DenseTensor& tensor, const int64_t* block_list, int64_t count, int64_t columns,
-                               int block_rows, int block_columns, cudaStream_t stream);
+// Zeroes the blocks of a list [count] that are not in `stay` [count]; both are ascending.
+cudaError_t launch_zero_blocks(const DenseTensor& tensor, const int64_t* block_list, const int64_t* stay, int64_t count,
+                               int64_t columns, int block_rows, int block_columns, cudaStream_t stream);
 
 // scores [n] of the blocks from `first` on (float or double): those of active blocks that are not dropped become NaN.
 cudaError_t launch_exclude_kept(void* scores, bool is_double, int64_t first, int64_t n, const Topology& topology,

@@ -27,16 +27,16 @@ void check_blocks(const at::Tensor& blocks, const at::Tensor& crow, const char* 
   check_storage(blocks, name);
 }
 
-void zero_blocks(const at::Tensor& tensor, const at::Tensor& blocks, int64_t columns, at::IntArrayRef block,
-                 cudaStream_t stream) {
+void zero_blocks(const at::Tensor& tensor, const at::Tensor& blocks, const at::Tensor& stay, int64_t columns,
+                 at::IntArrayRef block, cudaStream_t stream) {
   DenseTensor dense{tensor.mutable_data_ptr(), static_cast<int>(tensor.element_size()), {}, 1, 1};
   for (int64_t d = 0; d < tensor.dim(); ++d) dense.stride[d] = tensor.stride(d);
   if (tensor.dim() == 4) {
     dense.width = tensor.size(3);
     dense.positions = tensor.size(2) * tensor.size(3);
   }
-  C10_CUDA_CHECK(launch_zero_blocks(dense, blocks.const_data_ptr<int64_t>(), blocks.size(0), columns,
-                                    static_cast<int>(block[0]), static_cast<int>(block[1]), stream));
+  C10_CUDA_CHECK(launch_zero_blocks(dense, blocks.const_data_ptr<int64_t>(), stay.const_data_ptr<int64_t>(),
+                                    blocks.size(0), columns, static_cast<int>(block[0]), static_cast<int>(block[1]), stream));
 }
 
 void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::Tensor col, at::Tensor ccol,
@@ -83,8 +83,8 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
       C10_CUDA_CHECK(launch_move_values(tensor.mutable_data_ptr(), old.mutable_data_ptr(), source, topology.blocks, size,
                                         static_cast<int>(tensor.element_size()), stream));
     } else {
-      zero_blocks(tensor, dropped, topology.columns, block, stream);
-      zero_blocks(tensor, grown, topology.columns, block, stream);
+      zero_blocks(tensor, dropped, grown, topology.columns, block, stream);
+      zero_blocks(tensor, grown, dropped, topology.columns, block, stream);
     }
   }
   const auto [sorted_col, sorted_place] = at::sort(col, /*stable=*/true, /*dim=*/0, /*descending=*/false);

@@ -1,9 +1,10 @@
 // Runs csrc/cuda/prune_grow.cu. Per case (int64 all): rows, columns, positions, width, blocks, block_rows, block_columns, k,
 // bytes, first, n; then crow, col, dropped, grown, packed values, dense values, scores (float, [n]) -> crow, col, ccol, row,
-// perm, packed values, dense values (of both the dropped and grown zeroed), scores.
+// perm, packed values, dense values (those dropped or grown zeroed, but those that are both), scores.
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "cuda/prune_grow.h"
 #include "streams.h"
@@ -39,8 +40,8 @@ int main() {
     const DenseTensor tensor{dense.as<void>(), static_cast<int>(bytes),
                              {channels * positions, positions, positions > 1 ? width : 0, positions > 1 ? 1 : 0}, width,
                              positions};
-    for (const Array* list : {&dropped, &grown})
-      ok(launch_zero_blocks(tensor, list->as<int64_t>(), k, topology.columns, static_cast<int>(block_rows),
+    for (const auto& [list, stay] : {std::pair{&dropped, &grown}, std::pair{&grown, &dropped}})
+      ok(launch_zero_blocks(tensor, list->as<int64_t>(), stay->as<int64_t>(), k, topology.columns, static_cast<int>(block_rows),
                             static_cast<int>(block_columns), nullptr));
 
     const Array place(8 * topology.blocks), sorted(4 * topology.blocks);  // torch sorts, on the device

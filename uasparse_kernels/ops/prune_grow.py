@@ -40,12 +40,13 @@ def prune_grow(
     generator: torch.Generator | None = None,
     states: Sequence[Tensor] = (),
     regrow_dropped: bool = True,
+    reset_regrown: bool = False,
 ) -> PruneGrowResult:
     """One topology update as in RigL (arXiv 1911.11134) or SET: ``weight``, ``states`` and ``pattern`` change in place.
 
     The ``ceil(fraction * blocks)`` active blocks of smallest norm are dropped and as many are grown, so that the count
-    never changes. Grown blocks start at zero, with zero state; what was kept is kept bit for bit. Equal scores: the
-    lower index first.
+    never changes. What was inactive starts at zero, with zero state; what was kept, or dropped and grown again, stays
+    bit for bit, as in the code of RigL's authors. Equal scores: the lower index first.
 
     Args:
         weight: packed or dense-stored. Only its magnitude counts: Frobenius norms of blocks.
@@ -56,6 +57,7 @@ def prune_grow(
         states: tensors of the weight's shape that move with it (optimizer state, a gradient in flight).
         regrow_dropped: whether a just-dropped block is a candidate for growth. Without, no more blocks are replaced
             than were inactive.
+        reset_regrown: whether a block that is dropped and grown again starts at zero, too.
 
     Raises:
         ValueError, TypeError: if shapes, dtypes, devices or options do not fit. Nothing is changed then.
@@ -71,7 +73,7 @@ def prune_grow(
         assert grow_scores is not None  # checked
         candidates.add(block_scores(grow_scores, pattern.block), 0)
         grown = candidates.select()
-    apply(weight, pattern, dropped, grown, states)
+    apply(weight, pattern, dropped, grown, states, reset_regrown=reset_regrown)
     return PruneGrowResult(dropped, grown)
 
 
@@ -261,11 +263,18 @@ def random_candidates(
 
 @torch.no_grad()
 def apply(
-    weight: Tensor, pattern: SparsityPattern, dropped: Tensor, grown: Tensor, states: Sequence[Tensor] = ()
+    weight: Tensor,
+    pattern: SparsityPattern,
+    dropped: Tensor,
+    grown: Tensor,
+    states: Sequence[Tensor] = (),
+    *,
+    reset_regrown: bool = False,
 ) -> None:
     """Replaces the blocks ``dropped`` by ``grown`` in the weight, the states and the pattern, in place.
 
-    All keep their identity and storage; grown entries become zero, in the states too. Linear time.
+    All keep their identity and storage. Blocks in both lists stay as they are, or become zero with ``reset_regrown``;
+    others that are grown become zero, in the states too. Linear time.
 
     Raises:
         ValueError, TypeError: if blocks are not distinct and ascending, dropped ones not active, grown ones active and
@@ -273,19 +282,27 @@ def apply(
     """
     _check_states(weight, pattern, states)
     if not _library.has_kernel("prune_grow_", weight):
-        _apply_reference(weight, pattern, dropped, grown, states)
+        _apply_reference(weight, pattern, dropped, grown, states, reset_regrown)
         return
     tensors = pattern_tensors(pattern)
     data = [t.detach() for t in (weight, *states)]
     torch.ops.uasparse.prune_grow_(data[0], data[1:], *tensors, dropped, grown, pattern.shape, pattern.block)
     # A graph that saved the old values must not be used any more, and autograd can tell.
+    if reset_regrown:
+        _zero_blocks(data, pattern, grown)
     torch.autograd.graph.increment_version([*data, *tensors])
     pattern.changed_()
 
 
 @torch.no_grad()
 def resize(
-    weight: Tensor, pattern: SparsityPattern, dropped: Tensor, grown: Tensor, states: Sequence[Tensor] = ()
+    weight: Tensor,
+    pattern: SparsityPattern,
+    dropped: Tensor,
+    grown: Tensor,
+    states: Sequence[Tensor] = (),
+    *,
+    reset_regrown: bool = False,
 ) -> None:
     """:func:`apply` where fewer (or more) blocks come than leave: the pattern takes another number of active blocks.
 
@@ -310,12 +327,20 @@ def resize(
     size = pattern.block[0] * pattern.block[1]
     tensors = [tensor.detach() for tensor in (weight, *states)]
     if pattern.is_packed(weight):
+        # The old place of every new block; behind the last one is a zero.
+        zero = active.numel()
+        places = torch.searchsorted(active, grown)
+        places.masked_fill_(torch.cat([active, active.new_full((1,), -1)])[places] != grown, zero)
+        if reset_regrown:
+            places.fill_(zero)
+        source = torch.cat([old, places])[order]
         for tensor, holder in zip(tensors, (weight, *states), strict=True):
             values = tensor.reshape(-1, size)
-            values = torch.cat([values[old], values.new_zeros(grown.numel(), size)])[order]
+            values = torch.cat([values, values.new_zeros(1, size)])[source]
             replace_data_(holder, values.view(blocks.numel(), *weight.shape[1:]))
     else:
-        changed = pattern.mask_of(torch.cat([dropped, grown]))
+        changed = pattern.mask_of(dropped)
+        changed = changed | pattern.mask_of(grown) if reset_regrown else changed ^ pattern.mask_of(grown)
         for tensor in tensors:
             tensor.masked_fill_(changed, 0)
         torch.autograd.graph.increment_version([weight, *states])
@@ -350,6 +375,7 @@ def prune_grow_reference(
     generator: torch.Generator | None = None,
     states: Sequence[Tensor] = (),
     regrow_dropped: bool = True,
+    reset_regrown: bool = False,
 ) -> PruneGrowResult:
     """What :func:`prune_grow` computes, in plain torch, by sorting; in place too."""
     _check(weight, pattern, fraction, grow, grow_scores, states)
@@ -367,24 +393,36 @@ def prune_grow_reference(
         scores = block_scores(grow_scores, pattern.block).nan_to_num(-math.inf, math.inf, -math.inf)
         scores[kept_blocks(pattern, candidates_too)] = math.nan
         grown = topk_indices_reference(scores, k)
-    _apply_reference(weight, pattern, dropped, grown, states)
+    _apply_reference(weight, pattern, dropped, grown, states, reset_regrown)
     return PruneGrowResult(dropped, grown)
 
 
 @torch.no_grad()
-def _apply_reference(weight, pattern, dropped, grown, states) -> None:
+def _apply_reference(weight, pattern, dropped, grown, states, reset_regrown=False) -> None:
     """By way of dense tensors, for a packed weight too."""
     kept = kept_blocks(pattern, dropped)
     new = SparsityPattern.from_blocks(pattern.shape, torch.cat([kept, grown]).sort().values, block=pattern.block)
-    rest = SparsityPattern.from_blocks(pattern.shape, kept, block=pattern.block).to_mask()
+    changed = pattern.to_mask() ^ new.to_mask()
+    if reset_regrown:
+        changed |= pattern.mask_of(grown)
     for tensor in (weight, *states):
         if pattern.is_packed(tensor):
-            dense = pattern.unpack(tensor)
-            tensor.copy_(new.pack(torch.where(rest, dense, torch.zeros_like(dense))))
+            tensor.copy_(new.pack(pattern.unpack(tensor).masked_fill_(changed, 0)))
         else:
-            changed = (pattern.to_mask() | new.to_mask()) & ~rest
             tensor.masked_fill_(changed, 0)
     pattern.assign_(new)
+
+
+def _zero_blocks(tensors: Sequence[Tensor], pattern: SparsityPattern, blocks: Tensor) -> None:
+    """Sets active blocks to zero, in place."""
+    if pattern.is_packed(tensors[0]):
+        places = torch.searchsorted(pattern.blocks(), blocks)
+        for tensor in tensors:
+            tensor.index_fill_(0, places, 0)
+    else:
+        mask = pattern.mask_of(blocks)
+        for tensor in tensors:
+            tensor.masked_fill_(mask, 0)
 
 
 def kept_blocks(pattern: SparsityPattern, dropped: Tensor) -> Tensor:

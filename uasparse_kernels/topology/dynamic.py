@@ -33,8 +33,9 @@ class DynamicSparsity:
     Call :meth:`step` once an optimiser step (not once a micro-batch: it cannot tell them apart), after
     ``loss.backward()`` and before the gradients are zeroed. On an update step the method decides for all layers at once
     what they drop and grow; weights, gradients in flight and every optimiser state tensor of the weight's shape move
-    along in place, grown entries starting as at the optimiser's first step. Most methods grow as many blocks as they
-    drop, ``ceil(fraction * blocks)`` a layer, so that no size ever changes, and leave fully dense layers alone. Gradual
+    along in place. Entries that were inactive start at zero, their states as at the optimiser's first step; those that
+    are dropped and grown at the same update stay as they are. Most methods grow as many blocks as they drop,
+    ``ceil(fraction * blocks)`` a layer, so that no size ever changes, and leave fully dense layers alone. Gradual
     pruning (and SRigL's ablation) changes the number of active weights: packed weights and their states take new sizes
     then, parameters keeping their identity.
 
@@ -272,7 +273,7 @@ class DynamicSparsity:
                 moving.append(layer.weight.grad)
             change = apply if dropped.numel() == grown.numel() else resize
             grown = broadcast(grown, self.group) if self.group is not None else grown
-            change(layer.weight, layer.pattern, dropped, grown, moving)
+            change(layer.weight, layer.pattern, dropped, grown, moving, reset_regrown=self.method.reset_regrown)
             start_grown(states[name])
         return True
 

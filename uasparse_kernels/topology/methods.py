@@ -20,6 +20,7 @@ from uasparse_kernels.ops.prune_grow import (
     active_norms,
     block_scores,
     drop_lowest,
+    kept_blocks,
     prepare_scores_,
     random_candidates,
 )
@@ -186,7 +187,9 @@ class Method:
         scope: "layer" drops the same share of each layer. "global" compares the scores of all layers (of one block
             size); every layer keeps at least its best block, and grows in itself what it lost. With gradual pruning,
             what goes for good is found globally, and replacement is by layer (as in GraNet).
-        regrow_dropped: whether a just-dropped block may be grown again, at zero.
+        regrow_dropped: whether a just-dropped block may be grown again; it then stays as it is, optimiser state
+            included.
+        reset_regrown: whether such a block starts at zero instead, as others that are grown.
         final_sparsity: of gradual pruning, reached at the last update by the cubic schedule; None keeps the density.
             By "layer" each layer ends with it, by "global" all together.
     """
@@ -195,6 +198,7 @@ class Method:
     grow: Grower | None = field(default_factory=GradientGrowth)
     scope: str = "layer"
     regrow_dropped: bool = True
+    reset_regrown: bool = False
     final_sparsity: float | None = None
 
     def __post_init__(self) -> None:
@@ -364,14 +368,15 @@ class NOfM(Method):
 
 @dataclass(frozen=True)
 class SRigL(Method):
-    """RigL with a constant fan-in and neuron ablation (Lasby et al., arXiv 2305.02299, section 3).
+    """RigL with a constant fan-in and neuron ablation (Lasby et al., arXiv 2305.02299, section 3, and their code).
 
-    A row's salient blocks are those that survive the drop and those among the layer's largest gradients. Rows with
-    fewer than ``min_salient`` of the fan-in are ablated, for good: all they have is dropped, and the fan-in of the
-    others rises to ``initial blocks // rows``, so that up to ``rows`` blocks fewer than at first may be active. Then
-    the layer's smallest magnitudes are dropped, and every row grows up to the fan-in by its own largest gradients,
-    which are computed a second time. The rows of the last layer, which
-    are the network's outputs, are never ablated.
+    A row's salient blocks are those that survive the drop and those among the layer's largest gradients, as many as are
+    dropped. Rows with fewer than ``max(1, int(min_salient * fan-in at first))`` are ablated: all they have is dropped.
+    So many rows are left that their fan-in, ``initial blocks // rows left``, fits into a row; blocks that this rounds
+    off, fewer than rows are left, are not active. Then the smallest magnitudes of the rows left are dropped, and every
+    row grows up to the fan-in by its own largest gradients, which are computed a second time. Every update asks anew:
+    an ablated row comes back when enough of the largest gradients are its own. The rows of the model's last sparse
+    layer are never ablated, nor is any with ``min_salient=0``.
 
     The pattern must have a constant fan-in already: ``sparsify(..., structure="fan-in")``.
     """
@@ -400,36 +405,55 @@ class SRigL(Method):
 
     def update(self, update: Update) -> list[Change]:
         assert self.grow is not None
-        dropped, counts = self._dropped(update)
-        wanted = self.grow(update, dropped, counts)
-        return [self._layer(*parts) for parts in zip(update.layers, dropped, wanted, strict=True)]
+        scores = [self.drop(layer) for layer in update.layers]
+        _, counts = self._counts(update, scores)
+        dropped = drop_lowest(scores, [layer.pattern for layer in update.layers], counts)
+        wanted = self.grow(update, [layer.pattern.blocks() for layer in update.layers], counts)
+        parts = zip(update.layers, scores, dropped, wanted, strict=True)
+        return [self._layer(*part) for part in parts]
 
-    def _layer(self, layer: LayerUpdate, dropped: Tensor, wanted: Tensor) -> Change:
+    def _layer(self, layer: LayerUpdate, scores: Tensor, dropped: Tensor, wanted: Tensor) -> Change:
+        """``dropped`` are the layer's lowest scores, ``wanted`` its largest gradients, whether active or not."""
         pattern, (rows, columns) = layer.pattern, layer.pattern.grid
-        before = row_counts(pattern).to(torch.int64)
-        ends = torch.arange(rows + 1, device=before.device) * columns
-        survivors = before - torch.searchsorted(dropped, ends).diff()
-        salient = survivors + torch.searchsorted(wanted, ends).diff()
-        alive = before > 0
-        # An ablated row gets nothing; the most salient one always stays. The host needs these numbers: they are sizes.
-        needed = torch.clamp(before.max() * self.min_salient, min=1)
-        if not layer.last:
-            alive &= (salient >= needed) | (salient == salient.masked_fill(~alive, -1).max())
+        alive = self._alive(layer, dropped, wanted)
+        # The host needs these numbers: they are sizes.
+        fan_in = layer.initial_blocks // int(alive.sum())
         active = pattern.blocks()
-        out = torch.zeros_like(active, dtype=torch.bool)
-        out[torch.searchsorted(active, dropped)] = True
-        out |= ~alive[active // columns]
-        dropped = active[out]
-        fan_in = min(columns, layer.initial_blocks // int(alive.sum()))
-        missing = torch.where(alive, fan_in - survivors, 0).tolist()
+        row_of = active // columns
+        scores = scores.masked_fill(~alive[row_of], -math.inf)
+        lost = max(dropped.numel(), int((~alive[row_of]).sum()))
+        dropped = drop_lowest([scores], [pattern], [lost])[0]
+        keep = torch.ones_like(active, dtype=torch.bool)
+        keep[torch.searchsorted(active, dropped)] = False
+        held = torch.bincount(row_of[keep], minlength=rows)
+        # Rows that came back lower the fan-in of all: what is too much in a row leaves, the smallest first.
+        by_row = scores[keep].split(held.tolist())
+        excess = [max(0, row.numel() - fan_in) for row in by_row]
+        if any(excess):
+            places, starts = topk_indices_many(by_row, excess, largest=False), (held.cumsum(0) - held).tolist()
+            more = torch.cat([place + start for place, start in zip(places, starts, strict=True)])
+            dropped = torch.cat([dropped, active[keep][more]]).sort().values
+        missing = torch.where(alive, (fan_in - held).clamp(min=0), 0).tolist()
         grown = [dropped[:0]]
-        for first, scores in layer.score_tiles():
-            prepare_scores_(scores, first, pattern, dropped)
-            by_row = list(scores.view(-1, columns))
+        for first, tile in layer.score_tiles():
+            prepare_scores_(tile, first, pattern, dropped)
+            by_row = tile.view(-1, columns).unbind()
             row = first // columns
             picked = topk_indices_many(by_row, missing[row : row + len(by_row)])
             grown += [places + (row + i) * columns for i, places in enumerate(picked) if places.numel()]
         return dropped, torch.cat(grown)
+
+    def _alive(self, layer: LayerUpdate, dropped: Tensor, wanted: Tensor) -> Tensor:
+        """Which rows are not ablated: bool ``[rows]``."""
+        rows, columns = layer.pattern.grid
+        fewest = layer.initial_blocks // columns  # rows that would have to be full
+        if layer.last or self.min_salient == 0 or fewest >= rows:
+            return torch.ones(rows, dtype=torch.bool, device=dropped.device)
+        survivors = kept_blocks(layer.pattern, dropped)
+        salient = torch.cat([survivors, wanted]).unique()
+        counts = torch.bincount(salient // columns, minlength=rows)
+        needed = max(1, int(self.min_salient * (layer.initial_blocks // rows)))
+        return counts >= counts.sort(descending=True).values[fewest].clamp(max=needed)
 
 
 METHODS: dict[str, Callable[[], Method]] = {
