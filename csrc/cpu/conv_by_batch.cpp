@@ -50,7 +50,8 @@ void run_product(const ConvKernels<T>& kernels, const Pass& pass, const ConvEntr
                          source + r * pass.source.row + x * kernels.lanes, pass.source.row,
                          destination + r * pass.destination.row + x * kernels.lanes, pass.destination.row,
                          pass.destination.phase, b == 0, bias, int(std::min(tiling.rows, rows - r)),
-                         int(std::min(tiling.vectors, width - x))});
+                         int(std::min(tiling.vectors, width - x)),
+                         (std::min(tiling.vectors, width - x) - 1) * kernels.lanes});
 }
 
 template <typename S>

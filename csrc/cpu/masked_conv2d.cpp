@@ -89,10 +89,15 @@ at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
     if (bias_values.defined())
       for (int64_t o = 0; o < g.out; ++o)
         biases.push_back(to_number(static_cast<const S*>(bias_values.const_data_ptr())[o]));
-    if constexpr (std::is_same_v<T, S>)
+    if constexpr (std::is_same_v<T, S>) {
+      if (TakenPositions<T>::can(g, input) && has_plain_planes(output)) {
+        const TakenPositions<T> taken(g);
+        if (forward_in_place<T>(taken.geometry, w, taken.take(input), values, biases, output)) return;
+      }
       if (forward_in_place<T>(g, w, input, values, biases, output) ||
           forward_by_space<T>(g, w, input, values, biases, output))
         return;
+    }
     forward_by_batch<T, S>(g, w, input, values, biases, output);
   });
   return output;
@@ -121,6 +126,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
     // What is not asked for has no say in how the rest is computed.
     ConvGradients rest = gradients;
     if constexpr (std::is_same_v<T, S>) {
+      if (TakenPositions<T>::can(g, input) && has_plain_planes(grad_output)) {
+        const TakenPositions<T> taken(g);
+        if (rest.weight.defined() &&
+            weight_gradient_in_place<T>(taken.geometry, w, grad_output, taken.take(input), gradients.weight))
+          rest.weight = at::Tensor();
+        if (rest.input.defined() && has_plain_planes(gradients.input) &&
+            input_gradient_in_place<T>(taken.geometry, w, grad_output, values, taken.maps(input.options()))) {
+          taken.put(gradients.input);
+          rest.input = at::Tensor();
+        }
+      }
       if (rest.input.defined() && (input_gradient_in_place<T>(g, w, grad_output, values, gradients.input) ||
                                    input_gradient_by_space<T>(g, w, grad_output, values, gradients.input)))
         rest.input = at::Tensor();
