@@ -59,6 +59,13 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask) "
         "-> (Tensor, Tensor, Tensor)");
 
+  // relu(batch_norm(input) + residual). The backward tells from `output` where a gradient passes, or, without a residual,
+  // from input, weight and bias.
+  m.def("batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? output, "
+        "Tensor saved, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+
   // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N, 2] for the backward.
   m.def("unknown_aware_loss(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "
         "-> (Tensor, Tensor, Tensor)");

@@ -2,6 +2,6 @@
 
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
-from uasparse_kernels.nn.norm import BatchNorm2d
+from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d
 
-__all__ = ["BatchNorm2d", "SparseConv2d", "SparseLayer", "SparseLinear", "UnknownAwareLoss"]
+__all__ = ["BatchNorm2d", "BatchNormReLU2d", "SparseConv2d", "SparseLayer", "SparseLinear", "UnknownAwareLoss"]

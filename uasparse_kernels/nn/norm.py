@@ -1,6 +1,8 @@
-"""Batch norm that is served by our kernel where that is faster than torch's."""
+"""Batch norm that is served by our kernels where they are faster than torch's."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +16,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        return ops.batch_norm(input, *self._arguments(input))
+
+    def _arguments(self, input: Tensor) -> tuple[Any, ...]:
+        """Of ``ops.batch_norm`` after the input; a batch in training is counted."""
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -22,8 +28,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                 momentum = 1.0 / float(self.num_batches_tracked)
         # As in torch: statistics that are not tracked are only used, where there are some, in evaluation.
         used = not self.training or self.track_running_stats
-        return ops.batch_norm(
-            input,
+        return (
             self.weight,
             self.bias,
             self.running_mean if used else None,
@@ -32,3 +37,14 @@ class BatchNorm2d(nn.BatchNorm2d):
             momentum,
             self.eps,
         )
+
+
+class BatchNormReLU2d(BatchNorm2d):
+    """``relu(batch_norm(input) + residual)`` as one layer (``ops.batch_norm_relu``), with a batch norm's state.
+
+    ``forward(input)`` stands for ``BatchNorm2d`` and ``ReLU``; ``forward(input, residual)`` has the addition of a
+    residual block between them.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.batch_norm_relu(input, *self._arguments(input), residual)

@@ -22,6 +22,9 @@ from uasparse_kernels.ops.topk_indices import indices_above, topk_indices_many, 
 from uasparse_kernels.pattern import SparsityPattern, sample_indices
 
 
+_TILE = 1 << 18  # blocks scored at a time: scores that stay in a near cache
+
+
 class PruneGrowResult(NamedTuple):
     """The blocks that left and those that came: flat grid indices, int64, ascending. They may overlap."""
 
@@ -69,7 +72,13 @@ def prune_grow(
     else:
         candidates = GrowthCandidates(k, pattern, candidates_too)
         assert grow_scores is not None  # checked
-        candidates.add(block_scores(grow_scores, pattern.block), 0)
+        # By tiles of rows, for a copy of all scores would cost more than the selection (on a GPU, the launches would).
+        columns, tile = pattern.grid[1], pattern.grid[0]
+        if grow_scores.device.type == "cpu":
+            tile = max(1, _TILE // max(1, columns))
+        for row in range(0, pattern.grid[0], tile):
+            rows = grow_scores[row * pattern.block[0] : (row + tile) * pattern.block[0]]
+            candidates.add(block_scores(rows, pattern.block), row * columns)
         grown = candidates.select()
     apply(weight, pattern, dropped, grown, states)
     return PruneGrowResult(dropped, grown)
