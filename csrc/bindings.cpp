@@ -66,6 +66,9 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? output, "
         "Tensor saved, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
 
+  // -> output, indices into each plane, as torch's max_pool2d_with_indices.
+  m.def("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> (Tensor, Tensor)");
+
   // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N, 2] for the backward.
   m.def("unknown_aware_loss(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "
         "-> (Tensor, Tensor, Tensor)");

@@ -124,7 +124,11 @@ bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::
   const int64_t piece_bytes = int64_t(sizeof(T)) * tile.vectors() * kernels.lanes;
   const ConvPlaces places(w, taps_of(input), source_block(kernels, tile, input, w.density(), w.in));
   const int64_t chunk = std::max<int64_t>(1, kL2Bytes / piece_bytes);
-  PartialSums<T> sums(1, w.nonzeros(), 0);
+  // Where the sums are in the order of the gradient they are taken there.
+  const bool direct = w.unstructured() && w.packed;
+  PartialSums<T> sums(direct ? 0 : 1, w.nonzeros(), 0);
+  T* const grad = direct ? grad_weight.mutable_data_ptr<T>() : sums.weight(0);
+  if (direct) std::fill_n(grad, w.nonzeros(), T(0));
   at::parallel_for(0, g.out, ceil_div(g.out, at::get_num_threads()), [&](int64_t first, int64_t last) {
     for (int64_t image = 0; image < g.batch; image += tile.images)
       for (int64_t v = 0; v < tile.plane; v += tile.piece)
@@ -135,9 +139,9 @@ bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::
                  input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes, input.stride(0),
                  grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes,
                  grad_output.stride(0), grad_output.stride(1), int(std::min(tile.images, g.batch - image)),
-                 int(tile.vectors_at(v)), tile.last_at(v), tile.known_at(v), sums.weight(0)});
+                 int(tile.vectors_at(v)), tile.last_at(v), tile.known_at(v), grad});
   });
-  sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
+  if (!direct) sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
   return true;
 }
 

@@ -70,18 +70,29 @@ def prune_grow(
     if grow == "random":
         grown = random_candidates(pattern, candidates_too, k, generator)
     else:
-        candidates = GrowthCandidates(k, pattern, candidates_too)
         assert grow_scores is not None  # checked
-        # By tiles of rows, for a copy of all scores would cost more than the selection (on a GPU, the launches would).
-        columns, tile = pattern.grid[1], pattern.grid[0]
-        if grow_scores.device.type == "cpu":
-            tile = max(1, _TILE // max(1, columns))
-        for row in range(0, pattern.grid[0], tile):
-            rows = grow_scores[row * pattern.block[0] : (row + tile) * pattern.block[0]]
-            candidates.add(block_scores(rows, pattern.block), row * columns)
-        grown = candidates.select()
+        grown = topk_indices_many([_growth_scores(grow_scores, pattern, candidates_too)], [k])[0]
     apply(weight, pattern, dropped, grown, states)
     return PruneGrowResult(dropped, grown)
+
+
+def _growth_scores(dense: Tensor, pattern: SparsityPattern, dropped: Tensor) -> Tensor:
+    """Scores of all blocks, ready for selection (:func:`prepare_scores_`)."""
+    if dense.device.type != "cpu":
+        scores = block_scores(dense, pattern.block)
+        prepare_scores_(scores, 0, pattern, dropped)
+        return scores
+    # By tiles of rows that stay in a near cache from one step to the next.
+    (rows, columns), height = pattern.grid, pattern.block[0]
+    scores, tile = dense.new_empty(rows * columns, dtype=_score_dtype(dense)), max(1, _TILE // max(1, columns))
+    for row in range(0, rows, tile):
+        some, part = scores[row * columns : (row + tile) * columns], dense[row * height : (row + tile) * height]
+        if pattern.block == (1, 1) and part.is_contiguous() and part.dtype == scores.dtype:
+            torch.abs(part.detach().view(-1), out=some)
+        else:
+            some.copy_(block_scores(part, pattern.block))
+        prepare_scores_(some, row * columns, pattern, dropped)
+    return scores
 
 
 def drop_count(fraction: float, pattern: SparsityPattern, regrow_dropped: bool = True) -> int:
