@@ -48,6 +48,8 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("indices_above(Tensor scores, float threshold) -> Tensor");
   // scores [n] of the blocks from flat index `first` on: those of active blocks that are not in `dropped` become NaN.
   m.def("exclude_kept_(Tensor(a!) scores, int first, Tensor crow, Tensor col, Tensor dropped, int columns) -> ()");
+  // Of unstructured patterns, on the CPU: absolute values of `dense` in one row, NaN as -inf, kept ones as NaN.
+  m.def("growth_scores(Tensor dense, Tensor crow, Tensor col, Tensor dropped) -> Tensor");
   // Replaces the blocks `dropped` by the blocks `grown` (int64, ascending, flat indices into the grid of blocks; the
   // two may overlap) in the pattern, the weight and each of the states; grown entries become zero.
   m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "

@@ -1,4 +1,4 @@
-"""max_pool2d against torch: values, gradients and which of equal numbers is taken, on random sizes; the layer; errors."""
+"""max_pool2d against torch: values, gradients, which of equal numbers is taken, on random sizes; layer; errors."""
 
 import random
 

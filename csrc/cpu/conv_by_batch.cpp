@@ -139,8 +139,13 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
                                               density * double(w.taps) / double(pass.destination_phases()), out_a_group);
   const auto lists = ConvEntries<T>::backward(w_input, pass.conv_taps(lanes), input_block,
                                               static_cast<const S*>(weight.const_data_ptr()));
-  const int64_t weight_block =
-      source_block<T>(forward_pass, std::min(tiling.group, out_rows), g.out_width, lanes, density * double(w.taps), w.in);
+  // Dot products of pieces of rows that registers hold, where these are many and rows are not short.
+  const bool holds = kernels.max_piece >= 16 && g.out_width >= 12;
+  const int64_t piece = holds ? ceil_div(g.out_width, ceil_div(g.out_width, int64_t(kernels.max_piece))) : g.out_width;
+  const int64_t group_rows = std::min(tiling.group, out_rows);
+  const int64_t piece_rows = holds ? std::clamp<int64_t>(kernels.max_piece / piece, 1, std::min<int64_t>(kernels.max_rows, group_rows))
+                                   : group_rows;
+  const int64_t weight_block = source_block<T>(forward_pass, piece_rows, piece, lanes, density * double(w.taps), w.in);
   const ConvPlaces places(w_weight, forward_pass.conv_taps(lanes), weight_block);
 
   const int64_t tiles = held.tiles(g.batch);
@@ -180,10 +185,21 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
           const T* grad_rows = packed + (begin + pass.y.lead - y) * pass.source.row;
           if (wants_weight) {
             const T* input_rows = inputs.rows(begin, end + forward_pass.y.reach);
-            for (int64_t b = 0; b < places.blocks; ++b)
-              kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, input_rows,
-                             forward_pass.source.row, grad_rows + pass.x.lead * lanes, pass.source.row,
-                             pass.source.channel, end - begin, g.out_width, sums.weight(chunk)});
+            for (int64_t r = 0; r < end - begin; r += piece_rows)
+              for (int64_t x = 0; x < g.out_width; x += piece)
+                for (int64_t b = 0; b < places.blocks; ++b) {
+                  const T* const source = input_rows + r * forward_pass.source.row + x * lanes;
+                  const T* const grad = grad_rows + r * pass.source.row + (pass.x.lead + x) * lanes;
+                  const int64_t count = std::min(piece_rows, end - begin - r), vectors = std::min(piece, g.out_width - x);
+                  if (holds)
+                    kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, source,
+                                         forward_pass.source.row, grad, pass.source.row, pass.source.channel, int(count),
+                                         int(vectors), (vectors - 1) * lanes, 0, sums.weight(chunk)});
+                  else
+                    kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, source,
+                                   forward_pass.source.row, grad, pass.source.row, pass.source.channel, count, vectors,
+                                   sums.weight(chunk)});
+                }
           }
           if (wants_bias)
             for (int64_t r = 0; r < end - begin; ++r)

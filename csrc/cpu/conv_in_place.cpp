@@ -112,18 +112,21 @@ bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::T
   return true;
 }
 
-// Blocks of channels whose pieces fit L1 pass by pieces of grad_output that are held in registers. A task has a range of
-// output channels, so that each number is the sum of one task.
+// With many registers, and where a plane has a rest, pieces of grad_output are held while the nonzeros of their channel
+// pass; else eight nonzeros go along 32 vectors together. A task has a range of output channels, so that each number is the
+// sum of one task.
 template <typename T>
 bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
   const ConvKernels<T>& kernels = conv_kernels<T>();
   if (!can(g, kernels, input, grad_output)) return false;
   constexpr int64_t kL2Bytes = 384 << 10;  // of it grad_output
-  const Tile tile(g.height * g.width, kernels.lanes, kernels.max_piece, std::min<int64_t>(kernels.max_rows, g.batch));
+  const bool holds = kernels.max_piece >= 16 || g.height * g.width % kernels.lanes != 0;
+  const Tile tile(g.height * g.width, kernels.lanes, holds ? kernels.max_piece : 32,
+                  std::min<int64_t>(kernels.max_rows, g.batch));
   const int64_t piece_bytes = int64_t(sizeof(T)) * tile.vectors() * kernels.lanes;
-  const ConvPlaces places(w, taps_of(input), source_block(kernels, tile, input, w.density(), w.in));
-  const int64_t chunk = std::max<int64_t>(1, kL2Bytes / piece_bytes);
+  const ConvPlaces places(w, taps_of(input), holds ? source_block(kernels, tile, input, w.density(), w.in) : w.in);
+  const int64_t chunk = holds ? std::max<int64_t>(1, kL2Bytes / piece_bytes) : g.out;
   // Where the sums are in the order of the gradient they are taken there.
   const bool direct = w.unstructured() && w.packed;
   PartialSums<T> sums(direct ? 0 : 1, w.nonzeros(), 0);
@@ -133,13 +136,18 @@ bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::
     for (int64_t image = 0; image < g.batch; image += tile.images)
       for (int64_t v = 0; v < tile.plane; v += tile.piece)
         for (int64_t o = first; o < last; o += chunk)
-          for (int64_t b = 0; b < places.blocks; ++b)
-            kernels.piece_sddmm(
-                {places.offset(), places.first() + b, places.blocks, o, std::min(o + chunk, last),
-                 input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes, input.stride(0),
-                 grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes,
-                 grad_output.stride(0), grad_output.stride(1), int(std::min(tile.images, g.batch - image)),
-                 int(tile.vectors_at(v)), tile.last_at(v), tile.known_at(v), grad});
+          for (int64_t b = 0; b < places.blocks; ++b) {
+            const T* const from = input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes;
+            const T* const to = grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes;
+            const int64_t images = std::min(tile.images, g.batch - image), end = std::min(o + chunk, last);
+            if (holds)
+              kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
+                                   grad_output.stride(0), grad_output.stride(1), int(images), int(tile.vectors_at(v)),
+                                   tile.last_at(v), tile.known_at(v), grad});
+            else
+              kernels.sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
+                             grad_output.stride(0), grad_output.stride(1), images, tile.vectors_at(v), grad});
+          }
   });
   if (!direct) sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
   return true;

@@ -8,10 +8,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -254,6 +256,29 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
                 perm.mutable_data_ptr<int32_t>());
 }
 
+// Sets the scores of kept blocks (active, not dropped) of the grid rows [begin, end) to NaN; data begins at block `first`
+// and has n scores.
+template <typename T>
+void exclude_rows(T* data, int64_t first, int64_t n, const int32_t* starts, const int32_t* cols, const at::Tensor& dropped,
+                  int64_t columns, int64_t begin, int64_t end) {
+  const int64_t *out = dropped.const_data_ptr<int64_t>(), *out_end = out + dropped.size(0);
+  const int64_t* next = std::lower_bound(out, out_end, begin * columns);
+  for (int64_t r = begin; r < end; ++r) {
+    for (int32_t i = starts[r]; i < starts[r + 1]; ++i) {
+      const int64_t block = r * columns + cols[i];
+      while (next != out_end && *next < block) ++next;
+      const bool kept = next == out_end || *next != block;
+      if (kept && block >= first && block < first + n) data[block - first] = std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+}
+
+void check_kept(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& dropped, const char* name) {
+  TORCH_CHECK_VALUE(crow.scalar_type() == at::kInt && col.scalar_type() == at::kInt && crow.is_contiguous() &&
+                        col.is_contiguous() && dropped.scalar_type() == at::kLong && dropped.is_contiguous(),
+                    name, ": expected contiguous int32 pattern tensors and int64 dropped blocks.");
+}
+
 void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, const at::Tensor& col,
                    const at::Tensor& dropped, int64_t columns) {
   const int64_t n = scores.numel(), rows = crow.size(0) - 1;
@@ -261,27 +286,39 @@ void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, con
                         first + n <= rows * columns,
                     "exclude_kept_: expected contiguous scores of blocks in [0, ", rows * columns, "), got ", n, " from ",
                     first, " on.");
-  TORCH_CHECK_VALUE(crow.scalar_type() == at::kInt && col.scalar_type() == at::kInt && crow.is_contiguous() &&
-                        col.is_contiguous() && dropped.scalar_type() == at::kLong && dropped.is_contiguous(),
-                    "exclude_kept_: expected contiguous int32 pattern tensors and int64 dropped blocks.");
+  check_kept(crow, col, dropped, "exclude_kept_");
   if (n == 0) return;
   const int32_t *starts = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
-  const int64_t *out = dropped.const_data_ptr<int64_t>(), *out_end = out + dropped.size(0);
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "exclude_kept_", [&] {
     scalar_t* data = scores.mutable_data_ptr<scalar_t>();
     at::parallel_for(first / columns, (first + n - 1) / columns + 1, 16, [&](int64_t begin, int64_t end) {
-      const int64_t* next = std::lower_bound(out, out_end, begin * columns);
+      exclude_rows(data, first, n, starts, cols, dropped, columns, begin, end);
+    });
+  });
+}
+
+// In memory of the pool: that of a fresh tensor of this size would cost more than the scores.
+at::Tensor growth_scores(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, const at::Tensor& dropped) {
+  const int64_t rows = crow.size(0) - 1, n = dense.numel(), columns = rows > 0 ? n / rows : 0;
+  TORCH_CHECK_VALUE(dense.is_contiguous() && rows > 0 && columns * rows == n,
+                    "growth_scores: expected contiguous scores of ", rows, " rows, got sizes ", dense.sizes(), ".");
+  check_kept(crow, col, dropped, "growth_scores");
+  auto* const memory = new Workspace(dense.nbytes());
+  const at::Tensor scores = at::from_blob(memory->as<void>(), {n}, [memory](void*) { delete memory; }, dense.options());
+  AT_DISPATCH_FLOATING_TYPES(dense.scalar_type(), "growth_scores", [&] {
+    const scalar_t* const from = dense.const_data_ptr<scalar_t>();
+    scalar_t* const to = scores.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, 1 + (1 << 15) / std::max<int64_t>(1, columns), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        for (int32_t i = starts[r]; i < starts[r + 1]; ++i) {
-          const int64_t block = r * columns + cols[i];
-          while (next != out_end && *next < block) ++next;
-          const bool kept = next == out_end || *next != block;
-          if (kept && block >= first && block < first + n)
-            data[block - first] = std::numeric_limits<scalar_t>::quiet_NaN();
+        for (int64_t i = r * columns; i < (r + 1) * columns; ++i) {
+          const scalar_t x = std::abs(from[i]);
+          to[i] = x == x ? x : -std::numeric_limits<scalar_t>::infinity();
         }
+        exclude_rows(to, 0, n, crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), dropped, columns, r, r + 1);
       }
     });
   });
+  return scores;
 }
 
 }  // namespace
@@ -289,6 +326,7 @@ void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, con
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
   m.impl("prune_grow_", &prune_grow_);
   m.impl("exclude_kept_", &exclude_kept_);
+  m.impl("growth_scores", &growth_scores);
 }
 
 }  // namespace uasparse

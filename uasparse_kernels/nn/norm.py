@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from uasparse_kernels import ops
+
+_Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -18,7 +18,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return ops.batch_norm(input, *self._arguments(input))
 
-    def _arguments(self, input: Tensor) -> tuple[Any, ...]:
+    def _arguments(self, input: Tensor) -> _Arguments:
         """Of ``ops.batch_norm`` after the input; a batch in training is counted."""
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum

@@ -22,9 +22,6 @@ from uasparse_kernels.ops.topk_indices import indices_above, topk_indices_many, 
 from uasparse_kernels.pattern import SparsityPattern, sample_indices
 
 
-_TILE = 1 << 18  # blocks scored at a time: scores that stay in a near cache
-
-
 class PruneGrowResult(NamedTuple):
     """The blocks that left and those that came: flat grid indices, int64, ascending. They may overlap."""
 
@@ -78,20 +75,12 @@ def prune_grow(
 
 def _growth_scores(dense: Tensor, pattern: SparsityPattern, dropped: Tensor) -> Tensor:
     """Scores of all blocks, ready for selection (:func:`prepare_scores_`)."""
-    if dense.device.type != "cpu":
-        scores = block_scores(dense, pattern.block)
-        prepare_scores_(scores, 0, pattern, dropped)
-        return scores
-    # By tiles of rows that stay in a near cache from one step to the next.
-    (rows, columns), height = pattern.grid, pattern.block[0]
-    scores, tile = dense.new_empty(rows * columns, dtype=_score_dtype(dense)), max(1, _TILE // max(1, columns))
-    for row in range(0, rows, tile):
-        some, part = scores[row * columns : (row + tile) * columns], dense[row * height : (row + tile) * height]
-        if pattern.block == (1, 1) and part.is_contiguous() and part.dtype == scores.dtype:
-            torch.abs(part.detach().view(-1), out=some)
-        else:
-            some.copy_(block_scores(part, pattern.block))
-        prepare_scores_(some, row * columns, pattern, dropped)
+    dense = dense.detach()
+    fits = pattern.block == (1, 1) and dense.is_contiguous() and dense.dtype == _score_dtype(dense) and dense.numel()
+    if fits and dense.device.type == "cpu" and _library.has_kernel("growth_scores", dense):
+        return torch.ops.uasparse.growth_scores(dense, pattern.crow, pattern.col, dropped)  # in one pass
+    scores = block_scores(dense, pattern.block)
+    prepare_scores_(scores, 0, pattern, dropped)
     return scores
 
 
@@ -459,3 +448,8 @@ def _fake(weight, states, crow, col, ccol, row, perm, dropped, grown, shape, blo
 @_library.register_fake("exclude_kept_")
 def _exclude_fake(scores, first, crow, col, dropped, columns):
     return None
+
+
+@_library.register_fake("growth_scores")
+def _scores_fake(dense, crow, col, dropped):
+    return dense.new_empty(dense.numel())
