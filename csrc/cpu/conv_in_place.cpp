@@ -43,9 +43,11 @@ bool can(const Geometry& g, const ConvKernels<T>& kernels, const at::Tensor& sou
          has_plain_planes(other) && source.size(1) * source.stride(1) <= std::numeric_limits<int32_t>::max();
 }
 
-// Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker.
+// Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker; where one
+// with a rest leaves a third of them idle, conv_by_batch.cpp.
 template <typename T>
 bool is_filled(const Tile& tile, const ConvKernels<T>& kernels) {
+  if (tile.positions % tile.lanes != 0) return 3 * tile.piece >= 2 * kernels.max_vectors;
   return 2 * tile.vectors() >= kernels.max_vectors;
 }
 

@@ -1,4 +1,8 @@
-// masked_conv2d on the CPU: checks, storage and the choice between the ways of conv_pass.h.
+// masked_conv2d on the CPU: checks, storage and the choice between the ways of conv_pass.h, the first that can:
+//   in place   (conv_in_place.cpp)  one tap, stride 1, NCHW: neighbouring positions where they are
+//   taken      (conv_taken.cpp)     one tap with strides, NCHW: the same over copies of the positions that are taken
+//   by space   (conv_by_space.cpp)  stride 1, NCHW: neighbouring positions of copied rows
+//   by batch   (conv_by_batch.cpp)  all else: one position of several images, or strips of them, transposed
 //
 // Every output is summed in the order of the entries, and grad weight in the order of fixed chunks of the batch, so
 // results do not depend on the number of threads. bfloat16 is computed in float32.
