@@ -82,7 +82,8 @@ void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& 
   const int64_t lanes = kernels.lanes;
   const Pass pass = g.forward(lanes);
   const Lanes held(g.batch, g.out_height, pass.y.reach, lanes);
-  const Tiling tiling(held.rows, g.out_width, kernels.max_vectors, kernels.max_rows);
+  Tiling tiling(held.rows, g.out_width, kernels.max_vectors, kernels.max_rows);
+  if (held.tiles(g.batch) * ceil_div(held.rows, tiling.group) < at::get_num_threads()) tiling.group = tiling.rows;
   check_offsets(pass, tiling.group);
   const int64_t block =
       source_block<T>(pass, tiling.rows, tiling.vectors, lanes, w.density() * double(w.taps), w.in);
