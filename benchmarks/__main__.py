@@ -22,6 +22,7 @@ SUITES = {
     "linear": "bench_masked_linear",
     "conv": "bench_masked_conv2d",
     "step": "bench_step",
+    "networks": "bench_networks",
     "memory": "bench_memory",
     "threads": "bench_threads",
     "prune-grow": "bench_prune_grow",

@@ -5,7 +5,7 @@ python -m benchmarks conv      pytest benchmarks/bench_masked_conv2d.py
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -44,8 +44,39 @@ CASES = [
     Case(128, 256, 16, stride=2),
 ]
 
+# The distinct sparse layers of a ResNet-50 on images of 224 pixels.
+_RESNET50 = [
+    Case(64, 64, 56, kernel=1),
+    Case(64, 64, 56),
+    Case(64, 256, 56, kernel=1),
+    Case(256, 64, 56, kernel=1),
+    Case(256, 128, 56, kernel=1),
+    Case(128, 128, 56, stride=2),
+    Case(256, 512, 56, kernel=1, stride=2),
+    Case(128, 512, 28, kernel=1),
+    Case(512, 128, 28, kernel=1),
+    Case(128, 128, 28),
+    Case(256, 256, 28, stride=2),
+    Case(512, 1024, 28, kernel=1, stride=2),
+    Case(256, 1024, 14, kernel=1),
+    Case(1024, 256, 14, kernel=1),
+    Case(256, 256, 14),
+    Case(512, 512, 14, stride=2),
+    Case(1024, 2048, 14, kernel=1, stride=2),
+    Case(512, 2048, 7, kernel=1),
+    Case(2048, 512, 7, kernel=1),
+    Case(512, 512, 7),
+]
+RESNET50 = [case._replace(batch=batch) for batch in (8, 32) for case in _RESNET50]
+NETWORK_SPARSITIES = (0.8, 0.9, 0.95)
+# In blocks, beside the same shapes without.
+BLOCKED = [Case(64, 64, 32), Case(128, 128, 16), Case(256, 256, 8), Case(128, 512, 28, kernel=1, batch=8)]
+BLOCKS = ((4, 1), (4, 4), (16, 16), (32, 32))
 
-def variants(case: Case, sparsity: float, *, training: bool = True) -> dict[str, Callable[[], Any]]:
+
+def variants(
+    case: Case, sparsity: float, *, training: bool = True, block: tuple[int, int] = (1, 1)
+) -> dict[str, Callable[[], Any]]:
     """Calls that run the layer once, by name; "ours" takes what is faster for dense here, NCHW."""
     arguments = (case.channels, case.outputs, case.kernel, case.stride, case.kernel // 2)
     x = torch.randn(case.batch, case.channels, case.size, case.size)
@@ -57,19 +88,44 @@ def variants(case: Case, sparsity: float, *, training: bool = True) -> dict[str,
             nn.Conv2d(*arguments, bias=False).to(memory_format=last),
             x.to(memory_format=last),  # type: ignore[call-overload]
         ),
-        "ours": call(ua.SparseConv2d(*arguments, bias=False, sparsity=sparsity), x),
+        "ours": call(ua.SparseConv2d(*arguments, bias=False, sparsity=sparsity, block=block), x),
     }
 
 
-def row(case: Case, sparsity: float, seconds: float) -> dict[str, Any]:
-    times = harness.interleave(variants(case, sparsity), seconds=seconds)
-    positions = case.batch * (case.size // case.stride) ** 2
-    flops = 6 * positions * round(case.channels * case.outputs * case.kernel**2 * (1 - sparsity))
-    return {"shape": str(case), "sparsity": sparsity, "pass": "step"} | harness.compare(times, flops)
+def row(
+    case: Case,
+    sparsity: float,
+    seconds: float,
+    *,
+    training: bool = True,
+    block: tuple[int, int] = (1, 1),
+    rounds: int = 11,
+) -> dict[str, Any]:
+    times = harness.interleave(variants(case, sparsity, training=training, block=block), seconds=seconds, rounds=rounds)
+    positions = case.batch * -((-case.size // case.stride) ** 2)
+    products = 3 if training else 1
+    flops = 2 * products * positions * round(case.channels * case.outputs * case.kernel**2 * (1 - sparsity))
+    shape = str(case) if block == (1, 1) else f"{case}, {block[0]}x{block[1]}"
+    return {"shape": shape, "sparsity": sparsity, "pass": "step" if training else "forward"} | harness.compare(
+        times, flops
+    )
 
 
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
-    return harness.rows(row(case, sparsity, seconds) for case in CASES for sparsity in (*LOW_SPARSITIES, *SPARSITIES))
+    return harness.rows(_rows(seconds))
+
+
+def _rows(seconds: float) -> Iterator[dict[str, Any]]:
+    for case in CASES:
+        for sparsity in (*LOW_SPARSITIES, *SPARSITIES):
+            yield row(case, sparsity, seconds)
+    for case in RESNET50:
+        for sparsity in NETWORK_SPARSITIES:
+            for training in (False, True):
+                yield row(case, sparsity, seconds / 2, training=training, rounds=5)
+    for case in BLOCKED:
+        for block in BLOCKS:
+            yield row(case, 0.9, seconds, block=block)
 
 
 @pytest.mark.parametrize("sparsity", SPARSITIES)

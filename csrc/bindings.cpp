@@ -52,6 +52,8 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("indices_above(Tensor scores, float threshold) -> Tensor");
   // scores [n] of the blocks from flat index `first` on: those of active blocks that are not in `dropped` become NaN.
   m.def("exclude_kept_(Tensor(a!) scores, int first, Tensor crow, Tensor col, Tensor dropped, int columns) -> ()");
+  // Of unstructured patterns, on the CPU: absolute values of `dense` in one row, NaN as -inf, kept ones as NaN.
+  m.def("growth_scores(Tensor dense, Tensor crow, Tensor col, Tensor dropped) -> Tensor");
   // Replaces the blocks `dropped` by the blocks `grown` (int64, ascending, flat indices into the grid of blocks; the
   // two may overlap) in the pattern, the weight and each of the states; grown entries become zero.
   m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "
@@ -62,6 +64,16 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask) "
         "-> (Tensor, Tensor, Tensor)");
+
+  // relu(batch_norm(input) + residual). The backward tells from `output` where a gradient passes, or, without a residual,
+  // from input, weight and bias.
+  m.def("batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps) "
+        "-> (Tensor, Tensor, Tensor)");
+  m.def("batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? output, "
+        "Tensor saved, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // -> output, indices into each plane, as torch's max_pool2d_with_indices.
+  m.def("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> (Tensor, Tensor)");
 
   // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N, 2] for the backward.
   m.def("unknown_aware_loss(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "

@@ -12,7 +12,7 @@ from torch import nn
 
 import uasparse_kernels as ua
 from uasparse_kernels import _library
-from uasparse_kernels.ops import batch_norm, batch_norm_reference
+from uasparse_kernels.ops import batch_norm, batch_norm_reference, batch_norm_relu
 from uasparse_kernels.ops.batch_norm import choose
 
 needs_kernel = pytest.mark.skipif(not _library.has_kernel_for("batch_norm", "cpu"), reason="no compiled kernel")
@@ -380,3 +380,71 @@ def test_training_steps_are_those_with_torchs():
             losses.append(loss.detach())
     torch.testing.assert_close(losses[:5], losses[5:], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def relu_results(function, x, dy, weight, bias, residual):
+    """Output and gradients (input, weight, bias, residual), in float64."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, weight, bias, residual)]
+    output = function(*leaves)
+    grads = torch.autograd.grad(output, [t for t in leaves if t is not None], dy.to(output.dtype))
+    return [t.detach().double() for t in (output, *grads)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("with_residual", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_with_relu(shape, with_residual, affine):
+    x, dy, weight, bias = draw(shape, seed=3)
+    residual = draw(shape, seed=4)[0] if with_residual else None
+    if not affine:
+        weight = bias = None
+
+    def expected(x, weight, bias, residual):
+        output = batch_norm_reference(x, weight, bias, None, None, True)
+        return F.relu(output if residual is None else output + residual)
+
+    def ours(x, weight, bias, residual):
+        return torch.ops.uasparse.batch_norm_relu(x, weight, bias, residual, 1e-5)[0]
+
+    double = [None if t is None else t.double() for t in (x, dy, weight, bias, residual)]
+    # Where the sum is about zero, rounding decides whether the gradient passes: none is asked for there.
+    sums = batch_norm_reference(double[0], double[2], double[3], None, None, True)
+    sums = sums if residual is None else sums + double[4]
+    dy = torch.where(sums.abs() < 1e-4, 0, dy)
+    got, wanted = relu_results(ours, x, dy, weight, bias, residual), relu_results(expected, double[0], dy, *double[2:])
+    slope = (1 if weight is None else weight.abs()) / (
+        x.double().transpose(0, 1).flatten(1).var(1, correction=0) + 1e-5
+    ).sqrt()
+    assert_near(got[0], wanted[0])
+    assert_near(got[1], wanted[1], size=slope.max() * dy.abs().max())
+    for pair in list(zip(got, wanted, strict=True))[2:]:
+        assert_near(*pair, terms=x.numel() // x.shape[1])
+
+
+@needs_kernel
+def test_relu_layer_and_only_some_gradients():
+    x, dy, _, _ = draw((4, 6, 9, 9))
+    residual = torch.randn_like(x).requires_grad_()
+    layer, plain = ua.nn.BatchNormReLU2d(6), nn.BatchNorm2d(6)
+    for training in (True, False):
+        layer.train(training), plain.train(training)
+        torch.testing.assert_close(layer(x, residual), F.relu(plain(x) + residual))
+        torch.testing.assert_close(layer(x), F.relu(plain(x)))
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
+    # The residual's gradient alone: the input and the layer's parameters ask for none.
+    layer.train().requires_grad_(False)
+    output = layer(x, residual)
+    (grad,) = torch.autograd.grad(output, residual, dy)
+    assert torch.equal(grad, torch.where(output > 0, dy, 0))
+    with pytest.raises(ValueError, match="residual of the input's shape"):
+        batch_norm_relu(x, residual=residual[:, :1])
+
+
+@needs_kernel
+def test_relu_opcheck():
+    x, _, weight, bias = draw((3, 5, 4, 5))
+    for residual in (None, torch.randn_like(x).requires_grad_()):
+        arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), residual, 1e-5)
+        torch.library.opcheck(torch.ops.uasparse.batch_norm_relu.default, arguments)

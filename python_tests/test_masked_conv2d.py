@@ -122,19 +122,20 @@ def test_stride_one(batch, size, shape, padding, dilation, dtype):
 
 
 @needs_kernel
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(24))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_one_tap(seed, dtype):
-    """Planes of whole vectors: pieces of one, one, several, too few to fill a register tile; with strides too."""
+    """Pieces of planes, one, several, too few to fill a register tile, with and without a rest; with strides too."""
     r = random.Random(seed)
-    size = r.choice([(32, 32), (16, 16), (8, 8), (4, 4), (4, 2), (3, 16), (13, 8), (56, 56), (5, 40)])
+    whole = [(32, 32), (16, 16), (8, 8), (4, 4), (4, 2), (3, 16), (13, 8), (56, 56), (5, 40)]
+    size = r.choice([*whole, (7, 7), (14, 14), (28, 28), (9, 13), (57, 55), (17, 1), (3, 5)])
     batch, groups, block = r.choice([1, 2, 5, 9]), r.choice([1, 1, 3]), r.choice([(1, 1), (1, 1), (4, 1), (2, 2)])
     shape = (groups * block[0] * r.randint(1, 9), block[1] * r.randint(1, 40), 1, 1)
     pattern = SparsityPattern.random(shape, r.choice([0.02, 0.3, 1.0]), block=block)
     x = torch.randn(2 * batch, shape[1] * groups + 1, *size, dtype=dtype)[::2, 1:]
     weight = torch.randn(pattern.packed_shape, dtype=dtype)
     bias = torch.randn(shape[0], dtype=dtype) if r.random() < 0.5 else None
-    arguments = (r.choice([(1, 1), (1, 1), (2, 2), (1, 3)]), (0, 0), (r.randint(1, 2), 1), groups)
+    arguments = (r.choice([(1, 1), (1, 1), (2, 2), (1, 3), (3, 2)]), (0, 0), (r.randint(1, 2), 1), groups)
     got = results(kernel, x, weight, bias, pattern, *arguments, rounded_to=dtype)
     exact = [t if t is None else t.double() for t in (x, weight, bias)]
     expected = results(masked_conv2d_reference, *exact, pattern, *arguments, rounded_to=dtype)
@@ -152,6 +153,27 @@ def test_one_tap(seed, dtype):
             assert_near(one, two, terms)
     for one, other, terms in zip(got, expected, [shape[1], shape[0], positions, positions], strict=False):
         assert_near(one, other, terms)
+
+
+@needs_kernel
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 17])
+@pytest.mark.parametrize("height,width", [(7, 7), (14, 9), (29, 5), (3, 40)])
+def test_few_images(batch, height, width):
+    """Fewer images than lanes are cut into strips of rows: kernels, strides, paddings whose rows end otherwise."""
+    for kernel_size, stride, padding in ((3, 2, 1), (3, 1, 0), (5, 2, 2), (3, 3, 3), (1, 2, 1)):
+        if min(height, width) + 2 * padding < kernel_size:
+            continue
+        pattern = SparsityPattern.random((6, 5, kernel_size, kernel_size), 0.3)
+        x, weight = torch.randn(batch, 5, height, width), torch.randn(pattern.packed_shape)
+        arguments = (pattern, (stride, stride), (padding, padding))
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = x.to(memory_format=layout)
+            bias = torch.randn(6)
+            got = results(kernel, x, weight, bias, *arguments, rounded_to=torch.float32)
+            exact = [t.double() for t in (x, weight, bias)]
+            expected = results(masked_conv2d_reference, *exact, *arguments, rounded_to=torch.float32)
+            for one, other in zip(got, expected, strict=True):
+                assert_near(one, other, batch * height * width)
 
 
 @needs_kernel
@@ -229,8 +251,8 @@ def test_opcheck(packed, format):
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("batch,size", [(70, 3), (70, 1), (3, 1)])
-def test_threads_do_not_change_results(dtype, batch, size):
+@pytest.mark.parametrize("batch,size,stride", [(70, 3, 1), (70, 1, 1), (3, 1, 1), (3, 3, 2), (3, 1, 2)])
+def test_threads_do_not_change_results(dtype, batch, size, stride):
     threads = torch.get_num_threads()
     pattern = SparsityPattern.random((24, 10, size, size), 0.2)
     x, weight = torch.randn(batch, 10, 12, 12).to(dtype), torch.randn(pattern.packed_shape).to(dtype)
@@ -238,10 +260,10 @@ def test_threads_do_not_change_results(dtype, batch, size):
     try:
         torch.set_num_threads(1)
         padding = (size // 2, size // 2)
-        expected = results(kernel, x, weight, bias, pattern, (1, 1), padding)
+        expected = results(kernel, x, weight, bias, pattern, (stride, stride), padding)
         for count in (1, 2, 3, 8, 40):
             torch.set_num_threads(count)
-            got = results(kernel, x, weight, bias, pattern, (1, 1), padding)
+            got = results(kernel, x, weight, bias, pattern, (stride, stride), padding)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), f"{count} threads"
     finally:
         torch.set_num_threads(threads)

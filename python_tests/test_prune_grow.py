@@ -491,6 +491,10 @@ def test_opcheck(storage):
     torch.library.opcheck(torch.ops.uasparse.topk_indices_many.default, arguments)
     arguments = (torch.randn(14), 7, pattern.crow, pattern.col, dropped, 7)
     torch.library.opcheck(torch.ops.uasparse.exclude_kept_.default, arguments)
+    arguments = (torch.randn(6, 7), pattern.crow, pattern.col, dropped)
+    # Not by comparing results, which hold NaN.
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.uasparse.growth_scores.default, arguments, test_utils=utilities)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

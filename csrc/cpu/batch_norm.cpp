@@ -73,27 +73,42 @@ BatchNormProblem describe(const at::Tensor& x, const OptionalTensor& weight) {
           parameter(weight, x.size(1), "weight")};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, const OptionalTensor& weight,
-                                                       const OptionalTensor& bias, double eps) {
+// A float32 tensor of x's sizes, contiguous, or null.
+at::Tensor map_like(const at::Tensor& x, const OptionalTensor& tensor, const char* name) {
+  if (!tensor.has_value()) return at::Tensor();
+  TORCH_CHECK_TYPE(tensor->scalar_type() == at::kFloat, "Expected a float32 ", name, ", got ", tensor->scalar_type(), ".");
+  TORCH_CHECK_VALUE(tensor->sizes() == x.sizes(), "Expected a ", name, " of sizes ", x.sizes(), ", got ", tensor->sizes(),
+                    ".");
+  return tensor->contiguous();
+}
+
+const float* data_or_null(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> run_forward(const at::Tensor& input, const OptionalTensor& weight,
+                                                           const OptionalTensor& bias, const OptionalTensor& residual,
+                                                           bool relu, double eps) {
   TORCH_CHECK_VALUE(eps > 0 && std::isfinite(eps), "Expected a positive eps, got ", eps, ".");
   check_storage(input, "input");
-  const at::Tensor x = input.contiguous();
+  if (residual.has_value()) check_storage(*residual, "residual");
+  const at::Tensor x = input.contiguous(), added = map_like(x, residual, "residual");
   const BatchNormProblem problem = describe(x, weight);
   at::Tensor y = at::empty(x.sizes(), x.options());
   at::Tensor stats = at::empty({2, problem.channels}, x.options());
   at::Tensor saved = at::empty({2, problem.channels}, x.options().dtype(at::kDouble));
-  run_all(BatchNormForward{problem, parameter(bias, problem.channels, "bias"), eps, y.mutable_data_ptr<float>(),
-                           stats.mutable_data_ptr<float>(), saved.mutable_data_ptr<double>()});
+  run_all(BatchNormForward{problem, parameter(bias, problem.channels, "bias"), data_or_null(added), relu, eps,
+                           y.mutable_data_ptr<float>(), stats.mutable_data_ptr<float>(),
+                           saved.mutable_data_ptr<double>()});
   return {y, stats, saved};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                                        const OptionalTensor& weight, const at::Tensor& saved,
-                                                        std::array<bool, 3> output_mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& output, bool relu, const at::Tensor& saved, std::array<bool, 4> output_mask) {
   check_storage(input, "input");
   check_storage(grad_output, "grad_output");
   check_storage(saved, "saved");
-  const at::Tensor x = input.contiguous(), dy = grad_output.contiguous();
+  if (output.has_value()) check_storage(*output, "output");
+  const at::Tensor x = input.contiguous(), dy = grad_output.contiguous(), y = map_like(x, output, "output");
   const BatchNormProblem problem = describe(x, weight);
   TORCH_CHECK_TYPE(dy.scalar_type() == at::kFloat && saved.scalar_type() == at::kDouble,
                    "Expected a float32 gradient and what the forward saved, got ", dy.scalar_type(), " and ",
@@ -105,11 +120,37 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
   at::Tensor dx = at::empty(output_mask[0] ? x.sizes() : at::IntArrayRef(none), x.options());
   at::Tensor dweight = at::empty(output_mask[1] ? vector : none, x.options());
   at::Tensor dbias = at::empty(output_mask[2] ? vector : none, x.options());
-  run_all(BatchNormBackward{problem, dy.const_data_ptr<float>(), saved.const_data_ptr<double>(),
-                            output_mask[0] ? dx.mutable_data_ptr<float>() : nullptr,
-                            output_mask[1] ? dweight.mutable_data_ptr<float>() : nullptr,
-                            output_mask[2] ? dbias.mutable_data_ptr<float>() : nullptr});
+  at::Tensor dresidual = at::empty(output_mask[3] ? x.sizes() : at::IntArrayRef(none), x.options());
+  const auto wanted = [&](const at::Tensor& t, int i) { return output_mask[i] ? t.mutable_data_ptr<float>() : nullptr; };
+  run_all(BatchNormBackward{problem, dy.const_data_ptr<float>(), saved.const_data_ptr<double>(), relu, data_or_null(y),
+                            parameter(bias, problem.channels, "bias"), wanted(dx, 0), wanted(dweight, 1),
+                            wanted(dbias, 2), wanted(dresidual, 3)});
+  return {dx, dweight, dbias, dresidual};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, const OptionalTensor& weight,
+                                                       const OptionalTensor& bias, double eps) {
+  return run_forward(input, weight, bias, std::nullopt, false, eps);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                                        const OptionalTensor& weight, const at::Tensor& saved,
+                                                        std::array<bool, 3> output_mask) {
+  auto [dx, dweight, dbias, none] = run_backward(grad_output, input, weight, std::nullopt, std::nullopt, false, saved,
+                                                 {output_mask[0], output_mask[1], output_mask[2], false});
   return {dx, dweight, dbias};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> relu_forward(const at::Tensor& input, const OptionalTensor& weight,
+                                                            const OptionalTensor& bias, const OptionalTensor& residual,
+                                                            double eps) {
+  return run_forward(input, weight, bias, residual, true, eps);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relu_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& output, const at::Tensor& saved, std::array<bool, 4> output_mask) {
+  return run_backward(grad_output, input, weight, bias, output, true, saved, output_mask);
 }
 
 }  // namespace
@@ -117,6 +158,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
   m.impl("batch_norm", &forward);
   m.impl("batch_norm_backward", &backward);
+  m.impl("batch_norm_relu", &relu_forward);
+  m.impl("batch_norm_relu_backward", &relu_backward);
 }
 
 }  // namespace uasparse

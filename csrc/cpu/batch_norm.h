@@ -12,7 +12,7 @@ constexpr int64_t kMaxChannels = 64;
 // Maps of fewer pixels than this may be gathered: the scratch then holds kScratchRows rows of batch * pixels floats,
 // each behind kSlack floats. No vector has more lanes.
 constexpr int64_t kSlack = 16;
-constexpr int64_t kScratchRows = 3;
+constexpr int64_t kScratchRows = 4;
 
 // Tensors are [batch, channels, pixels], contiguous.
 struct BatchNormProblem {
@@ -23,6 +23,8 @@ struct BatchNormProblem {
 
 struct BatchNormForward : BatchNormProblem {
   const float* bias;  // or null: zeros
+  const float* residual;  // of x's shape, added before the ReLU; or null
+  bool relu;
   double eps;
   float* y;
   float* stats;   // [2, channels]: mean, unbiased variance
@@ -32,9 +34,13 @@ struct BatchNormForward : BatchNormProblem {
 struct BatchNormBackward : BatchNormProblem {
   const float* dy;
   const double* saved;
-  float* dx;       // these three, or null
+  // Of a ReLU: where the output is not above zero no gradient passes. That is known from y where it is given, else from x.
+  bool relu;
+  const float *y, *bias;
+  float* dx;         // these, or null
   float* dweight;
   float* dbias;
+  float* dresidual;  // what passes the ReLU
 };
 
 // Channels [first, last).

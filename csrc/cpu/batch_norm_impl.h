@@ -98,18 +98,41 @@ UASPARSE_INLINE void add_rows(const float* x, Rows rows, Moments* moments) {
   moments->merge(n, sum, exact);
 }
 
-// sum += dy, product += dy * (x - center) over rows.
-UASPARSE_INLINE void add_products(const float* x, const float* dy, Rows rows, float center, double* sum, double* product) {
+// A channel's output or gradient of the input: y = scale * (x - center) + shift, dx = of_dy * dy + scale * (x - center) +
+// shift. `center` is the mean rounded; what the rounding left is in `shift`.
+struct Affine {
+  float center, scale, shift, of_dy;
+};
+
+UASPARSE_INLINE Vec<float> apply(Affine a, Vec<float> x) { return (x - a.center) * a.scale + a.shift; }
+
+// What a ReLU lets pass of dy: all (none), that where y (by_y), or what `forward` makes of x (by_x), is not <= 0.
+enum class Gate { none, by_y, by_x };
+
+template <Gate gate>
+UASPARSE_INLINE Vec<float> gradient(const float* dy, const float* y, Vec<float> x, Affine forward, int64_t at) {
+  const Vec<float> g = load(dy + at), zero = {};
+  if constexpr (gate == Gate::by_y) return load(y + at) <= zero ? zero : g;
+  if constexpr (gate == Gate::by_x) return apply(forward, x) <= zero ? zero : g;
+  return g;
+}
+
+// sum += dz, product += dz * (x - center) over rows, dz being what the gate lets pass of dy; kept where `dz` is given.
+template <Gate gate>
+UASPARSE_INLINE void add_products(const float* x, const float* dy, const float* y, Affine forward, Rows rows, float center,
+                                  float* dz, double* sum, double* product) {
   Vec<float> plain[kUnroll] = {}, mixed[kUnroll] = {};
   for_each_vector(
       rows,
       [&](int u, int64_t at) UASPARSE_LAMBDA {
-        const Vec<float> g = load(dy + at);
+        const Vec<float> g = gradient<gate>(dy, y, load(x + at), forward, at);
+        if (dz != nullptr) store(dz + at, g);
         plain[u] += g;
         mixed[u] += g * (load(x + at) - center);
       },
       [&](int64_t at, int32_t skip) UASPARSE_LAMBDA {
-        const Vec<float> g = load(dy + at);
+        const Vec<float> g = gradient<gate>(dy, y, load(x + at), forward, at);
+        if (dz != nullptr) store(dz + at, g);
         plain[0] += without_first(g, skip);
         mixed[0] += without_first(g * (load(x + at) - center), skip);
       });
@@ -117,22 +140,34 @@ UASPARSE_INLINE void add_products(const float* x, const float* dy, Rows rows, fl
   *product += sum_of(mixed);
 }
 
-// A channel's output or gradient of the input: y = scale * (x - center) + shift, dx = of_dy * dy + scale * (x - center) +
-// shift. `center` is the mean rounded; what the rounding left is in `shift`.
-struct Affine {
-  float center, scale, shift, of_dy;
-};
-
-UASPARSE_INLINE void write_rows(const float* x, Rows rows, Affine a, float* y) {
-  const auto write = [&](int64_t at) UASPARSE_LAMBDA { store(y + at, (load(x + at) - a.center) * a.scale + a.shift); };
+template <bool relu, bool residual>
+UASPARSE_INLINE void write_rows(const float* x, const float* added, Rows rows, Affine a, float* y) {
+  const auto write = [&](int64_t at) UASPARSE_LAMBDA {
+    Vec<float> v = apply(a, load(x + at));
+    const Vec<float> zero = {};
+    if constexpr (residual) v += load(added + at);
+    if constexpr (relu) v = v < zero ? zero : v;  // NaN stays
+    store(y + at, v);
+  };
   for_each_vector(
       rows, [&](int, int64_t at) UASPARSE_LAMBDA { write(at); },
       [&](int64_t at, int32_t) UASPARSE_LAMBDA { write(at); });
 }
 
-UASPARSE_INLINE void write_rows(const float* x, const float* dy, Rows rows, Affine a, float* dx) {
+UASPARSE_INLINE void write_rows(const BatchNormForward& p, const float* x, const float* added, Rows rows, Affine a,
+                                float* y) {
+  if (added != nullptr)
+    p.relu ? write_rows<true, true>(x, added, rows, a, y) : write_rows<false, true>(x, added, rows, a, y);
+  else
+    p.relu ? write_rows<true, false>(x, added, rows, a, y) : write_rows<false, false>(x, added, rows, a, y);
+}
+
+template <Gate gate>
+UASPARSE_INLINE void write_gradient(const float* x, const float* dy, const float* y, Affine forward, Rows rows, Affine a,
+                                    float* dx) {
   const auto write = [&](int64_t at) UASPARSE_LAMBDA {
-    store(dx + at, load(dy + at) * a.of_dy + ((load(x + at) - a.center) * a.scale + a.shift));
+    const Vec<float> v = load(x + at);
+    store(dx + at, gradient<gate>(dy, y, v, forward, at) * a.of_dy + apply(a, v));
   };
   for_each_vector(
       rows, [&](int, int64_t at) UASPARSE_LAMBDA { write(at); },
@@ -172,16 +207,21 @@ UASPARSE_INLINE void scatter(const BatchNormProblem& p, const float* row, int64_
     for (int64_t i = 0; i < p.pixels; ++i) y[(n * p.channels + c) * p.pixels + i] = row[n * p.pixels + i];
 }
 
+// What turns a channel's x into y.
+UASPARSE_INLINE Affine forward_affine(const BatchNormProblem& p, const float* biases, int64_t c, double mean, double scale) {
+  const double weight = p.weight != nullptr ? p.weight[c] : 1, bias = biases != nullptr ? biases[c] : 0;
+  const float center = static_cast<float>(mean);
+  return {center, static_cast<float>(weight * scale), static_cast<float>(bias - (mean - center) * weight * scale), 0};
+}
+
 // Keeps a channel's statistics; gives what turns its x into y.
 UASPARSE_INLINE Affine finish(const BatchNormForward& p, int64_t c, const Moments& m) {
   const double mean = m.sum / m.count, scale = 1 / __builtin_sqrt(m.squares / m.count + p.eps);
-  const double weight = p.weight != nullptr ? p.weight[c] : 1, bias = p.bias != nullptr ? p.bias[c] : 0;
   p.stats[c] = static_cast<float>(mean);
   p.stats[p.channels + c] = static_cast<float>(m.squares / (m.count - 1));
   p.saved[c] = mean;
   p.saved[p.channels + c] = scale;
-  const float center = static_cast<float>(mean);
-  return {center, static_cast<float>(weight * scale), static_cast<float>(bias - (mean - center) * weight * scale), 0};
+  return forward_affine(p, p.bias, c, mean, scale);
 }
 
 // Keeps a channel's gradients of weight and bias; gives what turns its dy and x into dx. product: of dy and x - center.
@@ -201,13 +241,15 @@ void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, 
   if (p.pixels < kVector) {
     const BatchNormProblem gathered{1, 1, p.batch * p.pixels, nullptr, nullptr};
     float *x = scratch_row(p, scratch, 0), *y = scratch_row(p, scratch, 1);
+    float* const added = p.residual != nullptr ? scratch_row(p, scratch, 2) : nullptr;
     for (int64_t c = first; c < last; ++c) {
       gather(p, p.x, c, x);
+      if (added != nullptr) gather(p, p.residual, c, added);
       Moments moments;
       for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows) UASPARSE_LAMBDA {
         add_rows(x + at, rows, &moments);
       });
-      write_rows(x, Rows{1, 0, gathered.pixels}, finish(p, c, moments), y);
+      write_rows(p, x, added, Rows{1, 0, gathered.pixels}, finish(p, c, moments), y);
       scatter(p, y, c, p.y);
     }
     return;
@@ -221,7 +263,44 @@ void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, 
   for (int64_t n = 0; n < p.batch; ++n) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = (n * p.channels + c) * p.pixels;
-      write_rows(p.x + at, Rows{1, 0, p.pixels}, affine[c - first], p.y + at);
+      write_rows(p, p.x + at, p.residual != nullptr ? p.residual + at : nullptr, Rows{1, 0, p.pixels}, affine[c - first],
+                 p.y + at);
+    }
+  }
+}
+
+// What the gate lets pass of a gathered row dy, in place.
+UASPARSE_INLINE void gate_row(const BatchNormBackward& p, int64_t c, const float* x, float* y, float* dy) {
+  const Affine forward = forward_affine(p, p.bias, c, p.saved[c], p.saved[p.channels + c]);
+  const int64_t count = p.batch * p.pixels;
+  if (p.y != nullptr)
+    gather(p, p.y, c, y);
+  else
+    write_rows<false, false>(x, nullptr, Rows{1, 0, count}, forward, y);
+  for (int64_t i = 0; i < count; ++i) dy[i] = y[i] <= 0 ? 0 : dy[i];
+}
+
+template <Gate gate>
+UASPARSE_INLINE void backward_rows(const BatchNormBackward& p, int64_t first, int64_t last) {
+  double sum[kMaxChannels] = {}, product[kMaxChannels] = {};
+  Affine forward[kMaxChannels] = {}, affine[kMaxChannels];
+  for (int64_t c = first; c < last; ++c)
+    forward[c - first] = forward_affine(p, p.bias, c, p.saved[c], p.saved[p.channels + c]);
+  const auto from = [](const auto* t, int64_t at) UASPARSE_LAMBDA { return t != nullptr ? t + at : t; };
+  for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows) UASPARSE_LAMBDA {
+    add_products<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c], rows, static_cast<float>(p.saved[first + c]),
+                       p.dresidual != nullptr ? p.dresidual + at : nullptr, &sum[c], &product[c]);
+  });
+  for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, sum[c - first], product[c - first]);
+  if (p.dx == nullptr) return;
+  for (int64_t n = 0; n < p.batch; ++n) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t at = (n * p.channels + c) * p.pixels;
+      const Rows rows{1, 0, p.pixels};
+      if (p.dresidual != nullptr)
+        write_gradient<Gate::none>(p.x + at, p.dresidual + at, nullptr, Affine{}, rows, affine[c - first], p.dx + at);
+      else
+        write_gradient<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c - first], rows, affine[c - first], p.dx + at);
     }
   }
 }
@@ -233,30 +312,22 @@ void batch_norm_backward(const BatchNormBackward& p, int64_t first, int64_t last
     for (int64_t c = first; c < last; ++c) {
       gather(p, p.x, c, x);
       gather(p, p.dy, c, dy);
+      if (p.relu) gate_row(p, c, x, scratch_row(p, scratch, 3), dy);
+      if (p.dresidual != nullptr) scatter(p, dy, c, p.dresidual);
       double sum = 0, product = 0;
       for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows) UASPARSE_LAMBDA {
-        add_products(x + at, dy + at, rows, static_cast<float>(p.saved[c]), &sum, &product);
+        add_products<Gate::none>(x + at, dy + at, nullptr, Affine{}, rows, static_cast<float>(p.saved[c]), nullptr, &sum,
+                                 &product);
       });
       const Affine affine = finish(p, c, sum, product);
       if (p.dx == nullptr) continue;
-      write_rows(x, dy, Rows{1, 0, gathered.pixels}, affine, dx);
+      write_gradient<Gate::none>(x, dy, nullptr, Affine{}, Rows{1, 0, gathered.pixels}, affine, dx);
       scatter(p, dx, c, p.dx);
     }
     return;
   }
-  double sum[kMaxChannels] = {}, product[kMaxChannels] = {};
-  for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows) UASPARSE_LAMBDA {
-    add_products(p.x + at, p.dy + at, rows, static_cast<float>(p.saved[first + c]), &sum[c], &product[c]);
-  });
-  Affine affine[kMaxChannels];
-  for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, sum[c - first], product[c - first]);
-  if (p.dx == nullptr) return;
-  for (int64_t n = 0; n < p.batch; ++n) {
-    for (int64_t c = first; c < last; ++c) {
-      const int64_t at = (n * p.channels + c) * p.pixels;
-      write_rows(p.x + at, p.dy + at, Rows{1, 0, p.pixels}, affine[c - first], p.dx + at);
-    }
-  }
+  if (!p.relu) return backward_rows<Gate::none>(p, first, last);
+  p.y != nullptr ? backward_rows<Gate::by_y>(p, first, last) : backward_rows<Gate::by_x>(p, first, last);
 }
 
 }  // namespace uasparse::UASPARSE_ISA

@@ -1,6 +1,6 @@
-// masked_conv2d with one position of `lanes` images a vector.
+// masked_conv2d with one position of `lanes` images, or of strips of their rows, a vector.
 //
-// The batch is cut into tiles of `lanes` images. A task takes a tile (and a range of its rows or channels where there are
+// The batch is cut into tiles of as many images as have lanes; a smaller batch is cut into strips (Lanes). A task takes a tile (and a range of its rows or channels where there are
 // more threads than tiles), walks down the rows in groups, packs what it meets (conv_window.h), and
 //   forward      output rows      = product of the packed input with the weights            -> unpacked to the output
 //   grad input   grad_input rows  = product of packed grad_output with the transposed ones  -> unpacked to grad_input
@@ -50,7 +50,8 @@ void run_product(const ConvKernels<T>& kernels, const Pass& pass, const ConvEntr
                          source + r * pass.source.row + x * kernels.lanes, pass.source.row,
                          destination + r * pass.destination.row + x * kernels.lanes, pass.destination.row,
                          pass.destination.phase, b == 0, bias, int(std::min(tiling.rows, rows - r)),
-                         int(std::min(tiling.vectors, width - x))});
+                         int(std::min(tiling.vectors, width - x)),
+                         (std::min(tiling.vectors, width - x) - 1) * kernels.lanes});
 }
 
 template <typename S>
@@ -80,23 +81,27 @@ void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& 
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const int64_t lanes = kernels.lanes;
   const Pass pass = g.forward(lanes);
-  const Tiling tiling(g.out_height, g.out_width, kernels.max_vectors, kernels.max_rows);
+  const Lanes held(g.batch, g.out_height, pass.y.reach, lanes);
+  Tiling tiling(held.rows, g.out_width, kernels.max_vectors, kernels.max_rows);
+  if (held.tiles(g.batch) * ceil_div(held.rows, tiling.group) < at::get_num_threads()) tiling.group = tiling.rows;
   check_offsets(pass, tiling.group);
   const int64_t block =
       source_block<T>(pass, tiling.rows, tiling.vectors, lanes, w.density() * double(w.taps), w.in);
   const auto lists = ConvEntries<T>::forward(w, pass.conv_taps(lanes), block,
                                              static_cast<const S*>(weight.const_data_ptr()));
 
-  const int64_t tiles = ceil_div(g.batch, lanes), groups = ceil_div(g.out_height, tiling.group);
+  const int64_t tiles = held.tiles(g.batch), groups = ceil_div(held.rows, tiling.group);
   const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles), 1, groups);
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
-    Window<T, S> window(kernels, pass.y, pass.x, pass.source, images_of<const S>(input), tiling.group + pass.y.reach);
-    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, images_of<S>(output));
+    Window<T, S> window(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(input), tiling.group + pass.y.reach,
+                        held.rows + pass.y.reach);
+    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, held,
+                         images_of<S>(output));
     const Workspace rows(sizeof(T) * tiling.group * pass.destination.row);
     for (int64_t task = first; task < last; ++task) {
-      const int64_t image = task / parts * lanes, part = task % parts;
+      const int64_t image = task / parts * held.images, part = task % parts;
       const int64_t begin = groups * part / parts * tiling.group;
-      const int64_t end = std::min(g.out_height, groups * (part + 1) / parts * tiling.group);
+      const int64_t end = std::min(held.rows, groups * (part + 1) / parts * tiling.group);
       window.restart(image, begin);
       for (int64_t y = begin; y < end; y += tiling.group) {
         const int64_t stop = std::min(end, y + tiling.group);
@@ -116,7 +121,11 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
   const int64_t lanes = kernels.lanes;
   const bool wants_input = gradients.input.defined(), wants_weight = gradients.weight.defined(), wants_bias = gradients.bias.defined();
   const Pass pass = g.backward(lanes), forward_pass = g.forward(lanes);
-  const int64_t rows = pass.y.destination.length, width = pass.x.destination.length;
+  // Rows of a strip: of grad_input (`rows`) and of grad_output (`out_rows`).
+  const Lanes held(g.batch, std::max(pass.y.destination.length, g.out_height), pass.y.reach, lanes);
+  const int64_t rows = std::min(held.rows, pass.y.destination.length), width = pass.x.destination.length;
+  const int64_t out_rows = std::min(held.rows, g.out_height);
+  const int64_t length = std::max(rows + pass.y.reach, out_rows + pass.y.lead);
   const Tiling tiling(rows, width, kernels.max_vectors, kernels.max_rows);
   check_offsets(pass, tiling.group);
   check_offsets(forward_pass, tiling.group);
@@ -131,19 +140,25 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
                                               density * double(w.taps) / double(pass.destination_phases()), out_a_group);
   const auto lists = ConvEntries<T>::backward(w_input, pass.conv_taps(lanes), input_block,
                                               static_cast<const S*>(weight.const_data_ptr()));
-  const int64_t weight_block =
-      source_block<T>(forward_pass, std::min(tiling.group, g.out_height), g.out_width, lanes, density * double(w.taps), w.in);
+  // Dot products of pieces of rows that registers hold, where these are many and rows are not short.
+  const bool holds = kernels.max_piece >= 16 && g.out_width >= 12;
+  const int64_t piece = holds ? ceil_div(g.out_width, ceil_div(g.out_width, int64_t(kernels.max_piece))) : g.out_width;
+  const int64_t group_rows = std::min(tiling.group, out_rows);
+  const int64_t piece_rows = holds ? std::clamp<int64_t>(kernels.max_piece / piece, 1, std::min<int64_t>(kernels.max_rows, group_rows))
+                                   : group_rows;
+  const int64_t weight_block = source_block<T>(forward_pass, piece_rows, piece, lanes, density * double(w.taps), w.in);
   const ConvPlaces places(w_weight, forward_pass.conv_taps(lanes), weight_block);
 
-  const int64_t tiles = ceil_div(g.batch, lanes);
+  const int64_t tiles = held.tiles(g.batch);
   PartialSums<T> sums(tiles, w_weight.nonzeros(), g.out);
   const int64_t chunks = sums.chunks, parts = sums.parts(g);
   at::parallel_for(0, chunks * parts, 1, [&](int64_t first, int64_t last) {
-    Window<T, S> grads(kernels, pass.y, pass.x, pass.source, images_of<const S>(grad_output),
-                       tiling.group + pass.y.reach);
-    Window<T, S> inputs(kernels, forward_pass.y, forward_pass.x, forward_pass.source, images_of<const S>(input),
-                        tiling.group + forward_pass.y.reach);
-    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination,
+    Window<T, S> grads(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(grad_output),
+                       tiling.group + pass.y.reach, length);
+    Window<T, S> inputs(kernels, forward_pass.y, forward_pass.x, forward_pass.source, held,
+                        images_of<const S>(input), tiling.group + forward_pass.y.reach,
+                        out_rows + forward_pass.y.reach);
+    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, held,
                          wants_input ? images_of<S>(gradients.input) : Images<S>{});
     const Workspace result(wants_input ? sizeof(T) * tiling.group * pass.destination.row : 0);
     for (int64_t task = first; task < last; ++task) {
@@ -152,12 +167,12 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
       const int64_t in_begin = g.in * part / parts, in_end = g.in * (part + 1) / parts;
       const int64_t out_begin = g.out * part / parts, out_end = g.out * (part + 1) / parts;
       for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
-        const int64_t image = tile * lanes;
+        const int64_t image = tile * held.images;
         grads.restart(image, 0);
         if (wants_weight) inputs.restart(image, 0);
-        for (int64_t y = 0; y < pass.y.source.length; y += tiling.group) {
-          const int64_t stop = std::min(pass.y.source.length, y + tiling.group);
-          const T* packed = grads.rows(y, std::min(pass.y.source.length, stop + pass.y.reach));
+        for (int64_t y = 0; y < length; y += tiling.group) {
+          const int64_t stop = std::min(length, y + tiling.group);
+          const T* packed = grads.rows(y, std::min(length, stop + pass.y.reach));
           if (wants_input && y < rows) {
             const int64_t count = std::min(stop, rows) - y;
             run_product(kernels, pass, lists, tiling, packed, result.as<T>(), count, in_begin * phases,
@@ -166,15 +181,26 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
                                 [](const auto& k, const ConvMove<T>& m, S* const* i) { unpack_rows(k, m, i); });
           }
           // Rows of grad_output among the packed ones: row i is packed row i + lead.
-          const int64_t begin = std::max<int64_t>(0, y - pass.y.lead), end = std::min(g.out_height, stop - pass.y.lead);
+          const int64_t begin = std::max<int64_t>(0, y - pass.y.lead), end = std::min(out_rows, stop - pass.y.lead);
           if (begin >= end) continue;
           const T* grad_rows = packed + (begin + pass.y.lead - y) * pass.source.row;
           if (wants_weight) {
             const T* input_rows = inputs.rows(begin, end + forward_pass.y.reach);
-            for (int64_t b = 0; b < places.blocks; ++b)
-              kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, input_rows,
-                             forward_pass.source.row, grad_rows + pass.x.lead * lanes, pass.source.row,
-                             pass.source.channel, end - begin, g.out_width, sums.weight(chunk)});
+            for (int64_t r = 0; r < end - begin; r += piece_rows)
+              for (int64_t x = 0; x < g.out_width; x += piece)
+                for (int64_t b = 0; b < places.blocks; ++b) {
+                  const T* const source = input_rows + r * forward_pass.source.row + x * lanes;
+                  const T* const grad = grad_rows + r * pass.source.row + (pass.x.lead + x) * lanes;
+                  const int64_t count = std::min(piece_rows, end - begin - r), vectors = std::min(piece, g.out_width - x);
+                  if (holds)
+                    kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, source,
+                                         forward_pass.source.row, grad, pass.source.row, pass.source.channel, int(count),
+                                         int(vectors), (vectors - 1) * lanes, 0, sums.weight(chunk)});
+                  else
+                    kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, source,
+                                   forward_pass.source.row, grad, pass.source.row, pass.source.channel, count, vectors,
+                                   sums.weight(chunk)});
+                }
           }
           if (wants_bias)
             for (int64_t r = 0; r < end - begin; ++r)

@@ -80,8 +80,8 @@ ConvTaps Pass::conv_taps(int64_t lanes) const {
 
 void find_positions(const Axis& y, const Axis& x, const PackedLayout& layout, int64_t lanes, int64_t begin, int64_t end,
                     Positions* positions) {
-  positions->first = std::clamp<int64_t>(begin * y.step + y.origin, 0, y.extent);
-  positions->last = std::clamp<int64_t>(end * y.step + y.origin, positions->first, y.extent);
+  positions->first = begin * y.step + y.origin;
+  positions->last = std::max(positions->first, end * y.step + y.origin);
   positions->offset.resize((positions->last - positions->first) * x.extent);
   int64_t* to = positions->offset.data();
   for (int64_t image_y = positions->first; image_y < positions->last; ++image_y) {
@@ -90,7 +90,7 @@ void find_positions(const Axis& y, const Axis& x, const PackedLayout& layout, in
     for (int64_t image_x = 0; image_x < x.extent; ++image_x, ++to) {
       const int64_t index_x = floor_div(image_x - x.origin, x.step);
       const int64_t phase_x = x.phase[image_x - x.origin - index_x * x.step];
-      const bool packed = phase_y >= 0 && phase_x >= 0 && index_x >= 0 && index_x < x.length && index_y < y.length;
+      const bool packed = phase_y >= 0 && phase_x >= 0 && index_x >= 0 && index_x < x.length;
       *to = packed ? (index_y - begin) * layout.row + (phase_y * x.phases() + phase_x) * layout.phase + index_x * lanes
                    : -1;
     }

@@ -55,7 +55,7 @@ struct Pass {
 };
 
 // Where each position of the image rows [first, last) that belong to packed rows [begin, end) lies, relative to packed
-// row `begin`.
+// row `begin`. Rows may lie outside the image.
 struct Positions {
   int64_t first = 0, last = 0;
   std::vector<int64_t> offset;  // [(last - first) * width], -1: not packed

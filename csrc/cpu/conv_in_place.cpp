@@ -14,13 +14,22 @@ namespace {
 
 // Positions that a kernel takes together: `images` whole planes, or a piece of one, in vectors.
 struct Tile {
-  int64_t plane, piece, images;
-
   Tile(int64_t positions, int64_t lanes, int64_t max_vectors, int64_t max_images)
-      : plane(positions / lanes),
+      : positions(positions),
+        lanes(lanes),
+        plane(ceil_div(positions, lanes)),
         piece(ceil_div(plane, ceil_div(plane, max_vectors))),
         images(std::clamp<int64_t>(max_vectors / plane, 1, max_images)) {}
   int64_t vectors() const { return images * piece; }
+
+  // Of the piece from vector v on: its vectors, where the last of them begins (it ends with the plane), and how many of
+  // its numbers are in the vector before too.
+  int64_t vectors_at(int64_t v) const { return std::min(piece, plane - v); }
+  int64_t last_at(int64_t v) const { return std::min((v + vectors_at(v)) * lanes, positions) - lanes - v * lanes; }
+  int64_t known_at(int64_t v) const { return (vectors_at(v) - 1) * lanes - last_at(v); }
+
+  const int64_t positions, lanes;
+  int64_t plane, piece, images;
 };
 
 template <typename T>
@@ -30,13 +39,15 @@ Tile product_tile(const Geometry& g, const ConvKernels<T>& kernels) {
 
 template <typename T>
 bool can(const Geometry& g, const ConvKernels<T>& kernels, const at::Tensor& source, const at::Tensor& other) {
-  return g.batch > 0 && g.is_one_tap() && g.height * g.width % kernels.lanes == 0 && has_plain_planes(source) &&
+  return g.batch > 0 && g.is_one_tap() && g.height * g.width >= kernels.lanes && has_plain_planes(source) &&
          has_plain_planes(other) && source.size(1) * source.stride(1) <= std::numeric_limits<int32_t>::max();
 }
 
-// Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker.
+// Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker; where one
+// with a rest leaves a third of them idle, conv_by_batch.cpp.
 template <typename T>
 bool is_filled(const Tile& tile, const ConvKernels<T>& kernels) {
+  if (tile.positions % tile.lanes != 0) return 3 * tile.piece >= 2 * kernels.max_vectors;
   return 2 * tile.vectors() >= kernels.max_vectors;
 }
 
@@ -70,7 +81,7 @@ void run_products(const ConvKernels<T>& kernels, const Tile& tile, const ConvEnt
           kernels.product({lists.entries(), lists.first(b), channels * part / parts, channels * (part + 1) / parts,
                            from + v * kernels.lanes, source.stride(0), to + v * kernels.lanes, destination.stride(0),
                            destination.stride(1), b == 0, bias, int(std::min(tile.images, batch - image)),
-                           int(std::min(tile.piece, tile.plane - v))});
+                           int(tile.vectors_at(v)), tile.last_at(v)});
     }
   });
 }
@@ -103,33 +114,44 @@ bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::T
   return true;
 }
 
-// Tiles of 32 vectors, whose channels need not fit L1: what a dot product reads follows itself.
+// With many registers, and where a plane has a rest, pieces of grad_output are held while the nonzeros of their channel
+// pass; else eight nonzeros go along 32 vectors together. A task has a range of output channels, so that each number is the
+// sum of one task.
 template <typename T>
 bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
   const ConvKernels<T>& kernels = conv_kernels<T>();
   if (!can(g, kernels, input, grad_output)) return false;
-  const Tile tile(g.height * g.width, kernels.lanes, 32, g.batch);
-  const ConvPlaces places(w, taps_of(input), w.in);
-  const int64_t tiles = ceil_div(g.batch, tile.images);
-  PartialSums<T> sums(tiles, w.nonzeros(), 0);
-  const int64_t parts = sums.parts(g);
-  at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t chunk = task / parts, part = task % parts;
-      for (int64_t t = tiles * chunk / sums.chunks; t < tiles * (chunk + 1) / sums.chunks; ++t) {
-        const int64_t image = t * tile.images;
-        for (int64_t v = 0; v < tile.plane; v += tile.piece)
-          kernels.sddmm({places.offset(), places.first(), places.blocks, g.out * part / parts,
-                         g.out * (part + 1) / parts,
-                         input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes, input.stride(0),
-                         grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes,
-                         grad_output.stride(0), grad_output.stride(1), std::min(tile.images, g.batch - image),
-                         std::min(tile.piece, tile.plane - v), sums.weight(chunk)});
-      }
-    }
+  constexpr int64_t kL2Bytes = 384 << 10;  // of it grad_output
+  const bool holds = kernels.max_piece >= 16 || g.height * g.width % kernels.lanes != 0;
+  const Tile tile(g.height * g.width, kernels.lanes, holds ? kernels.max_piece : 32,
+                  std::min<int64_t>(kernels.max_rows, g.batch));
+  const int64_t piece_bytes = int64_t(sizeof(T)) * tile.vectors() * kernels.lanes;
+  const ConvPlaces places(w, taps_of(input), holds ? source_block(kernels, tile, input, w.density(), w.in) : w.in);
+  const int64_t chunk = holds ? std::max<int64_t>(1, kL2Bytes / piece_bytes) : g.out;
+  // Where the sums are in the order of the gradient they are taken there.
+  const bool direct = w.unstructured() && w.packed;
+  PartialSums<T> sums(direct ? 0 : 1, w.nonzeros(), 0);
+  T* const grad = direct ? grad_weight.mutable_data_ptr<T>() : sums.weight(0);
+  if (direct) std::fill_n(grad, w.nonzeros(), T(0));
+  at::parallel_for(0, g.out, ceil_div(g.out, at::get_num_threads()), [&](int64_t first, int64_t last) {
+    for (int64_t image = 0; image < g.batch; image += tile.images)
+      for (int64_t v = 0; v < tile.plane; v += tile.piece)
+        for (int64_t o = first; o < last; o += chunk)
+          for (int64_t b = 0; b < places.blocks; ++b) {
+            const T* const from = input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes;
+            const T* const to = grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes;
+            const int64_t images = std::min(tile.images, g.batch - image), end = std::min(o + chunk, last);
+            if (holds)
+              kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
+                                   grad_output.stride(0), grad_output.stride(1), int(images), int(tile.vectors_at(v)),
+                                   tile.last_at(v), tile.known_at(v), grad});
+            else
+              kernels.sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
+                             grad_output.stride(0), grad_output.stride(1), images, tile.vectors_at(v), grad});
+          }
   });
-  sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
+  if (!direct) sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
   return true;
 }
 

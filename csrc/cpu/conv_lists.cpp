@@ -78,6 +78,22 @@ int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64
   return (channels + blocks - 1) / blocks;
 }
 
+namespace {
+
+// Calls visit(block, begin, end) for the entries of output channel o, unstructured, whose source channels are in a block.
+template <typename Visit>
+inline void for_each_run(const ConvWeight& w, int64_t o, int64_t blocks, int64_t channels_a_block, Visit visit) {
+  const int32_t *at = w.col + w.crow[o], *const end = w.col + w.crow[o + 1];
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int32_t* const next =
+        b + 1 == blocks ? end : std::lower_bound(at, end, int32_t((b + 1) * channels_a_block * w.taps));
+    visit(b, at - w.col, next - w.col);
+    at = next;
+  }
+}
+
+}  // namespace
+
 template <typename T>
 ConvEntries<T>::ConvEntries(int64_t channels, int64_t blocks, int64_t segments, int64_t nonzeros)
     : channels(channels),
@@ -96,14 +112,32 @@ ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps
   const auto key = column_table(
       w, [&](int64_t c, int64_t k) { return c / channels_a_block * lists.channels * segments + taps.segment[k]; });
   const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
-  // An output channel's keys are its own, so threads share the output channels.
   std::vector<int32_t>& first = lists.first_;
+  ConvEntry<T>* const to = lists.memory_->template as<ConvEntry<T>>();
+  if (w.unstructured() && segments == 1) {  // an output channel's entries of a block follow each other already
+    const auto for_each = [&](auto visit) {
+      at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+        for (int64_t o = begin; o < end; ++o)
+          for_each_run(w, o, lists.blocks, channels_a_block,
+                       [&](int64_t b, int64_t i, int64_t last) { visit(o, b * lists.channels + o, i, last); });
+      });
+    };
+    for_each([&](int64_t, int64_t k, int64_t i, int64_t last) { first[k + 1] = int32_t(last - i); });
+    accumulate(first);
+    for_each([&](int64_t o, int64_t k, int64_t i, int64_t last) {
+      const int64_t base = o / (w.out / w.groups) * w.in * taps.channel, row = o * w.in * w.taps;
+      ConvEntry<T>* entry = to + first[k];
+      for (; i < last; ++i, ++entry)
+        *entry = {number(values[w.packed ? i : row + w.col[i]]), Offset(base + offset[w.col[i]])};
+    });
+    return lists;
+  }
+  // An output channel's keys are its own, so threads share the output channels.
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first[key[column] + o * segments + 1]; });
   });
   accumulate(first);
   std::vector<int32_t> next(first.begin(), first.end() - 1);
-  ConvEntry<T>* const to = lists.memory_->template as<ConvEntry<T>>();
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
       const int64_t group = o / (w.out / w.groups);
@@ -156,11 +190,17 @@ ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channe
   const auto block = column_table(w, [&](int64_t c, int64_t) { return c / channels_a_block; });
   const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
-    for_each_weight(w, begin, end,
-                    [&](int64_t o, int64_t column, int64_t) { ++first_[o * blocks + block[column] + 1]; });
+    if (w.unstructured())
+      for (int64_t o = begin; o < end; ++o)
+        for_each_run(w, o, blocks, channels_a_block,
+                     [&](int64_t b, int64_t i, int64_t last) { first_[o * blocks + b + 1] = int32_t(last - i); });
+    else
+      for_each_weight(w, begin, end,
+                      [&](int64_t o, int64_t column, int64_t) { ++first_[o * blocks + block[column] + 1]; });
   });
   accumulate(first_);
-  std::vector<int32_t> next(first_.begin(), first_.end() - 1);
+  std::vector<int32_t> next;
+  if (!w.unstructured()) next.assign(first_.begin(), first_.end() - 1);
   // The kernel takes kConvGroup at a time: a block ends with a full group, and what is left goes to the next block.
   for (int64_t o = 0; o < w.out; ++o)
     for (int64_t b = 1; b < blocks; ++b) {
@@ -169,10 +209,19 @@ ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channe
     }
   int32_t* const offsets = offset_memory_.as<int32_t>();
   at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+    if (w.unstructured()) {  // in the order of packed values already
+      for (int64_t o = begin; o < end; ++o) {
+        const int64_t base = o / (w.out / w.groups) * w.in * taps.channel, row = o * w.in * w.taps;
+        for (int64_t i = w.crow[o]; i < w.crow[o + 1]; ++i) offsets[i] = int32_t(base + offset[w.col[i]]);
+        if (!place_.empty())
+          for (int64_t i = w.crow[o]; i < w.crow[o + 1]; ++i) place_[i] = row + w.col[i];
+      }
+      return;
+    }
     for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t place) {
       const int64_t i = next[o * blocks + block[column]]++, group = o / (w.out / w.groups);
       offsets[i] = int32_t(group * w.in * taps.channel + offset[column]);
-      if (!place_.empty()) place_[i] = place;
+      place_[i] = place;
     });
   });
 }

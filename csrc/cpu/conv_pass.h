@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <cstring>
@@ -180,5 +181,25 @@ bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::
                               const at::Tensor& input, const at::Tensor& grad_weight);
 template <typename T>
 bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias);
+
+// The positions of a map that a strided kernel of one tap takes, as maps of their own (conv_taken.cpp).
+template <typename T>
+class TakenPositions {
+ public:
+  explicit TakenPositions(const Geometry& g);
+  static bool can(const Geometry& g, const at::Tensor& map);
+
+  // The memory, as maps that live no longer than this.
+  at::Tensor maps(const at::TensorOptions& options) const;
+  at::Tensor take(const at::Tensor& map) const;
+  // Writes them to their place, and zeros to all others.
+  void put(const at::Tensor& map) const;
+
+  Geometry geometry;  // of the kernel over them
+
+ private:
+  at::IntArrayRef stride_;
+  Workspace memory_;
+};
 
 }  // namespace uasparse

@@ -1,4 +1,5 @@
-// A sliding window of packed rows of one tile of images.
+// A sliding window of packed rows of one tile: a lane each of its images, or of strips of their rows where there are
+// fewer images than lanes.
 //
 // Rows are packed when the work reaches them, so that they are still in L2 when they are read and no activation is ever
 // packed as a whole.
@@ -22,6 +23,29 @@ struct Images {
   int64_t batch, channels, stride_n, stride_c, stride_h, stride_w;
 };
 
+// What the lanes of a tile hold: `images` images in `strips` strips each, of `rows` rows of the pass; lane
+// image * strips + strip.
+struct Lanes {
+  int64_t images, strips, rows;
+
+  // For images of `height` rows of which each strip packs `reach` more.
+  Lanes(int64_t batch, int64_t height, int64_t reach, int64_t lanes) : images(1), strips(1), rows(height) {
+    double best = -1;
+    for (int64_t n = std::min(batch, lanes); n >= 1; --n) {
+      const int64_t of_strip = (height + lanes / n - 1) / (lanes / n), tiles = (batch + n - 1) / n;
+      // Packing a row costs about half of what the products of a row do.
+      const double cost = double(tiles) * (double(of_strip) + 0.5 * double(reach));
+      if (best < 0 || cost < best) {
+        best = cost;
+        images = n;
+        rows = of_strip;
+        strips = (height + rows - 1) / rows;
+      }
+    }
+  }
+  int64_t tiles(int64_t batch) const { return (batch + images - 1) / images; }
+};
+
 inline void pack_rows(const ConvKernels<float>& k, const ConvMove<float>& m, const float* const* images) {
   k.pack(m, images);
 }
@@ -41,13 +65,15 @@ inline void unpack_rows(const ConvKernels<float>& k, const ConvMove<float>& m, B
   k.unpack_bf16(m, images);
 }
 
-// Moves the image rows of packed rows [begin, end) of the images from `image` onwards between them and `packed`.
+// Moves packed rows [begin, end) of the strips of a tile of images, from `image` onwards, between them and `packed`. A
+// lane without an image row is packed as zero and not unpacked.
 template <typename T, typename S>
 class RowMover {
  public:
-  RowMover(const ConvKernels<T>& kernels, const Axis& y, const Axis& x, const PackedLayout& layout,
+  RowMover(const ConvKernels<T>& kernels, const Axis& y, const Axis& x, const PackedLayout& layout, const Lanes& lanes,
            const Images<S>& images)
-      : kernels_(kernels), y_(y), x_(x), layout_(layout), images_(images), channel_offset_(layout.channels) {
+      : kernels_(kernels), y_(y), x_(x), layout_(layout), lanes_(lanes), images_(images),
+        channel_offset_(layout.channels) {
     for (int64_t c = 0; c < layout.channels; ++c) channel_offset_[c] = c * layout.channel;
   }
 
@@ -61,32 +87,47 @@ class RowMover {
                      Move&& kernel) {
     find_positions(y_, x_, layout_, kernels_.lanes, begin, end, &positions_);
     const int64_t rows = positions_.last - positions_.first, width = x_.extent;
-    if (rows == 0) return;
-    const bool one_run = images_.stride_h == width * images_.stride_w;
-    const int64_t runs = one_run ? 1 : rows, length = one_run ? rows * width : width;
-    const bool by_channels = images_.stride_c == 1 && (images_.stride_w != 1 || length < kernels_.lanes);
-    for (int64_t run = 0; run < runs; ++run) {
+    const bool joined = images_.stride_h == width * images_.stride_w;
+    for (int64_t row = 0; row < rows;) {
+      // Rows that follow each other in memory, and that the same lanes have, go together.
+      int64_t count = 1;
+      while (joined && row + count < rows && same_lanes(row, row + count)) ++count;
       S* from[kMaxLanes];
       for (int64_t l = 0; l < kernels_.lanes; ++l) {
-        const bool present = image + l < images_.batch;
-        from[l] = present ? images_.data + (image + l) * images_.stride_n + channel_begin * images_.stride_c +
-                                (positions_.first + run) * images_.stride_h
-                          : nullptr;
+        const int64_t n = image + l / lanes_.strips, y = image_row(row, l);
+        from[l] = is_there(n, l, y) ? images_.data + n * images_.stride_n + channel_begin * images_.stride_c +
+                                          y * images_.stride_h
+                                    : nullptr;
       }
-      const int64_t* offset = positions_.offset.data() + run * width;
+      const int64_t* offset = positions_.offset.data() + row * width;
       const int64_t* channel_offset = channel_offset_.data() + channel_begin;
-      const int64_t channels = channel_end - channel_begin;
-      if (by_channels)
+      const int64_t channels = channel_end - channel_begin, length = count * width;
+      if (images_.stride_c == 1 && (images_.stride_w != 1 || length < kernels_.lanes))
         kernel(kernels_, {length, channels, images_.stride_w, 1, offset, channel_offset, packed}, from);
       else
         kernel(kernels_, {channels, length, images_.stride_c, images_.stride_w, channel_offset, offset, packed}, from);
+      row += count;
     }
   }
 
  private:
+  int64_t image_row(int64_t row, int64_t lane) const {
+    return positions_.first + row + lane % lanes_.strips * lanes_.rows * y_.step;
+  }
+  bool is_inside(int64_t y) const { return y >= 0 && y < y_.extent; }
+  bool is_there(int64_t image, int64_t lane, int64_t y) const {
+    return lane < lanes_.images * lanes_.strips && image < images_.batch && is_inside(y);
+  }
+  bool same_lanes(int64_t row, int64_t other) const {
+    for (int64_t strip = 0; strip < lanes_.strips; ++strip)
+      if (is_inside(image_row(row, strip)) != is_inside(image_row(other, strip))) return false;
+    return true;
+  }
+
   const ConvKernels<T>& kernels_;
   const Axis &y_, &x_;
   const PackedLayout& layout_;
+  const Lanes& lanes_;
   const Images<S> images_;
   std::vector<int64_t> channel_offset_;
   Positions positions_;
@@ -95,20 +136,19 @@ class RowMover {
 template <typename T, typename S>
 class Window {
  public:
-  // A window for `rows` rows at a time.
+  // A window for `rows` rows at a time, of `length`.
   Window(const ConvKernels<T>& kernels, const AxisPass& y, const AxisPass& x, const PackedLayout& layout,
-         const Images<const S>& images, int64_t rows)
-      : y_(y.source),
-        layout_(layout),
-        mover_(kernels, y.source, x.source, layout, images),
-        capacity_(std::min(2 * rows + 4, std::max(rows, y.source.length))),
+         const Lanes& lanes, const Images<const S>& images, int64_t rows, int64_t length)
+      : layout_(layout),
+        mover_(kernels, y.source, x.source, layout, lanes, images),
+        capacity_(std::min(2 * rows + 4, std::max(rows, length))),
         memory_(sizeof(T) * (capacity_ * layout.row)) {}
 
   // Goes to packed row `row` of the images from `image` onwards.
   void restart(int64_t image, int64_t row) {
     image_ = image;
     first_ = packed_ = row;
-    // Padding is zero and stays so: only positions of the image are written.
+    // Columns of padding are zero and stay so: only columns of the image are written.
     std::memset(memory_.template as<T>(), 0, sizeof(T) * capacity_ * layout_.row);
   }
 
@@ -122,11 +162,6 @@ class Window {
       first_ = begin;
     }
     if (packed_ < end) {
-      for (int64_t q = packed_; q < end; ++q) {
-        const int64_t y = q * y_.step + y_.origin;
-        if (y < 0 || y + y_.step > y_.extent)
-          std::memset(data + (q - first_) * layout_.row, 0, sizeof(T) * layout_.row);
-      }
       mover_.move(image_, packed_, end, data + (packed_ - first_) * layout_.row,
                   [](const auto& k, const ConvMove<T>& m, const S* const* images) { pack_rows(k, m, images); });
       packed_ = end;
@@ -135,7 +170,6 @@ class Window {
   }
 
  private:
-  const Axis& y_;
   const PackedLayout& layout_;
   RowMover<T, const S> mover_;
   int64_t capacity_;

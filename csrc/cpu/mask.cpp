@@ -11,6 +11,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "checks.h"
+
 namespace uasparse {
 namespace {
 
@@ -57,6 +59,8 @@ void check(const char* op, const at::Tensor& dense, const at::Tensor& active) {
                         dense.device() == active.device(),
                     op, ": expected a contiguous tensor and mask of one shape on one device, got ", dense.sizes(), " and ",
                     active.sizes(), ".");
+  check_storage(dense, "tensor");
+  check_storage(active, "mask");
 }
 
 // Calls run(word), of the unsigned integer that has the size of an element.
@@ -81,6 +85,7 @@ bool is_masked(const at::Tensor& dense, const at::Tensor& active, bool sampled) 
 
 void mask_(at::Tensor dense, const at::Tensor& active) {
   check("mask_", dense, active);
+  check_output(dense, "tensor");
   as_words("mask_", dense.element_size(), [&]<typename Word>(Word) {
     clear(static_cast<Word*>(dense.mutable_data_ptr()), static_cast<const uint8_t*>(active.const_data_ptr()),
           dense.numel());

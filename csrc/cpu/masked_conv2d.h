@@ -43,6 +43,7 @@ struct ConvProduct {
   bool start;     // begin with the bias (or zero) instead of what `out` holds
   const T* bias;  // of each channel, or null
   int rows, vectors;
+  int64_t last;  // where a row's last vector begins: it may overlap the one before
 };
 
 // What a shift by one column leaves: numbers[v] of lane l is all ones or zero, for the l-th number of vector v of a row
@@ -65,6 +66,23 @@ struct ConvSddmm {
   const T* grad_output;
   int64_t grad_row, grad_channel;
   int64_t rows, vectors;
+  T* grad;
+};
+
+// The same for pieces of a few planes: a piece is `vectors` vectors, of which the last begins at `last` and its first
+// `known` numbers were in the vector before.
+template <typename T>
+struct ConvPieceSddmm {
+  const int32_t* offset;
+  const int32_t* first;
+  int64_t first_stride;
+  int64_t begin, end;
+  const T* input;
+  int64_t input_image;
+  const T* grad_output;
+  int64_t grad_image, grad_channel;
+  int images, vectors;
+  int64_t last, known;
   T* grad;
 };
 
@@ -115,6 +133,8 @@ struct ConvKernels {
   int max_vectors, max_rows;  // of one tile: accumulators, and rows of `product`
   void (*product)(const ConvProduct<T>&);
   void (*sddmm)(const ConvSddmm<T>&);
+  int max_piece;  // vectors of `piece_sddmm`, images together
+  void (*piece_sddmm)(const ConvPieceSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
   void (*copy_planes)(const ConvPlanes<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);

@@ -23,6 +23,8 @@ constexpr int kGroup = kConvGroup;
 template <typename T, int kRows, int kVectors>
 void product_tile(const ConvProduct<T>& p) {
   constexpr int L = kLanes<T>;
+  const int64_t last = p.last;
+  const auto at = [last](int v) UASPARSE_LAMBDA { return v + 1 < kVectors ? int64_t(v * L) : last; };
   for (int64_t c = p.begin; c < p.end; ++c) {
     const ConvEntry<T>* entry = p.entries + p.first[c];
     const ConvEntry<T>* const end = p.entries + p.first[c + 1];
@@ -35,16 +37,16 @@ void product_tile(const ConvProduct<T>& p) {
     } else {
       if (entry == end) continue;
       for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * p.out_row + v * L);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = load(out + r * p.out_row + at(v));
     }
     for (; entry != end; ++entry) {
       const T* source = p.source + entry->offset;
       const Vec<T> value = broadcast<T>(entry->value);
       for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += value * load(source + r * p.source_row + v * L);
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += value * load(source + r * p.source_row + at(v));
     }
     for (int r = 0; r < kRows; ++r)
-      for (int v = 0; v < kVectors; ++v) store(out + r * p.out_row + v * L, sum[r][v]);
+      for (int v = 0; v < kVectors; ++v) store(out + r * p.out_row + at(v), sum[r][v]);
   }
 }
 
@@ -290,6 +292,41 @@ UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
   }
 }
 
+// to[i] += sum of the lanes of v[i].
+template <typename T>
+UASPARSE_INLINE void add_four_sums(Vec<T> (&v)[4], T* to) {
+  constexpr int L = kLanes<T>;
+  T sums[4];
+  if constexpr (sizeof(T) == 4) {
+    interleave<T, 4, 1>(v[0], v[2]);
+    interleave<T, 4, 1>(v[1], v[3]);
+    v[0] += v[2];
+    v[1] += v[3];
+    interleave<T, 4, 1>(v[0], v[1]);
+    v[0] += v[1];  // in each 128 bits a partial sum of each
+    T parts[L];
+    store(parts, v[0]);
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+    Four total, part;
+    __builtin_memcpy(&total, parts, sizeof total);
+    for (int k = 4; k < L; k += 4) {
+      __builtin_memcpy(&part, parts + k, sizeof part);
+      total += part;
+    }
+    __builtin_memcpy(sums, &total, sizeof total);
+  } else {
+    for (int i = 0; i < 4; ++i) sums[i] = sum_of_lanes<T>(v[i]);
+  }
+  add_four(sums, to);
+}
+
+// The numbers of v where `wanted` is one, zero where it is zero.
+template <typename T>
+UASPARSE_INLINE Vec<T> keep(Vec<T> v, Vec<T> wanted) {
+  using Bits = Vec<typename SameSizeInt<T>::type>;
+  return Vec<T>(Bits(v) & Bits(wanted != Vec<T>{}));
+}
+
 template <typename T, int kCount>
 UASPARSE_INLINE void sddmm_group(const ConvSddmm<T>& p, const T* grad_output, const int32_t* offset, T* grad) {
   constexpr int L = kLanes<T>;
@@ -347,6 +384,71 @@ void sddmm(const ConvSddmm<T>& p) {
       case 1: sddmm_group<T, 1>(p, grad_output, p.offset + i, p.grad + i); break;
       default: break;
     }
+  }
+}
+
+// Held in registers while entries pass: vectors of grad_output.
+template <typename T>
+constexpr int kMaxPiece = UASPARSE_VECTOR_BYTES == 64 ? 24 : 10;
+
+template <typename T, int kImages, int kVectors>
+void piece_sddmm_of(const ConvPieceSddmm<T>& p) {
+  constexpr int L = kLanes<T>, kTogether = 4;
+  const int64_t last = p.last;
+  const auto at = [last](int v) UASPARSE_LAMBDA { return v + 1 < kVectors ? int64_t(v * L) : last; };
+  alignas(64) T fresh[L];
+  for (int l = 0; l < L; ++l) fresh[l] = l < p.known ? T(0) : T(1);
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    int64_t i = p.first[c * p.first_stride];
+    const int64_t end = p.first[c * p.first_stride + 1];
+    // The next channel's piece comes from L2 or beyond.
+    if (c + 1 < p.end)
+      for (int n = 0; n < kImages; ++n)
+        for (int64_t x = 0; x < kVectors * L; x += 64 / sizeof(T))
+          __builtin_prefetch(p.grad_output + (c + 1) * p.grad_channel + n * p.grad_image + x);
+    if (i == end) continue;
+    Vec<T> grad_output[kImages][kVectors] = {};
+#pragma GCC unroll 4
+    for (int n = 0; n < kImages; ++n) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v)
+        grad_output[n][v] = load(p.grad_output + c * p.grad_channel + n * p.grad_image + at(v));
+      // Not by a product: what is no number would stay none.
+      if (p.known > 0) grad_output[n][kVectors - 1] = keep<T>(grad_output[n][kVectors - 1], load(fresh));
+    }
+    const auto dot = [&](const T* input) UASPARSE_LAMBDA {
+      Vec<T> sum = {};
+#pragma GCC unroll 4
+      for (int n = 0; n < kImages; ++n)
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; ++v) sum += grad_output[n][v] * load(input + n * p.input_image + at(v));
+      return sum;
+    };
+    for (; i + kTogether <= end; i += kTogether) {
+      Vec<T> sums[kTogether];
+#pragma GCC unroll 4
+      for (int k = 0; k < kTogether; ++k) sums[k] = dot(p.input + p.offset[i + k]);
+      add_four_sums<T>(sums, p.grad + i);
+    }
+    for (; i < end; ++i) p.grad[i] += sum_of_lanes<T>(dot(p.input + p.offset[i]));
+  }
+}
+
+template <typename T, int kImages, int kVectors = kMaxPiece<T> / kImages>
+void piece_sddmm_vectors(const ConvPieceSddmm<T>& p) {
+  if constexpr (kVectors > 0) {
+    if (p.vectors == kVectors) return piece_sddmm_of<T, kImages, kVectors>(p);
+    piece_sddmm_vectors<T, kImages, kVectors - 1>(p);
+  }
+}
+
+template <typename T>
+void piece_sddmm(const ConvPieceSddmm<T>& p) {
+  switch (p.images) {
+    case 1: return piece_sddmm_vectors<T, 1>(p);
+    case 2: return piece_sddmm_vectors<T, 2>(p);
+    case 3: return piece_sddmm_vectors<T, 3>(p);
+    default: return piece_sddmm_vectors<T, kMaxRows>(p);
   }
 }
 
@@ -510,7 +612,7 @@ void copy_planes(const ConvPlanes<T>& p) {
 
 template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
-    kLanes<T>,          kMaxVectors<T>, kMaxRows, product<T>, sddmm<T>, shifted_product<T>, copy_planes<T>, pack<T, T>,
+    kLanes<T>,          kMaxVectors<T>, kMaxRows, product<T>, sddmm<T>, kMaxPiece<T>, piece_sddmm<T>, shifted_product<T>, copy_planes<T>, pack<T, T>,
     unpack<T, T>, pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 

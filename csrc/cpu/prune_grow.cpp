@@ -8,10 +8,12 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <iterator>
 #include <limits>
@@ -253,6 +255,23 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
                 perm.mutable_data_ptr<int32_t>());
 }
 
+// Sets the scores of kept blocks (active, not dropped) of the grid rows [begin, end) to NaN; data begins at block `first`
+// and has n scores.
+template <typename T>
+void exclude_rows(T* data, int64_t first, int64_t n, const int32_t* starts, const int32_t* cols, const at::Tensor& dropped,
+                  int64_t columns, int64_t begin, int64_t end) {
+  const int64_t *out = dropped.const_data_ptr<int64_t>(), *out_end = out + dropped.size(0);
+  const int64_t* next = std::lower_bound(out, out_end, begin * columns);
+  for (int64_t r = begin; r < end; ++r) {
+    for (int32_t i = starts[r]; i < starts[r + 1]; ++i) {
+      const int64_t block = r * columns + cols[i];
+      while (next != out_end && *next < block) ++next;
+      const bool kept = next == out_end || *next != block;
+      if (kept && block >= first && block < first + n) data[block - first] = std::numeric_limits<T>::quiet_NaN();
+    }
+  }
+}
+
 void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, const at::Tensor& col,
                    const at::Tensor& dropped, int64_t columns) {
   TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 2, "exclude_kept_: expected crow of one dimension and at least two "
@@ -271,22 +290,45 @@ void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, con
   verify_rows(crow, col, columns);
   if (n == 0) return;
   const int32_t *starts = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
-  const int64_t *out = dropped.const_data_ptr<int64_t>(), *out_end = out + dropped.size(0);
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "exclude_kept_", [&] {
     scalar_t* data = scores.mutable_data_ptr<scalar_t>();
     at::parallel_for(first / columns, (first + n - 1) / columns + 1, 16, [&](int64_t begin, int64_t end) {
-      const int64_t* next = std::lower_bound(out, out_end, begin * columns);
+      exclude_rows(data, first, n, starts, cols, dropped, columns, begin, end);
+    });
+  });
+}
+
+// In memory of the pool: that of a fresh tensor of this size would cost more than the scores.
+at::Tensor growth_scores(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, const at::Tensor& dropped) {
+  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 2, "growth_scores: expected crow of one dimension and at least "
+                    "two entries, got ", crow.sizes(), ".");
+  const int64_t rows = crow.size(0) - 1, n = dense.numel(), columns = n / rows;
+  TORCH_CHECK_VALUE(dense.is_contiguous() && columns * rows == n,
+                    "growth_scores: expected contiguous scores of ", rows, " rows, got sizes ", dense.sizes(), ".");
+  TORCH_CHECK_TYPE(dense.scalar_type() == at::kFloat || dense.scalar_type() == at::kDouble,
+                   "growth_scores: expected float32 or float64 scores, got ", dense.scalar_type(), ".");
+  TORCH_CHECK_VALUE(dense.device() == crow.device() && dropped.device() == crow.device(),
+                    "growth_scores: expected scores, pattern and dropped blocks on one device.");
+  check_csr(crow, col, {rows, columns}, {1, 1});
+  check_storage(dense, "scores");
+  check_indices(dropped, "dropped", n);
+  verify_rows(crow, col, columns);
+  auto* const memory = new Workspace(dense.nbytes());
+  const at::Tensor scores = at::from_blob(memory->as<void>(), {n}, [memory](void*) { delete memory; }, dense.options());
+  AT_DISPATCH_FLOATING_TYPES(dense.scalar_type(), "growth_scores", [&] {
+    const scalar_t* const from = dense.const_data_ptr<scalar_t>();
+    scalar_t* const to = scores.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, rows, 1 + (1 << 15) / std::max<int64_t>(1, columns), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        for (int32_t i = starts[r]; i < starts[r + 1]; ++i) {
-          const int64_t block = r * columns + cols[i];
-          while (next != out_end && *next < block) ++next;
-          const bool kept = next == out_end || *next != block;
-          if (kept && block >= first && block < first + n)
-            data[block - first] = std::numeric_limits<scalar_t>::quiet_NaN();
+        for (int64_t i = r * columns; i < (r + 1) * columns; ++i) {
+          const scalar_t x = std::abs(from[i]);
+          to[i] = x == x ? x : -std::numeric_limits<scalar_t>::infinity();
         }
+        exclude_rows(to, 0, n, crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), dropped, columns, r, r + 1);
       }
     });
   });
+  return scores;
 }
 
 }  // namespace
@@ -294,6 +336,7 @@ void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, con
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
   m.impl("prune_grow_", &prune_grow_);
   m.impl("exclude_kept_", &exclude_kept_);
+  m.impl("growth_scores", &growth_scores);
 }
 
 }  // namespace uasparse

@@ -1,7 +1,16 @@
-"""Sparse layers, the unknown-aware loss, and a faster batch norm."""
+"""Sparse layers, the unknown-aware loss, and faster batch norms and pooling."""
 
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
-from uasparse_kernels.nn.norm import BatchNorm2d
+from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d
+from uasparse_kernels.nn.pool import MaxPool2d
 
-__all__ = ["BatchNorm2d", "SparseConv2d", "SparseLayer", "SparseLinear", "UnknownAwareLoss"]
+__all__ = [
+    "BatchNorm2d",
+    "BatchNormReLU2d",
+    "MaxPool2d",
+    "SparseConv2d",
+    "SparseLayer",
+    "SparseLinear",
+    "UnknownAwareLoss",
+]

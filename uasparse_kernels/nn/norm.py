@@ -1,4 +1,4 @@
-"""Batch norm that is served by our kernel where that is faster than torch's."""
+"""Batch norm that is served by our kernels where they are faster than torch's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch.fx import Proxy
 
 from uasparse_kernels import ops
 from uasparse_kernels.nn.layers import as_leaf
+
+_Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -18,6 +20,10 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_leaf(self, input)
+        return ops.batch_norm(input, *self._arguments(input))
+
+    def _arguments(self, input: Tensor) -> _Arguments:
+        """Of ``ops.batch_norm`` after the input; a batch in training is counted."""
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and self.num_batches_tracked is not None:
@@ -26,8 +32,7 @@ class BatchNorm2d(nn.BatchNorm2d):
                 momentum = 1.0 / float(self.num_batches_tracked)
         # As in torch: statistics that are not tracked are only used, where there are some, in evaluation.
         used = not self.training or self.track_running_stats
-        return ops.batch_norm(
-            input,
+        return (
             self.weight,
             self.bias,
             self.running_mean if used else None,
@@ -36,3 +41,14 @@ class BatchNorm2d(nn.BatchNorm2d):
             momentum,
             self.eps,
         )
+
+
+class BatchNormReLU2d(BatchNorm2d):
+    """``relu(batch_norm(input) + residual)`` as one layer (``ops.batch_norm_relu``), with a batch norm's state.
+
+    ``forward(input)`` stands for ``BatchNorm2d`` and ``ReLU``; ``forward(input, residual)`` has the addition of a
+    residual block between them.
+    """
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return ops.batch_norm_relu(input, *self._arguments(input), residual)

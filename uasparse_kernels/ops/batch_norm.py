@@ -48,6 +48,46 @@ def batch_norm(
     return output
 
 
+def batch_norm_relu(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``relu(batch_norm(input, ...) + residual)`` in the passes over memory of a batch norm alone.
+
+    The backward gates the gradient while it takes its sums, so no map is read or written for the ReLU; with a residual
+    its gradient is written on the way. Where our kernel does not serve, torch's do the same.
+
+    Args:
+        input ... eps: as of :func:`batch_norm`.
+        residual: of the input's shape, added before the ReLU.
+
+    Raises:
+        ValueError: in training, for one value per channel; for a residual of another shape.
+        RuntimeError: as :func:`batch_norm`.
+    """
+    if residual is not None and residual.shape != input.shape:
+        raise ValueError(
+            f"batch_norm_relu: expected a residual of the input's shape {tuple(input.shape)}, got "
+            f"{tuple(residual.shape)}; expand or project it first."
+        )
+    choice = choose(input, weight, bias, running_mean, running_var) if training else None
+    fits = residual is None or (residual.dtype == torch.float32 and residual.device == input.device)
+    if choice is None or choice.kernel != "cpu" or not fits or announce("batch_norm", choice) != "cpu":
+        output = batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps)
+        return F.relu(output if residual is None else output + residual)
+    output, stats, _ = torch.ops.uasparse.batch_norm_relu.default(input, weight, bias, residual, eps)
+    if running_mean is not None and running_var is not None:
+        torch._foreach_lerp_([running_mean, running_var], list(stats.unbind()), momentum)
+    return output
+
+
 def batch_norm_reference(
     input: Tensor,
     weight: Tensor | None = None,
@@ -118,4 +158,15 @@ def _fake(input, weight, bias, eps):
 @_library.register_fake("batch_norm_backward")
 def _backward_fake(grad_output, input, weight, saved, output_mask):
     sizes = (input.shape, input.shape[1:2], input.shape[1:2])
+    return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
+
+
+@_library.register_fake("batch_norm_relu")
+def _relu_fake(input, weight, bias, residual, eps):
+    return _fake(input, weight, bias, eps)
+
+
+@_library.register_fake("batch_norm_relu_backward")
+def _relu_backward_fake(grad_output, input, weight, bias, output, saved, output_mask):
+    sizes = (input.shape, input.shape[1:2], input.shape[1:2], input.shape)
     return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))

@@ -69,12 +69,21 @@ def prune_grow(
     if grow == "random":
         grown = random_candidates(pattern, candidates_too, k, generator)
     else:
-        candidates = GrowthCandidates(k, pattern, candidates_too)
         assert grow_scores is not None  # checked
-        candidates.add(block_scores(grow_scores, pattern.block), 0)
-        grown = candidates.select()
+        grown = topk_indices_many([_growth_scores(grow_scores, pattern, candidates_too)], [k])[0]
     apply(weight, pattern, dropped, grown, states, reset_regrown=reset_regrown)
     return PruneGrowResult(dropped, grown)
+
+
+def _growth_scores(dense: Tensor, pattern: SparsityPattern, dropped: Tensor) -> Tensor:
+    """Scores of all blocks, ready for selection (:func:`prepare_scores_`)."""
+    dense = dense.detach()
+    fits = pattern.block == (1, 1) and dense.is_contiguous() and dense.dtype == _score_dtype(dense) and dense.numel()
+    if fits and dense.device.type == "cpu" and _library.has_kernel("growth_scores", dense):
+        return torch.ops.uasparse.growth_scores(dense, pattern.crow, pattern.col, dropped)  # in one pass
+    scores = block_scores(dense, pattern.block)
+    prepare_scores_(scores, 0, pattern, dropped)
+    return scores
 
 
 def drop_count(fraction: float, pattern: SparsityPattern, regrow_dropped: bool = True) -> int:
@@ -485,3 +494,8 @@ def _fake(weight, states, crow, col, ccol, row, perm, dropped, grown, shape, blo
 @_library.register_fake("exclude_kept_")
 def _exclude_fake(scores, first, crow, col, dropped, columns):
     return None
+
+
+@_library.register_fake("growth_scores")
+def _scores_fake(dense, crow, col, dropped):
+    return dense.new_empty(dense.numel())

@@ -1,0 +1,54 @@
+"""Max pooling, with a kernel for contiguous float32 maps on a CPU, where torch's is scalar."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from uasparse_kernels import _library
+
+IntPair = int | tuple[int, int]
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: IntPair,
+    stride: IntPair | None = None,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``F.max_pool2d``: the same values and gradients, of equal numbers the first, of NaN the last.
+
+    Our kernel serves contiguous float32 ``[N, C, H, W]`` on a CPU, without dilation and ``ceil_mode``, else torch's.
+
+    Raises:
+        ValueError, RuntimeError: if sizes do not fit.
+    """
+    kernel, pads, spread = _pair(kernel_size), _pair(padding), _pair(dilation)
+    steps = kernel if stride is None else _pair(stride)
+    ours = (
+        input.device.type == "cpu"
+        and input.dim() == 4
+        and input.dtype == torch.float32
+        and input.numel() > 0
+        and input.is_contiguous()
+        and spread == (1, 1)
+        and not ceil_mode
+        and _library.has_kernel("max_pool2d", input)
+    )
+    if not ours:
+        return F.max_pool2d(input, kernel, steps, pads, spread, ceil_mode)
+    return torch.ops.uasparse.max_pool2d.default(input, kernel, steps, pads)[0]
+
+
+def _pair(value: IntPair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+@_library.register_fake("max_pool2d")
+def _fake(input, kernel, stride, padding):
+    size = [(input.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
+    shape = (*input.shape[:2], *size)
+    return input.new_empty(shape), input.new_empty(shape, dtype=torch.int64)
