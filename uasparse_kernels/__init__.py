@@ -4,6 +4,7 @@ from uasparse_kernels import nn, ops, topology
 from uasparse_kernels._library import free_workspaces, keep_freed_memory
 from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.explain import backend_info, explain
+from uasparse_kernels.inference import optimize_for_inference
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.topology import DynamicSparsity
@@ -22,6 +23,7 @@ __all__ = [
     "keep_freed_memory",
     "nn",
     "ops",
+    "optimize_for_inference",
     "sparsify",
     "topology",
     "tune",

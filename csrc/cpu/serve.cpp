@@ -1,7 +1,7 @@
 // Inference on the CPU: runs a plan, a flat list of steps over an arena of feature maps (serve.h), made by
 // uasparse_kernels/inference. A step is its code and its fields, all int64, in the order that the readers below take
-// them in. Positions are in numbers: in the arena, in `values` (weights, biases, masks), in `ints` (offsets), or in one
-// of the tensors. What a plan says is trusted but for the bounds of the arena and the tensors.
+// them in. Positions are in numbers: in the arena, in `values` (weights, biases), in `ints` (offsets, masks), or in one of
+// the tensors. What a plan says is trusted but for the bounds of the arena and the tensors.
 //
 // Every number is computed by one task in a fixed order: results do not depend on the number of threads.
 
@@ -93,6 +93,8 @@ class Plan {
             parameters < 0 ? T{} : values_[parameters + 1]};
   }
 
+  const T* mask(int64_t position) const { return reinterpret_cast<const T*>(ints_ + position); }
+
   void load() {
     const int64_t input = take(), position = take();
     ServeLoad<T> p{};
@@ -127,7 +129,7 @@ class Plan {
     p.off = ints_ + take();
     p.val = values_ + take();
     p.bias = values_ + take();
-    p.mask = values_ + take();
+    p.mask = mask(take());
     const int64_t kind = take();
     p.act = activation(kind, take());
     p.x = at(x, 1, 0, 0);
@@ -210,7 +212,7 @@ class Plan {
     p.x_plane = take(), p.y_plane = take(), p.residual_plane = take();
     p.body = take(), p.gap = take();
     const int64_t scale = take(), shift = take();
-    p.mask = values_ + take();
+    p.mask = mask(take());
     const int64_t kind = take();
     p.act = activation(kind, take());
     p.scale = scale < 0 ? nullptr : values_ + scale;
