@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import operator
@@ -106,13 +107,25 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bo
             example_inputs,
         )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _one_cudnn_precision():
             # In their values' order; a functional graph, else as it was written.
             program = torch.export.export(dense, example_inputs, dynamic_shapes=dynamic).run_decompositions({})
     except Exception as error:
         hint = " If the model's batch cannot vary, pass dynamic_batch=False." if dynamic_batch else ""
         raise ValueError(f"torch.export could not capture the model.{hint} It said: {error}") from error
     return _convert(program, dynamic_batch, batch)
+
+
+@contextlib.contextmanager
+def _one_cudnn_precision() -> Iterator[None]:
+    """Export reads a flag that torch refuses to tell where convolutions and RNNs on a GPU have different precisions."""
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+    rnn.fp32_precision = torch.backends.cudnn.conv.fp32_precision
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before
 
 
 def _convert(program: Any, dynamic_batch: bool, batch: int) -> Graph:

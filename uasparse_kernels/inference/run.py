@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels import _library
+from uasparse_kernels.inference import files
 from uasparse_kernels.inference.fuse import fuse
 from uasparse_kernels.inference.graph import Graph, Ref, capture, fill
 from uasparse_kernels.inference.plan import Call, Plan, Planner, fill_all, shapes_of
@@ -180,6 +182,14 @@ class OptimizedModel(nn.Module):
         leaves = [env[leaf.name] if isinstance(leaf, Ref) else leaf for leaf in self._graph.outputs]
         return pytree.tree_unflatten(leaves, self._out_spec)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model to a safetensors file: its graph and its weights, sparse ones by their nonzeros.
+
+        Nothing in it depends on the machine: kernels and layouts are chosen where it is loaded.
+        """
+        content = {"kind": "optimized", "graph": files.graph_to_json(self._graph)}
+        files.write(path, self._graph.constants, content)
+
     def explain(self, *args: Any, **kwargs: Any) -> list[LayerTime]:
         """Runs the model a few times, step by step: kernel, density, what is fused, and share of the time of each."""
         inputs = self._inputs(args, kwargs)
@@ -196,3 +206,15 @@ class OptimizedModel(nn.Module):
             LayerTime(e.layer, e.kernel, e.reason, e.density, e.fused, 1e3 * t, t / total)
             for e, t in zip((call.entry for call in plan.calls), best, strict=True)
         ]
+
+
+def load_optimized(path: str | os.PathLike[str]) -> OptimizedModel:
+    """The model that :meth:`OptimizedModel.save` wrote.
+
+    Raises:
+        ValueError: for a file that is damaged, of another version, or not of an optimised model.
+    """
+    tensors, content = files.read(path)
+    if content.get("kind") != "optimized":
+        raise ValueError(f"{os.fspath(path)} holds no optimised model; read weights with load_sparse(model, path).")
+    return OptimizedModel(files.graph_from_json(content["graph"], tensors))
