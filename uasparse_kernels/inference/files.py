@@ -139,7 +139,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             check(indices is not None, f"neither bitmask nor indices of {name!r}")
             assert indices is not None
             place = indices.long()
-            inside = bool((place[1:] > place[:-1]).all()) and (not len(place) or 0 <= place[0] and place[-1] < numel)
+            inside = bool((place[1:] > place[:-1]).all()) and (not len(place) or (place[0] >= 0 and place[-1] < numel))
             check(inside, f"indices of {name!r} that do not ascend or fit")
         check(len(place) == values.numel(), f"{values.numel()} values for {len(place)} nonzeros of {name!r}")
         dense = values.new_zeros(numel)
@@ -172,7 +172,9 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     own = _state(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
-        raise ValueError(f"Expected the model's names; missing in the file: {missing[:5]}, not in the model: {extra[:5]}.")
+        raise ValueError(
+            f"Expected the model's names; missing in the file: {missing[:5]}, not in the model: {extra[:5]}."
+        )
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"Expected {name} of shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}.")
@@ -255,7 +257,7 @@ def _decode(value: Any) -> Any:
         return [_decode(v) for v in value]
     if not isinstance(value, dict):
         return value
-    (kind, inner), = value.items()
+    ((kind, inner),) = value.items()
     if kind == "ref":
         return Ref(inner)
     if kind == "map":

@@ -118,14 +118,16 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bo
 
 @contextlib.contextmanager
 def _one_cudnn_precision() -> Iterator[None]:
-    """Export reads a flag that torch refuses to tell where convolutions and RNNs on a GPU have different precisions."""
-    rnn = torch.backends.cudnn.rnn
-    before = rnn.fp32_precision
-    rnn.fp32_precision = torch.backends.cudnn.conv.fp32_precision
+    """Export reads a flag that torch refuses to tell unless convolutions and RNNs on a GPU both have TF32 on."""
+    both = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [part.fp32_precision for part in both]
+    for part in both:
+        part.fp32_precision = "tf32"
     try:
         yield
     finally:
-        rnn.fp32_precision = before
+        for part, precision in zip(both, before, strict=True):
+            part.fp32_precision = precision
 
 
 def _convert(program: Any, dynamic_batch: bool, batch: int) -> Graph:

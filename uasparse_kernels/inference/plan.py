@@ -24,6 +24,7 @@ from uasparse_kernels.inference.pack import GROUP, pack_conv, pack_rows
 FEW_ROWS = 8  # the kernel for a few rows of a linear layer serves so many
 # Densities below which the kernels beat torch's dense ones (benchmarks/bench_serve.py).
 LINEAR_CROSSOVER = 0.35
+MANY_ROWS = 32
 LOAD, CONV, ROWS, POOL, AFFINE, STORE = range(6)
 
 
@@ -322,8 +323,10 @@ class Planner:
         if not fits:
             return self.dense(layer, entry, "its sizes or dtype")
         few = rows <= FEW_ROWS
-        if density > LINEAR_CROSSOVER or (few and weight.shape[1] > 1 << 16):
-            return self.dense(layer, entry, f"density {density:.2f} above {LINEAR_CROSSOVER}")
+        # With rows enough the kernel for channels in fours serves dense weights too.
+        least = MANY_ROWS if self.lanes * self.dtype.itemsize > 16 else rows + 1
+        if (density > LINEAR_CROSSOVER and rows < least) or (few and weight.shape[1] > 1 << 16):
+            return self.dense(layer, entry, f"density {density:.2f} above {LINEAR_CROSSOVER}, {rows} rows")
         if few:
             return self.few_rows(layer, entry, rows)
         one = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
