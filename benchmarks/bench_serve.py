@@ -1,8 +1,8 @@
 """Inference of sparse networks beside engines that run them dense, all with the same weights.
 
-A row's result is compared with the dense network's in the same run. Rivals (pip install onnx onnxruntime openvino): ONNX
-Runtime, OpenVINO, torch in its two layouts; torch.compile too where UASPARSE_SERVE_COMPILE=1, for it takes a minute a
-row. UASPARSE_SERVE_NETWORKS=resnet50,mlp takes some of the networks only.
+A row's result is compared with the dense network's in the same run. Rivals (pip install onnx onnxruntime openvino):
+ONNX Runtime, OpenVINO, torch in its two layouts; torch.compile too where UASPARSE_SERVE_COMPILE=1, for it takes a
+minute a row. UASPARSE_SERVE_NETWORKS=resnet50,mlp takes some of the networks only.
 
 Weights are pruned at random, uniformly: all convolutions and linear layers but a network's first convolution and
 depthwise ones; torchvision's ViT keeps its attention's in-projections dense, the encoder of BERT's size has none dense.

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 from torch.utils import _pytree as pytree
+from torchvision.models.convnext import CNBlockConfig
 
 import uasparse_kernels as ua
 from uasparse_kernels import _library
@@ -174,8 +175,7 @@ NETWORKS = {
     "densenet": (lambda: torchvision.models.DenseNet(12, (2, 3), 16, num_classes=7), (3, 45, 45)),
     "convnext": (
         lambda: torchvision.models.ConvNeXt(
-            [torchvision.models.convnext.CNBlockConfig(24, 40, 2), torchvision.models.convnext.CNBlockConfig(40, None, 2)],
-            num_classes=7,
+            [CNBlockConfig(24, 40, 2), CNBlockConfig(40, None, 2)], num_classes=7
         ),
         (3, 41, 41),
     ),
@@ -196,6 +196,30 @@ def test_networks(name):
         model = build()
     torch.manual_seed(0)
     check(prune(model), size, batches=(1, 3, 9))
+
+
+def test_models_of_other_libraries():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=7, pretrained=False)
+    check(prune(model), (3, 64, 64), batches=(1, 3))
+
+
+def test_a_hugging_face_encoder():
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, vocab_size=50
+    )
+    model = prune(transformers.BertModel(config))
+    tokens = torch.randint(50, (2, 17))
+    optimized = ua.optimize_for_inference(model, (tokens, torch.ones_like(tokens)))
+    for batch in (1, 2, 5):
+        tokens, mask = torch.randint(50, (batch, 17)), torch.ones(batch, 17, dtype=torch.int64)
+        mask[0, 11:] = 0
+        with torch.no_grad():
+            wanted = model(tokens, mask)
+        got = optimized(tokens, mask)
+        assert error(got["last_hidden_state"], wanted["last_hidden_state"]) < 1e-5
+        assert error(got["pooler_output"], wanted["pooler_output"]) < 1e-5
 
 
 LARGE = ("resnet50", "mobilenet_v2", "vgg11_bn", "densenet121", "convnext_tiny", "vit_b_16")
@@ -219,7 +243,7 @@ def test_sparse_layers_and_their_files(tmp_path):
     assert torch.equal(again(x), optimized(x))
     dense = sum(t.nbytes for t in ua.densify(copy.deepcopy(model)).state_dict().values())
     assert (tmp_path / "net.safetensors").stat().st_size < 0.16 * dense
-    layers = optimized.explain(x)
+    layers = ua.explain(optimized, x)
     assert abs(sum(layer.share for layer in layers) - 1) < 1e-6
     found = {layer.layer: layer for layer in layers if layer.density is not None}
     assert found["layer1.0.conv2"].fused == ("batch norm", "residual", "relu")

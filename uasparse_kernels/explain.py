@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from uasparse_kernels import _library
+from uasparse_kernels.inference.run import LayerTime, OptimizedModel
 from uasparse_kernels.ops import _common, _cpu
 
 OPS = ("masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss", "batch_norm")
@@ -25,15 +26,18 @@ class Explanation(NamedTuple):
     reason: str
 
 
-def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
+def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation] | list[LayerTime]:
     """Runs a module, or an op, on the given arguments and tells which kernel served each of its sparse ops.
 
     ``explain(model, x)`` or ``explain(ops.masked_linear, x, weight, pattern)``. The call is made without gradients, a
     module in eval mode for its time, so that nothing changes.
 
     Returns:
-        One :class:`Explanation` a call, in order; ``where`` is the layer's name, or the op's for a lone call.
+        A :class:`LayerTime` a step for a model of :func:`optimize_for_inference`, in order, with its share of time;
+        else one :class:`Explanation` a call, in order; ``where`` is the layer's name, or the op's for a lone call.
     """
+    if isinstance(target, OptimizedModel):
+        return target.explain(*args, **kwargs)
     found: list[Explanation] = []
     stack = [""]
 

@@ -160,8 +160,8 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Loads a file of :func:`save_sparse` (or any safetensors file) into a model of the same layers; returns the model.
 
-    A sparse layer takes the file's nonzeros as its pattern where its block is 1x1, else it keeps its pattern, into which
-    all nonzeros must fall.
+    A sparse layer takes the file's nonzeros as its pattern where its block is 1x1, else it keeps its pattern, into
+    which all nonzeros must fall.
 
     Raises:
         ValueError: for a damaged file, or one of other names or shapes than the model's; the model is unchanged then.

@@ -1,4 +1,4 @@
-"""From a captured graph to layers: batch norms folded, residual additions and activations joined to what precedes them."""
+"""From a captured graph to layers: batch norms folded, residual additions and activations joined to them."""
 
 from __future__ import annotations
 
@@ -156,12 +156,12 @@ def fuse(graph: Graph) -> list[Step]:
                 layer.bias = bias.to(dtype)
                 fused.append("batch norm")
                 after = only_user(current)
-            if after is not None and (other := _other_operand(graph, after, current)) is not None:
-                if place[other] < place[node.name] and other not in graph.constants:
-                    gone.add(after.name)
-                    current, layer.residual = after.name, other
-                    fused.append("residual")
-                    after = only_user(current)
+            other = None if after is None else _other_operand(graph, after, current)
+            if after is not None and other is not None and place[other] < place[node.name]:
+                gone.add(after.name)
+                current, layer.residual = after.name, other
+                fused.append("residual")
+                after = only_user(current)
             if after is not None and (act := activation_of(after)) and after.args[0] == Ref(current):
                 gone.add(after.name)
                 current, layer.act = after.name, act
@@ -221,4 +221,6 @@ def _other_operand(graph: Graph, node: Node, name: str) -> str | None:
         return None
     other = b.name if a.name == name else a.name
     shapes = graph.shapes
+    if other in graph.constants:
+        return None
     return other if shapes.get(other) == shapes.get(name) is not None else None

@@ -1,8 +1,8 @@
 """Weights in the order of the kernels (csrc/cpu/serve.h).
 
-A convolution's nonzeros are listed by blocks of input channels, then output channels, then input channels and taps. For
-each stands its plane (input channel and phase) and its tap's row and column among the planes, which make the offset once
-the planes' pitch is known: values and lists serve every batch size.
+A convolution's nonzeros are listed by blocks of input channels, then output channels, then input channels and taps.
+For each stands its plane (input channel and phase) and its tap's row and column among the planes, which make the offset
+once the planes' pitch is known: values and lists serve every batch size.
 """
 
 from __future__ import annotations

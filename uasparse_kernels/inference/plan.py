@@ -1,8 +1,8 @@
 """From steps and concrete sizes to a plan: what the compiled interpreter runs, and what torch runs between.
 
 A result may lie in the arena as planes ("map"), or be a tensor of torch, or both; whoever reads it asks for the one it
-needs, and the conversion is made once. Maps that a convolution connects share pitch and rows (a Space); these are known,
-and with them offsets and places in the arena, once all steps have said what they need.
+needs, and the conversion is made once. Maps that a convolution connects share pitch and rows (a Space); these are
+known, and with them offsets and places in the arena, once all steps have said what they need.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Space:
 
 @dataclasses.dataclass(eq=False)
 class Map:
-    """A result in the arena: an "image" (planes of NCHW), "tokens" (planes whose pixels are the rows of [..., channels]),
-    or "rows" (as torch has them, for the kernel of a few)."""
+    """A result in the arena: an "image" (planes of NCHW), "tokens" (planes whose pixels are the rows of
+    [..., channels]), or "rows" (as torch has them, for the kernel of a few)."""
 
     images: int
     channels: int
@@ -231,7 +231,7 @@ class Planner:
         map, shape = self.maps[name], self.shapes[name]
 
         def emit(_: Any, output: Callable[[str], int]) -> list[int]:
-            stride_n, plane, pitch, stride_w = map.strides()
+            _, plane, pitch, _ = map.strides()
             if map.as_rows:  # images of one pixel
                 c = map.channels
                 return [STORE, map.body, 1, c, 1, map.width, c, 1, 1, output(name), 0, c, 1, 0, 0]
@@ -452,8 +452,9 @@ class Planner:
             else:
                 _, stride_k, _, stride_m = source.strides()
                 where = [-1, source.body, stride_m, stride_k]
-            return [ROWS, *where, rows, columns, packed.rows, -1, result.body, packed.rows,
-                    residual.body if residual and not added else -1, ptr, listed, values, bias, kind, parameters]  # fmt: skip
+            more = residual.body if residual and not added else -1
+            return [ROWS, *where, rows, columns, packed.rows, -1, result.body, packed.rows, more, ptr, listed,
+                    values, bias, kind, parameters]  # fmt: skip
 
         reads = [map for map in (source, residual if not added else None) if map is not None]
         self.add(entry, emit, reads, [result], [] if source is not None else [layer.input])

@@ -38,8 +38,8 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
 
     Batch norms are folded, activations and residual additions are done in the kernels' stores, and feature maps stay in
     the kernels' layout from layer to layer. Weights are looked at as they are: a dense layer whose weight has zeros
-    enough runs sparse, whoever pruned it. What the kernels do not know runs by torch as captured. The model is unchanged
-    and may be changed or freed afterwards.
+    enough runs sparse, whoever pruned it. What the kernels do not know runs by torch as captured. The model is
+    unchanged and may be changed or freed afterwards.
 
     Args:
         model: in eval mode, on the CPU, float32 (or float64).
