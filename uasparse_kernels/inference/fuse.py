@@ -184,6 +184,38 @@ def fuse(graph: Graph) -> list[Step]:
     return steps
 
 
+_BY_SAMPLE = {
+    "aten.add.Tensor", "aten.max_pool2d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",
+    "aten.reshape.default", "aten.flatten.using_ints", "aten.clone.default", "aten.cat.default", "aten.mean.dim",
+}  # fmt: skip
+
+
+def by_sample(graph: Graph, steps: list[Step]) -> bool:
+    """True where every step is known to treat the samples of a batch apart: a batch may then run in parts."""
+    firsts = {graph.shapes[name].split(",")[0] for name in graph.inputs}
+    batch = firsts.pop()
+    if firsts or not batch.startswith("(s"):
+        return False
+    sizes = {node.name for node in graph.nodes if node.target == "aten.sym_size.int"}
+    for step in steps:
+        if step.name in sizes and isinstance(step, Node):
+            continue
+        names = [name for name in step.refs() if name not in sizes]
+        if any(graph.shapes.get(name, "").split(",")[0] != batch for name in [step.name, *names]):
+            return False
+        if isinstance(step, Layer) and step.conv is None and graph.shapes[step.input].count(",") < 1:
+            return False
+        if isinstance(step, Node):
+            if step.target not in _BY_SAMPLE and activation_of(step) is None:
+                return False
+            if step.target == "aten.cat.default" and (len(step.args) < 2 or step.args[1] != 1):
+                return False
+            if step.target == "aten.mean.dim" and (0 in step.args[1] or graph.shapes[names[0]].count(",") != 3
+                                                   or -4 in step.args[1]):  # fmt: skip
+                return False
+    return all(isinstance(leaf, Ref) and graph.shapes[leaf.name].split(",")[0] == batch for leaf in graph.outputs)
+
+
 def _layer(graph: Graph, node: Node) -> Layer | None:
     if node.target not in ("aten.conv2d.default", "aten.linear.default"):
         return None

@@ -14,11 +14,12 @@ from torch.utils import _pytree as pytree
 
 from uasparse_kernels import _library
 from uasparse_kernels.inference import files
-from uasparse_kernels.inference.fuse import fuse
+from uasparse_kernels.inference.fuse import by_sample, fuse
 from uasparse_kernels.inference.graph import Graph, Ref, capture, fill
 from uasparse_kernels.inference.plan import Call, Plan, Planner, fill_all, shapes_of
 
 _PLANS = 8  # sizes of the input whose plans are kept
+_NEAR_BYTES = 8 << 20
 
 
 class LayerTime(NamedTuple):
@@ -80,6 +81,7 @@ class OptimizedModel(nn.Module):
         self._out_spec = pytree.treespec_loads(graph.out_spec)
         weights = [t.dtype for t in graph.constants.values() if t.is_floating_point()]
         self._dtype = torch.float64 if weights and weights[0] == torch.float64 else torch.float32
+        self._by_sample = by_sample(graph, self._steps)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._arenas: list[Tensor] = []
         self._lock = threading.Lock()
@@ -92,7 +94,23 @@ class OptimizedModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inputs = self._inputs(args, kwargs)
         with torch.inference_mode():
-            return self._run(self._plan(inputs), inputs, None)
+            part = self._part(inputs)
+            if part is None:
+                return self._run(self._plan(inputs), inputs, None)
+            results = []
+            for start in range(0, inputs[0].shape[0], part):
+                some = [t[start : start + part] for t in inputs]
+                results.append(pytree.tree_leaves(self._run(self._plan(some), some, None)))
+            whole = [torch.cat(tensors) for tensors in zip(*results, strict=True)]
+            return pytree.tree_unflatten(whole, self._out_spec)
+
+    def _part(self, inputs: list[Tensor]) -> int | None:
+        """Samples that run together where a batch can be parted: so many that their maps stay in a near cache."""
+        if not self._by_sample or inputs[0].shape[0] == 1:
+            return None
+        one = self._plan([t[:1] for t in inputs])
+        part = max(1, _NEAR_BYTES // (one.arena * self._dtype.itemsize))
+        return None if part >= inputs[0].shape[0] else part
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         inputs, spec = pytree.tree_flatten((args, kwargs))
