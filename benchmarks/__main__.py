@@ -29,6 +29,7 @@ SUITES = {
     "loss": "bench_unknown_aware_loss",
     "batch-norm": "bench_batch_norm",
     "recipe": "bench_recipe",
+    "serve": "bench_serve",
 }
 
 

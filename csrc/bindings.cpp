@@ -80,6 +80,10 @@ TORCH_LIBRARY(uasparse, m) {
         "-> (Tensor, Tensor, Tensor)");
   m.def("unknown_aware_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor alpha, Tensor saved, "
         "float unknown_weight, int reduction) -> Tensor");
+
+  // Runs a plan of uasparse_kernels/inference (csrc/cpu/serve.cpp): steps over an arena of feature maps.
+  m.def("serve_run(Tensor(a!) arena, Tensor program, Tensor ints, Tensor values, Tensor[] inputs, "
+        "Tensor(b!)[] outputs) -> ()");
 }
 
 namespace {

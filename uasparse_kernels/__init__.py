@@ -4,6 +4,7 @@ from uasparse_kernels import nn, ops, topology
 from uasparse_kernels._library import free_workspaces, keep_freed_memory
 from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.explain import backend_info, explain
+from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.topology import DynamicSparsity
@@ -20,8 +21,12 @@ __all__ = [
     "explain",
     "free_workspaces",
     "keep_freed_memory",
+    "load_optimized",
+    "load_sparse",
     "nn",
     "ops",
+    "optimize_for_inference",
+    "save_sparse",
     "sparsify",
     "topology",
     "tune",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from uasparse_kernels import _library
+from uasparse_kernels.inference.run import LayerTime, OptimizedModel
 from uasparse_kernels.ops import _common, _cpu
 
 OPS = ("masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss", "batch_norm")
@@ -27,7 +28,7 @@ class Explanation(NamedTuple):
     reason: str
 
 
-def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation]:
+def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation] | list[LayerTime]:
     """Runs a module, or an op, on the given arguments and tells which kernel served each of its sparse ops.
 
     ``explain(model, x)`` or ``explain(ops.masked_linear, x, weight, pattern)``. The call is made without gradients, a
@@ -35,8 +36,11 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     may serve other threads meanwhile; it is in eval mode for them too (one that they train should be copied first).
 
     Returns:
-        One :class:`Explanation` a call, in order; ``where`` is the layer's name, or the op's for a lone call.
+        A :class:`LayerTime` a step for a model of :func:`optimize_for_inference`, in order, with its share of time;
+        else one :class:`Explanation` a call, in order; ``where`` is the layer's name, or the op's for a lone call.
     """
+    if isinstance(target, OptimizedModel):
+        return target.explain(*args, **kwargs)
     found: list[Explanation] = []
     modules = dict(target.named_modules()) if isinstance(target, nn.Module) else {}
     names = {id(module): name for name, module in modules.items()}

@@ -1,0 +1,124 @@
+"""Inference of sparse networks beside engines that run them dense, all with the same weights.
+
+A row's result is compared with the dense network's in the same run. Rivals (pip install onnx onnxruntime openvino):
+ONNX Runtime, OpenVINO, torch in its two layouts; torch.compile too where UASPARSE_SERVE_COMPILE=1, for it takes a
+minute a row. UASPARSE_SERVE_NETWORKS=resnet50,mlp takes some of the networks only.
+
+Weights are pruned at random, uniformly: all convolutions and linear layers but a network's first convolution and
+depthwise ones; torchvision's ViT keeps its attention's in-projections dense, the encoder of BERT's size has none dense.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import uasparse_kernels as ua
+from benchmarks import harness
+
+SPARSITIES = (0.8, 0.9, 0.95)
+
+
+def bert() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(768, 12, 3072, activation="gelu", batch_first=True)
+    return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(2048, 2048), nn.ReLU())])
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
+    "resnet50": (torchvision.models.resnet50, (3, 224, 224), (1, 8)),
+    "resnet18": (torchvision.models.resnet18, (3, 224, 224), (1,)),
+    "mobilenet_v2": (torchvision.models.mobilenet_v2, (3, 224, 224), (1,)),
+    "mlp": (mlp, (2048,), (1, 128)),
+    "vit_b_16": (torchvision.models.vit_b_16, (3, 224, 224), (1,)),
+    "bert_base_encoder_128": (bert, (128, 768), (1,)),
+}
+
+
+def run(seconds: float) -> list[dict[str, Any]]:
+    torch.backends.mha.set_fastpath_enabled(False)  # its op has no ONNX form
+    return harness.rows(_rows(seconds))
+
+
+def _rows(seconds: float) -> Iterator[dict[str, Any]]:
+    wanted = os.environ.get("UASPARSE_SERVE_NETWORKS", ",".join(NETWORKS)).split(",")
+    for name in wanted:
+        build, size, batches = NETWORKS[name]
+        for sparsity in SPARSITIES:
+            torch.manual_seed(0)
+            model = prune(build(), sparsity)
+            for batch in batches:
+                x = torch.randn(batch, *size)
+                optimized = ua.optimize_for_inference(model, x)
+                variants = {"ours": lambda optimized=optimized, x=x: optimized(x)} | rivals(model, x)
+                with torch.inference_mode():
+                    difference = optimized(x) - (wanted_result := model(x))
+                    error = (difference.norm() / wanted_result.norm()).item()
+                    times = harness.interleave(variants, seconds=seconds, rounds=5)
+                if not error < 1e-5:
+                    raise AssertionError(f"{name}: relative error {error:.1e}")
+                row = {"network": name, "batch": batch, "sparsity": sparsity, "error": error}
+                yield row | harness.compare(times)
+
+
+@torch.no_grad()
+def prune(model: nn.Module, sparsity: float) -> nn.Module:
+    first = True
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+        if isinstance(module, nn.Conv2d) and (first or module.groups > 1):
+            first = False
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            if not module.weight.any():  # a head that starts at zero
+                module.weight.normal_(0, 0.02)
+            _prune_weight(module.weight, sparsity)
+        if isinstance(module, nn.MultiheadAttention) and isinstance(model, nn.TransformerEncoder):
+            _prune_weight(module.in_proj_weight, sparsity)
+    return model.eval()
+
+
+def _prune_weight(weight: Tensor, sparsity: float) -> None:
+    weight.view(-1)[torch.randperm(weight.numel())[: round(weight.numel() * sparsity)]] = 0
+    weight.mul_((1 - sparsity) ** -0.5)
+
+
+def rivals(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+    threads = torch.get_num_threads()
+    found: dict[str, Callable[[], Any]] = {"dense torch": lambda: model(x)}
+    if x.dim() == 4:
+        last = x.to(memory_format=torch.channels_last)
+        found["dense torch, channels last"] = lambda: model(last)
+    if os.environ.get("UASPARSE_SERVE_COMPILE") == "1":
+        compiled = torch.compile(model)
+        found["dense torch.compile"] = lambda: compiled(x)
+    try:
+        import onnxruntime
+    except ImportError:
+        return found
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    found["dense ONNX Runtime"] = lambda: session.run(None, feed)
+    try:
+        import openvino
+    except ImportError:
+        return found
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    core = openvino.Core()
+    request = core.compile_model(core.read_model(file.getvalue(), b""), "CPU", settings).create_infer_request()
+    found["dense OpenVINO"] = lambda: request.infer([x.numpy()])
+    return found

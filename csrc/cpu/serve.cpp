@@ -1,0 +1,298 @@
+// Inference on the CPU: runs a plan, a flat list of steps over an arena of feature maps (serve.h), made by
+// uasparse_kernels/inference. A step is its code and its fields, all int64, in the order that the readers below take
+// them in. Positions are in numbers: in the arena, in `values` (weights, biases), in `ints` (offsets, masks), or in one of
+// the tensors. What a plan says is trusted but for the bounds of the arena and the tensors.
+//
+// Every number is computed by one task in a fixed order: results do not depend on the number of threads.
+
+#include "cpu/serve.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "cpu/isa.h"
+#include "cpu/workspace.h"
+
+namespace uasparse {
+namespace {
+
+template <typename T>
+const ServeKernels<T>& serve_kernels();
+
+template <>
+const ServeKernels<float>& serve_kernels<float>() {
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::avx512) return avx512::serve_float;
+  if (cpu_isa() == Isa::avx2) return avx2::serve_float;
+#endif
+  return portable::serve_float;
+}
+
+template <>
+const ServeKernels<double>& serve_kernels<double>() {
+#if defined(__x86_64__)
+  if (cpu_isa() == Isa::avx512) return avx512::serve_double;
+  if (cpu_isa() == Isa::avx2) return avx2::serve_double;
+#endif
+  return portable::serve_double;
+}
+
+enum Step : int64_t { kLoad, kConv, kRows, kPool, kAffine, kStore };
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Numbers that are worth a thread.
+constexpr int64_t kGrain = 16384;
+
+template <typename T>
+class Plan {
+ public:
+  Plan(const at::Tensor& arena, const at::Tensor& program, const at::Tensor& ints, const at::Tensor& values,
+       at::TensorList inputs, at::TensorList outputs)
+      : arena_(arena.mutable_data_ptr<T>()),
+        numel_(arena.numel()),
+        next_(program.const_data_ptr<int64_t>()),
+        stop_(next_ + program.numel()),
+        ints_(ints.const_data_ptr<int32_t>()),
+        values_(values.const_data_ptr<T>()),
+        inputs_(inputs),
+        outputs_(outputs) {}
+
+  void run() {
+    while (next_ < stop_) {
+      switch (take()) {
+        case kLoad: load(); break;
+        case kConv: conv(); break;
+        case kRows: rows(); break;
+        case kPool: pool(); break;
+        case kAffine: affine(); break;
+        case kStore: store(); break;
+        default: TORCH_CHECK(false, "serve_run: the plan has an unknown step.");
+      }
+    }
+  }
+
+ private:
+  int64_t take() {
+    TORCH_CHECK(next_ < stop_, "serve_run: the plan ends within a step.");
+    return *next_++;
+  }
+
+  // `count` numbers of the arena, `planes` times `plane` apart.
+  T* at(int64_t position, int64_t planes, int64_t plane, int64_t count) const {
+    TORCH_CHECK(position >= 0 && position + (planes - 1) * plane + count <= numel_, "serve_run: the plan needs ",
+                position + (planes - 1) * plane + count, " numbers, the arena has ", numel_, ".");
+    return arena_ + position;
+  }
+
+  ServeActivation<T> activation(int64_t kind, int64_t parameters) const {
+    return {static_cast<Activation>(kind), parameters < 0 ? T{} : values_[parameters],
+            parameters < 0 ? T{} : values_[parameters + 1]};
+  }
+
+  const T* mask(int64_t position) const { return reinterpret_cast<const T*>(ints_ + position); }
+
+  void load() {
+    const int64_t input = take(), position = take();
+    ServeLoad<T> p{};
+    p.stride_n = take(), p.stride_c = take(), p.stride_h = take(), p.stride_w = take();
+    p.images = take();
+    const int64_t channels = take();
+    p.height = take(), p.width = take();
+    const int64_t y = take();
+    p.plane = take(), p.pitch = take(), p.rows = take(), p.gap = take(), p.body = take();
+    p.phases = take(), p.phase_h = take(), p.phase_w = take();
+    p.phase = ints_ + take();
+    const int64_t reach = (p.images - 1) * p.stride_n + (channels - 1) * p.stride_c + (p.height - 1) * p.stride_h +
+                          (p.width - 1) * p.stride_w + 1;
+    p.x = input < 0 ? at(position, 1, 0, reach) : source(input, position + reach) + position;
+    p.y = at(y, channels * p.phases, p.plane, p.body + p.gap);
+    TORCH_CHECK(y >= p.gap, "serve_run: a map has no room before it.");
+    std::fill(p.y - p.gap, p.y, T{});
+    const int64_t grain = std::max<int64_t>(1, kGrain / (p.phases * p.plane));
+    // Channels by 16 for the transposing load.
+    at::parallel_for(0, ceil_div(channels, 16), ceil_div(grain, 16), [&](int64_t begin, int64_t end) {
+      kernels_.load(p, begin * 16, std::min(channels, end * 16));
+    });
+  }
+
+  void conv() {
+    ServeConv<T> p{};
+    const int64_t x = take(), y = take(), residual = take();
+    p.y_plane = take(), p.residual_plane = take();
+    p.body = take(), p.gap = take(), p.tile = take(), p.group = take();
+    p.rows = take(), p.blocks = take(), p.chunk = take();
+    p.ptr = ints_ + take();
+    p.off = ints_ + take();
+    p.val = values_ + take();
+    p.bias = values_ + take();
+    p.mask = mask(take());
+    const int64_t kind = take();
+    p.act = activation(kind, take());
+    p.x = at(x, 1, 0, 0);
+    p.y = at(y, p.rows, p.y_plane, p.body + p.gap);
+    p.residual = residual < 0 ? nullptr : at(residual, p.rows, p.residual_plane, p.body);
+    TORCH_CHECK(y >= p.gap && p.tile > 0 && p.chunk > 0, "serve_run: a convolution's plan is damaged.");
+    std::fill(p.y - p.gap, p.y, T{});
+    const int64_t tiles = kernels_.tiles(p);
+    const int64_t work = int64_t{p.ptr[p.blocks * (p.rows / p.group + 1) - 1]} * p.body * p.group;
+    const int64_t threads = work < 1 << 17 ? 1 : at::get_num_threads();
+    if (threads == 1) return kernels_.conv(p, 0, tiles, 0, p.rows);
+    // Tiles where there are enough of them to share out evenly, else ranges of output channels too.
+    const int64_t parts = tiles >= 6 * threads ? 1 : std::min(ceil_div(p.rows, 4 * p.group), ceil_div(6 * threads, tiles));
+    const int64_t wide = ceil_div(ceil_div(p.rows, parts), p.group) * p.group;
+    at::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t row = task / tiles * wide;
+        if (row < p.rows) kernels_.conv(p, task % tiles, task % tiles + 1, row, std::min(p.rows, row + wide));
+      }
+    });
+  }
+
+  void rows() {
+    const int64_t input = take(), position = take(), stride_m = take(), stride_k = take();
+    ServeRows<T> p{};
+    p.batch = take();
+    const int64_t columns = take(), rows = take();
+    const int64_t output = take(), y = take();
+    p.y_stride = take();
+    const int64_t residual = take();
+    p.ptr = ints_ + take();
+    p.idx = reinterpret_cast<const uint16_t*>(ints_ + take());
+    p.val = values_ + take();
+    p.bias = values_ + take();
+    const int64_t kind = take();
+    p.act = activation(kind, take());
+    const int64_t reach = (p.batch - 1) * stride_m + (columns - 1) * stride_k + 1;
+    const T* x = input < 0 ? at(position, 1, 0, reach) : source(input, position + reach) + position;
+    p.y = output < 0 ? at(y, p.batch, p.y_stride, rows) : target(output, y + (p.batch - 1) * p.y_stride + rows) + y;
+    p.residual = residual < 0 ? nullptr : at(residual, p.batch, p.y_stride, rows);
+    p.width = p.batch == 1 ? 1 : p.batch <= 4 ? 4 : 8;
+    TORCH_CHECK(p.batch <= 8, "serve_run: expected at most 8 rows.");
+    const bool direct = p.batch == 1 && stride_k == 1;
+    const Workspace packed(direct ? 0 : columns * p.width * sizeof(T));
+    if (direct) {
+      p.x = x;
+    } else {
+      T* to = packed.template as<T>();
+      for (int64_t k = 0; k < columns; ++k)
+        for (int64_t m = 0; m < p.width; ++m)
+          to[k * p.width + m] = m < p.batch ? x[m * stride_m + k * stride_k] : T{};
+      p.x = to;
+    }
+    const int64_t grain = std::max<int64_t>(16, rows * kGrain / std::max<int64_t>(1, p.ptr[rows]));
+    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels_.rows(p, begin, end); });
+  }
+
+  void pool() {
+    ServePool<T> p{};
+    const int64_t x = take(), y = take(), channels = take();
+    p.x_plane = take(), p.y_plane = take();
+    p.images = take(), p.height = take(), p.width = take(), p.pitch = take(), p.rows = take();
+    p.out_height = take(), p.out_width = take(), p.out_pitch = take(), p.out_rows = take(), p.out_body = take();
+    p.gap = take();
+    p.kernel_h = take(), p.kernel_w = take(), p.stride_h = take(), p.stride_w = take();
+    p.pad_h = take(), p.pad_w = take();
+    p.average = take() != 0;
+    p.count_padding = take() != 0;
+    p.x = at(x, channels, p.x_plane, p.images * p.rows * p.pitch - p.pitch + p.width);
+    p.y = at(y, channels, p.y_plane, p.out_body + p.gap);
+    TORCH_CHECK(y >= p.gap, "serve_run: a map has no room before it.");
+    std::fill(p.y - p.gap, p.y, T{});
+    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / p.x_plane),
+                     [&](int64_t begin, int64_t end) { kernels_.pool(p, begin, end); });
+  }
+
+  void affine() {
+    ServeAffine<T> p{};
+    const int64_t x = take(), y = take(), residual = take(), channels = take();
+    p.x_plane = take(), p.y_plane = take(), p.residual_plane = take();
+    p.body = take(), p.gap = take();
+    const int64_t scale = take(), shift = take();
+    p.mask = mask(take());
+    const int64_t kind = take();
+    p.act = activation(kind, take());
+    p.scale = scale < 0 ? nullptr : values_ + scale;
+    p.shift = shift < 0 ? nullptr : values_ + shift;
+    p.x = at(x, channels, p.x_plane, p.body);
+    p.y = at(y, channels, p.y_plane, p.body + p.gap);
+    p.residual = residual < 0 ? nullptr : at(residual, channels, p.residual_plane, p.body);
+    TORCH_CHECK(y >= p.gap, "serve_run: a map has no room before it.");
+    std::fill(p.y - p.gap, p.y, T{});
+    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / p.body),
+                     [&](int64_t begin, int64_t end) { kernels_.affine(p, begin, end); });
+  }
+
+  void store() {
+    const int64_t position = take(), plane = take(), pitch = take(), rows = take();
+    const int64_t images = take(), channels = take(), height = take(), width = take();
+    const int64_t output = take(), y = take();
+    const int64_t stride_n = take(), stride_c = take(), stride_h = take(), stride_w = take();
+    const T* x = at(position, channels, plane, ((images - 1) * rows + height - 1) * pitch + width);
+    T* to = target(output, y + (images - 1) * stride_n + (channels - 1) * stride_c + (height - 1) * stride_h +
+                               (width - 1) * stride_w + 1) + y;
+    if (stride_c == 1 && images == 1 && height == 1) {
+      at::parallel_for(0, ceil_div(channels, 16), ceil_div(std::max<int64_t>(1, kGrain / width), 16),
+                       [&](int64_t begin, int64_t end) {
+                         kernels_.store_rows(x, plane, to, stride_w, width, begin * 16, std::min(channels, end * 16));
+                       });
+      return;
+    }
+    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / plane), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c)
+        for (int64_t n = 0; n < images; ++n)
+          for (int64_t h = 0; h < height; ++h) {
+            const T* from = x + c * plane + (n * rows + h) * pitch;
+            T* row = to + n * stride_n + c * stride_c + h * stride_h;
+            if (stride_w == 1) std::copy(from, from + width, row);
+            else
+              for (int64_t w = 0; w < width; ++w) row[w * stride_w] = from[w];
+          }
+    });
+  }
+
+  const T* source(int64_t index, int64_t count) const {
+    TORCH_CHECK(index < static_cast<int64_t>(inputs_.size()) && inputs_[index].is_contiguous() &&
+                    inputs_[index].numel() >= count,
+                "serve_run: input ", index, " is not what the plan was made for.");
+    return inputs_[index].template const_data_ptr<T>();
+  }
+
+  T* target(int64_t index, int64_t count) const {
+    TORCH_CHECK(index < static_cast<int64_t>(outputs_.size()) && outputs_[index].is_contiguous() &&
+                    outputs_[index].numel() >= count,
+                "serve_run: output ", index, " is not what the plan was made for.");
+    return outputs_[index].template mutable_data_ptr<T>();
+  }
+
+  const ServeKernels<T>& kernels_ = serve_kernels<T>();
+  T* arena_;
+  int64_t numel_;
+  const int64_t *next_, *stop_;
+  const int32_t* ints_;
+  const T* values_;
+  at::TensorList inputs_, outputs_;
+};
+
+// Runs the steps of `program`.
+void serve_run(const at::Tensor& arena, const at::Tensor& program, const at::Tensor& ints, const at::Tensor& values,
+               at::TensorList inputs, at::TensorList outputs) {
+  TORCH_CHECK_TYPE(program.scalar_type() == at::kLong && ints.scalar_type() == at::kInt &&
+                       values.scalar_type() == arena.scalar_type(),
+                   "serve_run: expected an int64 program, int32 offsets, and values of the arena's dtype.");
+  TORCH_CHECK(arena.is_contiguous() && program.is_contiguous() && ints.is_contiguous() && values.is_contiguous(),
+              "serve_run: expected contiguous tensors.");
+  if (arena.scalar_type() == at::kDouble) return Plan<double>(arena, program, ints, values, inputs, outputs).run();
+  TORCH_CHECK_TYPE(arena.scalar_type() == at::kFloat, "serve_run: expected float32 or float64, got ",
+                   arena.scalar_type(), ".");
+  Plan<float>(arena, program, ints, values, inputs, outputs).run();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(uasparse, CPU, m) { m.impl("serve_run", serve_run); }
+
+}  // namespace uasparse

@@ -1,0 +1,11 @@
+// The kernels of inference for one instruction set (isa.h).
+
+#include "cpu/serve.h"
+
+#include <utility>
+
+#include "cpu/isa_begin.h"
+
+#include "cpu/serve_impl.h"
+
+#include "cpu/isa_end.h"

@@ -1,0 +1,270 @@
+"""Files of sparse models, in the safetensors format: a JSON header and raw bytes, no pickle.
+
+The layout is that of safetensors (8 bytes with the header's length, the header, the tensors), so its readers read the
+parts; a tensor with zeros enough is held as two of them, its values and either a bitmask (1 bit an entry) or the
+ascending indices of its nonzeros (int32), whichever is smaller. The header's metadata says which, and has a hash of all
+bytes that follow the header.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
+from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.pattern import SparsityPattern
+
+FORMAT = "uasparse_kernels sparse 1"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_MOST_HEADER = 100 << 20
+
+
+def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes tensors, sparse ones by their nonzeros; ``metadata`` is anything that JSON holds."""
+    parts: dict[str, Tensor] = {}
+    sparse: dict[str, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous()
+        if flat.dtype not in _NAMES:
+            raise TypeError(f"Expected a dtype of {', '.join(_DTYPES)} for {name!r}, got {flat.dtype}.")
+        nonzeros = int(flat.count_nonzero()) if flat.is_floating_point() else flat.numel()
+        bitmask, indices = -(-flat.numel() // 8), 4 * nonzeros
+        if flat.numel() < 64 or nonzeros * flat.element_size() + min(bitmask, indices) >= flat.nbytes:
+            parts[name] = flat
+            continue
+        place = flat.view(-1).nonzero().view(-1)
+        parts[name + "#values"] = flat.view(-1)[place]
+        if bitmask <= indices or flat.numel() > 1 << 31:
+            packed = np.packbits((flat.view(-1) != 0).numpy(), bitorder="little")
+            parts[name + "#bitmask"] = torch.from_numpy(packed)
+        else:
+            parts[name + "#indices"] = place.int()
+        sparse[name] = {"shape": list(flat.shape)}
+    header: dict[str, Any] = {}
+    offset = 0
+    digest = hashlib.sha256()
+    blocks = []
+    for name, tensor in parts.items():
+        data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
+        digest.update(data)
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + data.nbytes],
+        }
+        blocks.append(data)
+        offset += data.nbytes
+    header["__metadata__"] = {
+        "format": FORMAT,
+        "sparse": json.dumps(sparse),
+        "sha256": digest.hexdigest(),
+        "content": json.dumps(metadata),
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = Path(path).with_name(Path(path).name + ".part")
+    with open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for data in blocks:
+            file.write(data)
+    os.replace(temporary, path)  # a file that is there is whole
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file of :func:`write`; a plain safetensors file is read too.
+
+    Raises:
+        ValueError: for a file that is cut, damaged or of another kind.
+    """
+    data = np.fromfile(path, np.uint8)
+
+    def check(good: bool, what: str) -> None:
+        if not good:
+            raise ValueError(f"{os.fspath(path)}: expected a safetensors file of uasparse_kernels, got {what}.")
+
+    check(len(data) >= 8, "too few bytes")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    check(length <= min(len(data) - 8, _MOST_HEADER), "a header that is longer than the file")
+    try:
+        header = json.loads(data[8 : 8 + length].tobytes())
+        metadata = header.pop("__metadata__", {})
+        sparse = json.loads(metadata.get("sparse", "{}"))
+        content = json.loads(metadata.get("content", "{}"))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{os.fspath(path)}: its header is no JSON object as expected: {error}.") from error
+    if "format" in metadata:
+        check(metadata["format"] == FORMAT or "uasparse" not in metadata["format"], f"format {metadata['format']!r}")
+    body = data[8 + length :]
+    if "sha256" in metadata:
+        check(hashlib.sha256(body).hexdigest() == metadata["sha256"], "bytes that do not match their hash")
+    parts: dict[str, Tensor] = {}
+    expected = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])):
+        try:
+            dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            sizes = all(isinstance(s, int) and s >= 0 for s in [*shape, begin, end])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: the entry of {name!r} is damaged: {error!r}.") from error
+        check(sizes and begin == expected and end <= len(body), f"offsets of {name!r} that do not fit")
+        check(end - begin == math.prod(shape) * dtype.itemsize, f"a size of {name!r} that does not fit its shape")
+        expected = end
+        parts[name] = torch.empty(shape, dtype=dtype)
+        if end > begin:
+            parts[name].view(-1).view(torch.uint8).numpy()[:] = body[begin:end]
+    check(expected == len(body), "bytes that no tensor owns")
+    for name, entry in sparse.items():
+        shape = entry.get("shape")
+        check(isinstance(shape, list) and name + "#values" in parts, f"no values of {name!r}")
+        values, numel = parts.pop(name + "#values"), math.prod(shape)
+        bitmask, indices = parts.pop(name + "#bitmask", None), parts.pop(name + "#indices", None)
+        if bitmask is not None:
+            check(bitmask.numel() == -(-numel // 8), f"a bitmask of {name!r} of another size")
+            place = torch.from_numpy(np.unpackbits(bitmask.numpy(), count=numel, bitorder="little")).nonzero().view(-1)
+        else:
+            check(indices is not None, f"neither bitmask nor indices of {name!r}")
+            assert indices is not None
+            place = indices.long()
+            inside = bool((place[1:] > place[:-1]).all()) and (not len(place) or (place[0] >= 0 and place[-1] < numel))
+            check(inside, f"indices of {name!r} that do not ascend or fit")
+        check(len(place) == values.numel(), f"{values.numel()} values for {len(place)} nonzeros of {name!r}")
+        dense = values.new_zeros(numel)
+        dense[place] = values
+        parts[name] = dense.view(shape)
+    return parts, content
+
+
+def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model's weights and buffers, sparse layers by their active values, without pickle.
+
+    Layers are written as dense ones (their zeros cost a bit each), so that :func:`load_sparse` takes the file into
+    sparse and dense models alike. Active weights that are exactly zero are not told apart from inactive ones.
+    """
+    write(path, _state(model), {"kind": "state"})
+
+
+def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Loads a file of :func:`save_sparse` (or any safetensors file) into a model of the same layers; returns the model.
+
+    A sparse layer takes the file's nonzeros as its pattern where its block is 1x1, else it keeps its pattern, into
+    which all nonzeros must fall.
+
+    Raises:
+        ValueError: for a damaged file, or one of other names or shapes than the model's; the model is unchanged then.
+    """
+    tensors, content = read(path)
+    if content.get("kind") == "optimized":
+        raise ValueError(f"{os.fspath(path)} holds an optimised model; load it with load_optimized().")
+    own = _state(model)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        raise ValueError(
+            f"Expected the model's names; missing in the file: {missing[:5]}, not in the model: {extra[:5]}."
+        )
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise ValueError(f"Expected {name} of shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}.")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
+    rest = {}
+    for name, layer in layers.items():
+        key = f"{name}.weight" if name else "weight"
+        dense = tensors.pop(key).to(layer.weight.device)
+        if layer.pattern.block == (1, 1):
+            pattern = SparsityPattern.from_mask(dense != 0)
+        elif bool((dense[~layer.pattern.to_mask()] != 0).any()):
+            raise ValueError(f"{key}: expected zeros outside the layer's blocks.")
+        else:
+            pattern = layer.pattern
+        # In the layer's own state, whatever its storage.
+        twin = copy.deepcopy(layer).to_dense()
+        twin.weight.data.copy_(dense)
+        twin = type(layer).from_dense(twin, pattern=pattern, storage=layer.storage)
+        rest |= {f"{name}.{k}" if name else k: v for k, v in twin.state_dict().items() if k != "bias"}
+    model.load_state_dict(tensors | rest)
+    return model
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state with dense weights and no patterns."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
+    state = dict(model.state_dict())
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        for key in [key for key in state if key.startswith(prefix + "pattern.")]:
+            del state[key]
+        state[prefix + "weight"] = layer.dense_weight()
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def graph_to_json(graph: Graph) -> dict[str, Any]:
+    fields = {f.name: getattr(graph, f.name) for f in dataclasses.fields(graph) if f.name != "constants"}
+    fields["nodes"] = [[n.name, n.target, _encode(n.args), _encode(n.kwargs)] for n in graph.nodes]
+    fields["outputs"], fields["input_dtypes"] = _encode(graph.outputs), _encode(graph.input_dtypes)
+    return fields
+
+
+def graph_from_json(fields: dict[str, Any], constants: dict[str, Tensor]) -> Graph:
+    """The graph; ValueError where it refers to what is not there, or calls anything but ops."""
+    try:
+        fields = dict(fields)
+        fields["nodes"] = [Node(n, t, _decode(a), _decode(k)) for n, t, a, k in fields["nodes"]]
+        fields["outputs"], fields["input_dtypes"] = _decode(fields["outputs"]), _decode(fields["input_dtypes"])
+        graph = Graph(constants=constants, **fields)
+        known = {*graph.inputs, *graph.constants}
+        for node in graph.nodes:
+            resolve(node.target)
+            if unknown := set(node.refs()) - known:
+                raise ValueError(f"{node.name} reads {sorted(unknown)}, which nothing makes")
+            known.add(node.name)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The file's graph is damaged: {error!r}.") from error
+    return graph
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Ref):
+        return {"ref": value.name}
+    if isinstance(value, list | tuple):
+        return [_encode(v) for v in value]
+    if isinstance(value, dict):
+        return {"map": {k: _encode(v) for k, v in value.items()}}
+    for kind in (torch.dtype, torch.memory_format, torch.layout):
+        if isinstance(value, kind):
+            return {"torch": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"The captured graph holds a {type(value).__name__}, which a file cannot.")
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(v) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "ref":
+        return Ref(inner)
+    if kind == "map":
+        return {k: _decode(v) for k, v in inner.items()}
+    if kind == "device":
+        return torch.device(inner)
+    found = getattr(torch, inner) if kind == "torch" else None
+    if not isinstance(found, torch.dtype | torch.memory_format | torch.layout):
+        raise TypeError(f"unknown value {value}")
+    return found

@@ -1,0 +1,113 @@
+"""Weights in the order of the kernels (csrc/cpu/serve.h).
+
+A convolution's nonzeros are listed by blocks of input channels, then output channels, then input channels and taps.
+For each stands its plane (input channel and phase) and its tap's row and column among the planes, which make the offset
+once the planes' pitch is known: values and lists serve every batch size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+GROUP = 4  # kRowGroup: output channels that share offsets
+
+
+@dataclasses.dataclass
+class PackedConv:
+    """A convolution's weight, packed; a linear layer's is one of 1x1."""
+
+    values: np.ndarray  # [entries * group]
+    plane: np.ndarray  # int32 [entries]
+    tap: np.ndarray  # uint8 [entries], into dy and dx
+    ptr: np.ndarray  # int32 [blocks, rows / group + 1]
+    dy: np.ndarray  # int32 [taps]
+    dx: np.ndarray
+    phases: np.ndarray  # int32: y * stride_w + x
+    group: int
+    rows: int
+    kernel: tuple[int, int]
+    nnz: int
+
+    @property
+    def blocks(self) -> int:
+        return self.ptr.shape[0]
+
+    def offsets(self, plane: int, pitch: int) -> np.ndarray:
+        shift = (self.dy * pitch + self.dx).astype(np.int32)
+        return self.plane * np.int32(plane) + shift[self.tap]
+
+
+def pack_conv(
+    weight: np.ndarray,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    channel_block: int | None = None,
+) -> PackedConv:
+    """Packs ``weight [out, in / groups, kh, kw]``; ``channel_block`` input channels make a block (default: all)."""
+    out, per_group, kh, kw = weight.shape
+    channels = per_group * groups
+    ty, tx = np.arange(kh) * dilation[0] - padding[0], np.arange(kw) * dilation[1] - padding[1]
+    phase_of = (ty % stride[0])[:, None] * stride[1] + (tx % stride[1])[None]
+    phases = np.unique(phase_of)
+    phase_index = np.searchsorted(phases, phase_of)
+    dy = np.repeat(ty // stride[0], kw).astype(np.int32)
+    dx = np.tile(tx // stride[1], kh).astype(np.int32)
+
+    group = GROUP if _in_groups(weight, groups) else 1
+    active = (weight != 0).reshape(out // group, group, per_group, kh, kw).any(1)
+    o, c, y, x = np.nonzero(active)
+    values = weight.reshape(out // group, group, per_group, kh, kw)[o, :, c, y, x]
+    channel = c + (o * group) // (out // groups) * per_group
+    block = channel // (channel_block or channels)
+    blocks = -(-channels // (channel_block or channels))
+    order = np.argsort(block * (out // group) + o, kind="stable")
+    counts = np.bincount(block * (out // group) + o, minlength=blocks * (out // group))
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    ptr = np.stack([ends[b * (out // group) : (b + 1) * (out // group) + 1] for b in range(blocks)])
+    plane = channel * len(phases) + phase_index[y, x]
+    return PackedConv(
+        values=np.ascontiguousarray(values[order]).reshape(-1),
+        plane=plane[order].astype(np.int32),
+        tap=(y * kw + x)[order].astype(np.uint8 if kh * kw <= 256 else np.int32),
+        ptr=ptr.astype(np.int32),
+        dy=dy,
+        dx=dx,
+        phases=phases.astype(np.int32),
+        group=group,
+        rows=out,
+        kernel=(kh, kw),
+        nnz=int(np.count_nonzero(weight)),
+    )
+
+
+def _in_groups(weight: np.ndarray, groups: int) -> bool:
+    """True where taking output channels in fours is faster: dense weights, blocks of rows."""
+    out = weight.shape[0]
+    if out % GROUP or (out // groups) % GROUP:
+        return False
+    active = (weight != 0).reshape(out // GROUP, GROUP, -1)
+    # In fours, a weight takes less than half the time (benchmarks/bench_serve.py), zeros of a four included.
+    return bool(active.any(1).sum() * GROUP <= 2 * active.sum())
+
+
+@dataclasses.dataclass
+class PackedRows:
+    """A linear layer's weight for a few rows: by output features, columns of 16 bits."""
+
+    values: np.ndarray
+    columns: np.ndarray  # uint16 [nnz]
+    ptr: np.ndarray  # int32 [rows + 1]
+    rows: int
+    nnz: int
+
+
+def pack_rows(weight: np.ndarray) -> PackedRows:
+    """Packs ``weight [out, in]``, in <= 65536."""
+    row, column = np.nonzero(weight)
+    ptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
+    return PackedRows(weight[row, column], column.astype(np.uint16), ptr.astype(np.int32), weight.shape[0], len(row))

@@ -1,0 +1,238 @@
+"""The optimised model: checks its input, keeps a plan for each size of it, runs the plan."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from uasparse_kernels import _library
+from uasparse_kernels.inference import files
+from uasparse_kernels.inference.fuse import by_sample, fuse
+from uasparse_kernels.inference.graph import Graph, Ref, capture, fill
+from uasparse_kernels.inference.plan import Call, Plan, Planner, fill_all, shapes_of
+
+_PLANS = 8  # sizes of the input whose plans are kept
+_NEAR_BYTES = 8 << 20
+
+
+class LayerTime(NamedTuple):
+    """A step of an optimised model: the layer, its kernel and why, its density, what it takes in, its share of time."""
+
+    layer: str
+    kernel: str
+    reason: str
+    density: float | None
+    fused: tuple[str, ...]
+    ms: float
+    share: float
+
+
+def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_batch: bool = True) -> OptimizedModel:
+    """A copy of a model for inference on the CPU: sparse kernels with everything fused, planned memory.
+
+    Batch norms are folded, activations and residual additions are done in the kernels' stores, and feature maps stay in
+    the kernels' layout from layer to layer. Weights are looked at as they are: a dense layer whose weight has zeros
+    enough runs sparse, whoever pruned it. What the kernels do not know runs by torch as captured. The model is
+    unchanged and may be changed or freed afterwards.
+
+    Args:
+        model: in eval mode, on the CPU, float32 (or float64).
+        example_inputs: a tensor, or a tuple of positional arguments, as ``torch.export`` takes them.
+        dynamic_batch: the first dimension of every input that has the first input's batch may vary in calls.
+
+    Returns:
+        A module that is called as the model is. Its calls take no gradients and may come from several threads at once.
+
+    Raises:
+        ValueError: for a model in training mode or on another device, or that ``torch.export`` cannot capture.
+        RuntimeError: where the package was built without its compiled part.
+    """
+    if not _library.has_kernel_for("serve_run", "cpu"):
+        raise RuntimeError("optimize_for_inference needs the compiled part of uasparse_kernels; build the package.")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"Expected a model in eval mode, got {training[0]!r} in training mode; call model.eval().")
+    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
+    if not tensors:
+        raise ValueError("Expected example inputs with at least one tensor.")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers(), *(("an input", t) for t in tensors)]:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"Expected everything on the CPU, got {name} on {tensor.device}; call model.cpu().")
+    return OptimizedModel(capture(model, arguments, dynamic_batch))
+
+
+class OptimizedModel(nn.Module):
+    """What :func:`optimize_for_inference` returns."""
+
+    def __init__(self, graph: Graph):
+        super().__init__()
+        self.training = False
+        self._graph = graph
+        self._steps = fuse(graph)
+        self._in_spec = pytree.treespec_loads(graph.in_spec)
+        self._out_spec = pytree.treespec_loads(graph.out_spec)
+        weights = [t.dtype for t in graph.constants.values() if t.is_floating_point()]
+        self._dtype = torch.float64 if weights and weights[0] == torch.float64 else torch.float32
+        self._by_sample = by_sample(graph, self._steps)
+        self._plans: OrderedDict[Any, Plan] = OrderedDict()
+        self._arenas: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        if mode:
+            raise ValueError("An optimised model has no training mode; train the model that it was made from.")
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = self._inputs(args, kwargs)
+        with torch.inference_mode():
+            part = self._part(inputs)
+            if part is None:
+                return self._run(self._plan(inputs), inputs, None)
+            results = []
+            for start in range(0, inputs[0].shape[0], part):
+                some = [t[start : start + part] for t in inputs]
+                results.append(pytree.tree_leaves(self._run(self._plan(some), some, None)))
+            whole = [torch.cat(tensors) for tensors in zip(*results, strict=True)]
+            return pytree.tree_unflatten(whole, self._out_spec)
+
+    def _part(self, inputs: list[Tensor]) -> int | None:
+        """Samples that run together where a batch can be parted: so many that their maps stay in a near cache."""
+        if not self._by_sample or inputs[0].shape[0] == 1:
+            return None
+        one = self._plan([t[:1] for t in inputs])
+        part = max(1, _NEAR_BYTES // (one.arena * self._dtype.itemsize))
+        return None if part >= inputs[0].shape[0] else part
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        inputs, spec = pytree.tree_flatten((args, kwargs))
+        graph = self._graph
+        if len(inputs) != len(graph.inputs) or (kwargs and spec != self._in_spec):
+            raise ValueError(f"Expected {len(graph.inputs)} inputs as captured, got {len(inputs)}.")
+        batch = None
+        for name, value, shape, dtype in zip(graph.inputs, inputs, graph.input_shapes, graph.input_dtypes, strict=True):
+            if not isinstance(value, Tensor) or value.device.type != "cpu":
+                got = value.device if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"Expected {name} to be a tensor on the CPU, got {got}.")
+            if value.dtype != dtype:
+                raise TypeError(f"Expected {name} of dtype {dtype}, got {value.dtype}; convert it with .to({dtype}).")
+            same = len(shape) == value.dim() and all(s in (None, v) for s, v in zip(shape, value.shape, strict=True))
+            if not same or 0 in value.shape or (shape[:1] == [None] and batch not in (None, value.shape[0])):
+                wanted = ", ".join("batch" if s is None else str(s) for s in shape)
+                raise ValueError(
+                    f"Expected {name} of shape [{wanted}], got {list(value.shape)}; other sizes need a model optimised "
+                    "with such an example."
+                )
+            if shape[:1] == [None]:
+                batch = value.shape[0]
+        return inputs
+
+    def _plan(self, inputs: list[Tensor]) -> Plan:
+        key = tuple(t.shape for t in inputs)
+        with self._lock:
+            plan = self._plans.get(key)
+            if plan is None:
+                shapes = shapes_of(self._graph, self._steps, inputs)
+                plan = Planner(self._graph, self._steps, shapes, self._dtype).plan()
+                self._merge(plan)
+                self._plans[key] = plan
+                while len(self._plans) > _PLANS:
+                    self._plans.popitem(last=False)
+            else:
+                self._plans.move_to_end(key)
+        return plan
+
+    @staticmethod
+    def _merge(plan: Plan) -> None:
+        """Joins neighbouring programs into one call of the interpreter, beside the single ones that explain() times."""
+        plan.merged = []
+        for call in plan.calls:
+            before = plan.merged[-1] if plan.merged else None
+            apart = call.program is None or before is None or before.program is None
+            if apart or {name for name, _ in before.outputs} & set(call.inputs):
+                plan.merged.append(Call(**{f: getattr(call, f) for f in call.__dataclass_fields__}))
+                continue
+            program = call.program.clone()
+            # A tensor's index is a step's own: it counts from those of the steps before it.
+            at = {0: 1, 5: 9, 2: 1}.get(int(program[0]))
+            if at is not None and int(program[at]) >= 0:
+                program[at] += len(before.outputs) if int(program[0]) == 5 else len(before.inputs)
+            before.program = torch.cat([before.program, program])
+            before.inputs += call.inputs
+            before.outputs += call.outputs
+            before.drop += call.drop
+
+    def _run(self, plan: Plan, inputs: list[Tensor], times: list[float] | None) -> Any:
+        env: dict[str, Any] = dict(zip(self._graph.inputs, inputs, strict=True))
+        env |= self._graph.constants
+        with self._lock:
+            arena = next((a for a in self._arenas if a.numel() >= plan.arena), None)
+            if arena is not None:
+                self._arenas = [a for a in self._arenas if a is not arena]
+        if arena is None:
+            arena = torch.empty(plan.arena, dtype=self._dtype)
+        run = torch.ops.uasparse.serve_run.default
+        for call in plan.merged if times is None else plan.calls:
+            start = time.perf_counter() if times is not None else 0.0
+            if call.program is not None:
+                given = [env[name].contiguous() for name in call.inputs]
+                made = [torch.empty(shape, dtype=self._dtype) for _, shape in call.outputs]
+                for (name, _), tensor in zip(call.outputs, made, strict=True):
+                    env[name] = tensor
+                run(arena, call.program, plan.ints, plan.values, given, made)
+            else:
+                assert call.function is not None
+                env[call.result] = call.function(*fill(call.arguments, env), **fill_all(call.keywords, env))
+            for name in call.drop:
+                env.pop(name, None)
+            if times is not None:
+                times.append(time.perf_counter() - start)
+        with self._lock:
+            self._arenas.append(arena)
+        leaves = [env[leaf.name] if isinstance(leaf, Ref) else leaf for leaf in self._graph.outputs]
+        return pytree.tree_unflatten(leaves, self._out_spec)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model to a safetensors file: its graph and its weights, sparse ones by their nonzeros.
+
+        Nothing in it depends on the machine: kernels and layouts are chosen where it is loaded.
+        """
+        content = {"kind": "optimized", "graph": files.graph_to_json(self._graph)}
+        files.write(path, self._graph.constants, content)
+
+    def explain(self, *args: Any, **kwargs: Any) -> list[LayerTime]:
+        """Runs the model a few times, step by step: kernel, density, what is fused, and share of the time of each."""
+        inputs = self._inputs(args, kwargs)
+        rounds = []
+        with torch.inference_mode():
+            plan = self._plan(inputs)
+            for _ in range(5):
+                times: list[float] = []
+                self._run(plan, inputs, times)
+                rounds.append(times)
+        best = [sorted(column)[len(rounds) // 2] for column in zip(*rounds, strict=True)]
+        total = sum(best) or 1.0
+        return [
+            LayerTime(e.layer, e.kernel, e.reason, e.density, e.fused, 1e3 * t, t / total)
+            for e, t in zip((call.entry for call in plan.calls), best, strict=True)
+        ]
+
+
+def load_optimized(path: str | os.PathLike[str]) -> OptimizedModel:
+    """The model that :meth:`OptimizedModel.save` wrote.
+
+    Raises:
+        ValueError: for a file that is damaged, of another version, or not of an optimised model.
+    """
+    tensors, content = files.read(path)
+    if content.get("kind") != "optimized":
+        raise ValueError(f"{os.fspath(path)} holds no optimised model; read weights with load_sparse(model, path).")
+    return OptimizedModel(files.graph_from_json(content["graph"], tensors))
