@@ -11,7 +11,7 @@ import uasparse_kernels as ua
 # What was tuned on this machine is not for the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
 # Convolutions of float32 are in TF32 on a GPU unless told otherwise; the tests compare with float64.
-torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.conv.fp32_precision = "ieee"
 
 
 @pytest.fixture(autouse=True)

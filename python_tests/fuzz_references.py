@@ -251,7 +251,9 @@ def prune_grow_reference(weight, states, crow, col, ccol, row, perm, dropped, gr
         pattern = [t.clone() for t in (crow, col, ccol, row, perm)]
     else:
         pattern = pattern_of(now, rows, columns)
-    changed = entries(torch.cat([dropped, grown]), shape, block).view(-1)
+    # What is in both lists stays as it is.
+    once = torch.cat([dropped[~torch.isin(dropped, grown)], grown[~torch.isin(grown, dropped)]])
+    changed = entries(once, shape, block).view(-1)
     tensors = []
     for tensor in (weight, *states):
         refuse(tensor.shape != weight.shape, "states")
@@ -260,7 +262,8 @@ def prune_grow_reference(weight, states, crow, col, ccol, row, perm, dropped, gr
             expected.view(-1)[changed] = 0
         else:
             values = tensor.new_zeros(rows * columns, block[0] * block[1])
-            values[kept] = tensor.reshape(len(active), block[0] * block[1])[torch.isin(active, kept)]
+            stays = torch.isin(active, kept) | torch.isin(active, grown)
+            values[active[stays]] = tensor.reshape(len(active), block[0] * block[1])[stays]
             expected = values[now].view(tensor.shape)
         tensors.append(expected)
     return [*tensors, *pattern]

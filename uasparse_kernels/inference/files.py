@@ -60,7 +60,7 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
     digest = hashlib.sha256()
     blocks = []
     for name, tensor in parts.items():
-        data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
+        data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
         digest.update(data)
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
@@ -111,7 +111,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         check(metadata["format"] == FORMAT or "uasparse" not in metadata["format"], f"format {metadata['format']!r}")
     body = data[8 + length :]
     if "sha256" in metadata:
-        check(hashlib.sha256(body).hexdigest() == metadata["sha256"], "bytes that do not match their hash")
+        check(hashlib.sha256(body.tobytes()).hexdigest() == metadata["sha256"], "bytes that do not match their hash")
     parts: dict[str, Tensor] = {}
     expected = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])):
@@ -140,7 +140,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
             assert indices is not None
             place = indices.long()
             inside = bool((place[1:] > place[:-1]).all()) and (not len(place) or (place[0] >= 0 and place[-1] < numel))
-            check(inside, f"indices of {name!r} that do not ascend or fit")
+            check(bool(inside), f"indices of {name!r} that do not ascend or fit")
         check(len(place) == values.numel(), f"{values.numel()} values for {len(place)} nonzeros of {name!r}")
         dense = values.new_zeros(numel)
         dense[place] = values
@@ -179,7 +179,7 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"Expected {name} of shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}.")
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
-    rest = {}
+    rest: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = f"{name}.weight" if name else "weight"
         dense = tensors.pop(key).to(layer.weight.device)
@@ -192,7 +192,8 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         # In the layer's own state, whatever its storage.
         twin = copy.deepcopy(layer).to_dense()
         twin.weight.data.copy_(dense)
-        twin = type(layer).from_dense(twin, pattern=pattern, storage=layer.storage)
+        kind: Any = type(layer)
+        twin = kind.from_dense(twin, pattern=pattern, storage=layer.storage)
         rest |= {f"{name}.{k}" if name else k: v for k, v in twin.state_dict().items() if k != "bias"}
     model.load_state_dict(tensors | rest)
     return model

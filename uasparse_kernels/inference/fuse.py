@@ -192,7 +192,7 @@ _BY_SAMPLE = {
 
 def by_sample(graph: Graph, steps: list[Step]) -> bool:
     """True where every step is known to treat the samples of a batch apart: a batch may then run in parts."""
-    firsts = {graph.shapes[name].split(",")[0] for name in graph.inputs}
+    firsts = {graph.shapes.get(name, "").split(",")[0] for name in graph.inputs}
     batch = firsts.pop()
     if firsts or not batch.startswith("(s"):
         return False

@@ -107,7 +107,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bo
             example_inputs,
         )
     try:
-        with torch.no_grad(), _one_cudnn_precision():
+        with torch.no_grad(), one_cudnn_precision():
             # In their values' order; a functional graph, else as it was written.
             program = torch.export.export(dense, example_inputs, dynamic_shapes=dynamic).run_decompositions({})
     except Exception as error:
@@ -117,9 +117,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bo
 
 
 @contextlib.contextmanager
-def _one_cudnn_precision() -> Iterator[None]:
+def one_cudnn_precision() -> Iterator[None]:
     """Export reads a flag that torch refuses to tell unless convolutions and RNNs on a GPU both have TF32 on."""
-    both = (torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    both: list[Any] = [getattr(torch.backends.cudnn, part) for part in ("conv", "rnn")]
     before = [part.fp32_precision for part in both]
     for part in both:
         part.fp32_precision = "tf32"
@@ -136,7 +136,9 @@ def _convert(program: Any, dynamic_batch: bool, batch: int) -> Graph:
     parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     parameters |= dict(signature.inputs_to_lifted_tensor_constants)
     inputs, nodes, constants, names, outputs = [], [], {}, {}, None
-    shapes, dtypes, sizes = [], [], {}
+    shapes: list[list[int | None]] = []
+    dtypes: list[torch.dtype] = []
+    sizes: dict[str, str] = {}
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise ValueError("Expected a model that changes no buffer and no input in eval mode.")
     for node in program.graph.nodes:

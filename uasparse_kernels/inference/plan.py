@@ -474,8 +474,8 @@ class Planner:
             scale, shift = step.scale.to(dtype).view(shape), step.shift.to(dtype).view(shape)
             self.torch_call(entry, lambda x: step.act(x * scale + shift), [Ref(step.input)], {}, step.name)
             return
-        scale, shift = self.put_values(step.scale.numpy()), self.put_values(step.shift.numpy())
-        self.elementwise(entry, step.name, self.maps[step.input], None, step.act, scale, shift)
+        places = [self.put_values(part.numpy()) for part in (step.scale, step.shift)]
+        self.elementwise(entry, step.name, self.maps[step.input], None, step.act, *places)
 
     def elementwise(self, entry: Entry, name: str, source: Map, residual: Map | None, act: Activation,
                     scale: int = -1, shift: int = -1) -> None:  # fmt: skip

@@ -165,6 +165,7 @@ class OptimizedModel(nn.Module):
             at = {0: 1, 5: 9, 2: 1}.get(int(program[0]))
             if at is not None and int(program[at]) >= 0:
                 program[at] += len(before.outputs) if int(program[0]) == 5 else len(before.inputs)
+            assert before.program is not None
             before.program = torch.cat([before.program, program])
             before.inputs += call.inputs
             before.outputs += call.outputs
