@@ -28,6 +28,7 @@ SUITES = {
     "loss": "bench_unknown_aware_loss",
     "batch-norm": "bench_batch_norm",
     "recipe": "bench_recipe",
+    "init": "bench_init",
 }
 
 

@@ -34,8 +34,9 @@ def sparsify(
 ) -> nn.Module:
     """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
 
-    The first convolution stays dense, and so does every layer that the distribution makes fully dense (but see
-    ``include_dense``); both may be changed by ``overrides``. What cannot be converted is left as it is and logged
+    As published (RigL, arXiv 1911.11134), "erk" and "er" cover every layer, and "uniform" all but the first
+    convolution, which is a small part of the weights and a large one of the accuracy (``exempt`` and ``overrides`` say
+    otherwise). A layer that the distribution makes fully dense stays a dense one (but see ``include_dense``). What cannot be converted is left as it is and logged
     (logger "uasparse_kernels") with the reason. Build the optimiser afterwards: the parameters are new ones.
 
     An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
@@ -45,7 +46,7 @@ def sparsify(
         model: changed in place; a lone layer is not, its sparse form is returned.
         sparsity: share of absent weights, in [0, 1), over all layers that the distribution covers: those that are
             neither exempt nor overridden. The count is exact (see ``topology.layer_densities``).
-        distribution: "erk", "er" or "uniform".
+        distribution: "erk", "er" or "uniform", which "N:M" is always.
         block: (1, 1), (r, 1) or (b, b).
         storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``).
         structure: None for patterns without constraint; "fan-in" for as many active blocks in every row (their number
@@ -80,8 +81,10 @@ def sparsify(
             raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'it is not an nn.Linear or nn.Conv2d')}.")
     for name in exempt & candidates.keys():
         skipped[name] = "exempt"
+    if structure is not None and ":" in structure:
+        distribution = "uniform"
     first = next((name for name, module in candidates.items() if isinstance(module, nn.Conv2d)), None)
-    if first is not None and first not in overrides and len(candidates) > 1:
+    if distribution == "uniform" and first is not None and first not in overrides and len(candidates) > 1:
         skipped.setdefault(first, "the first convolution")
     for name, module in candidates.items():
         if name not in overrides and filter is not None and not filter(name, module):
