@@ -78,6 +78,29 @@ def test_erk_densities_are_the_papers():
     assert er["linear"] == pytest.approx(factor * 300 / 20000, abs=1 / 18432)
 
 
+@pytest.mark.parametrize("structure", [None, "fan-in", "2:4"])
+def test_sparsify_keeps_the_variance_of_outputs(structure):
+    dense = nn.Sequential(nn.Linear(64, 40), nn.Linear(40, 64))
+    values = [dense[i].weight.detach().clone() for i in (0, 1)]
+    given = ua.SparsityPattern.random((64, 40), 0.3)
+    overrides = {"1": {"pattern": given}}
+    model = ua.sparsify(dense, 0.5, distribution="uniform", structure=structure, overrides=overrides)
+    mask = model[0].pattern.to_mask()
+    factor = (64 / mask.sum(1, keepdim=True)).sqrt()
+    torch.testing.assert_close(model[0].dense_weight(), values[0] * mask * factor)
+    assert torch.equal(model[1].dense_weight(), values[1] * given.to_mask())
+
+
+def test_deep_layers_without_normalisation_keep_their_scale():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(8) for part in (nn.Linear(200, 200, bias=False), nn.ReLU())))
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    x = torch.randn(500, 200)
+    before = model(x).std()
+    assert 0.3 < ua.sparsify(model, 0.9)(x).std() / before < 3
+
+
 def resnet50():
     """Convolutions and classifier of ResNet-50, by name, with the number of positions of each one's output."""
     layers = {"stem": (nn.Conv2d(3, 64, 7, bias=False), 112**2)}

@@ -35,9 +35,13 @@ def sparsify(
     """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
 
     As published (RigL, arXiv 1911.11134), "erk" and "er" cover every layer, and "uniform" all but the first
-    convolution, which is a small part of the weights and a large one of the accuracy (``exempt`` and ``overrides`` say
-    otherwise). A layer that the distribution makes fully dense stays a dense one (but see ``include_dense``). What cannot be converted is left as it is and logged
-    (logger "uasparse_kernels") with the reason. Build the optimiser afterwards: the parameters are new ones.
+    convolution, few weights that matter much (``exempt`` and ``overrides`` say otherwise). A layer that the
+    distribution makes fully dense stays a dense one (but see ``include_dense``). What cannot be converted is left as it
+    is and logged (logger "uasparse_kernels") with the reason. Build the optimiser afterwards: the parameters are new
+    ones.
+
+    Weights are scaled up to what a random pattern leaves of each output's inputs, so that outputs keep their variance
+    and deep networks without normalisation train. A layer with a ``pattern`` of its own keeps its values.
 
     An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
     for contiguous maps in training.
@@ -105,15 +109,18 @@ def sparsify(
         own = {} if "pattern" in options else {"sparsity": sparsity}
         plans[name] = own | {"block": block, "storage": storage} | options
 
-    layers = {}
+    layers: dict[str, Any] = {}
     for name, plan in plans.items():
         if "pattern" not in plan and plan["sparsity"] <= 0 and not (include_dense and name in densities):
             skipped[name] = "fully dense"
             continue
-        if structure is not None and "pattern" not in plan:
+        drawn = structure is not None and "pattern" not in plan
+        if drawn:
             shape, density = candidates[name].weight.shape, 1 - plan.pop("sparsity")
             plan["pattern"] = structured_pattern(shape, density, structure, block=plan["block"])
         layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
+        if drawn:
+            layers[name].scale_to_fan_in_()
     for name, reason in skipped.items():
         logger.info("%s stays dense: %s", name or "the layer", reason)
     _turn(model, nn.BatchNorm2d, BatchNorm2d)

@@ -21,8 +21,8 @@ class SparseLayer(nn.Module):
     """What SparseLinear and SparseConv2d share: a weight with a pattern, in packed or dense storage.
 
     ``weight`` is a parameter of ``pattern.packed_shape`` (packed: gradient and optimiser state are packed with it) or
-    of ``pattern.shape`` (dense-stored: inactive entries are kept zero by masked gradients). Initial values have the
-    distribution of the dense layer's, so the fan-in is the dense one.
+    of ``pattern.shape`` (dense-stored: inactive entries are kept zero by masked gradients). Initial values are
+    scaled to each output's own fan-in (see :meth:`reset_parameters`).
     """
 
     weight: nn.Parameter
@@ -52,13 +52,34 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws weight and bias as the dense layer does: uniform within ``1 / sqrt(fan_in)``."""
+        """Draws weight and bias as the dense layer does, the weight for each output's own fan-in.
+
+        That is uniform within ``1 / sqrt(fan_in)``, the fan-in of a weight being the number of inputs that its output
+        has, of a bias the dense one. Source: Evci et al., "Gradient Flow in Sparse Neural Networks", arXiv 2010.03533.
+        """
         fan_in = math.prod(self.pattern.shape[1:])
         bound = 1 / math.sqrt(fan_in)
         self.weight.uniform_(-bound, bound)
         self._mask_weight()
+        self.scale_to_fan_in_()
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def scale_to_fan_in_(self) -> None:
+        """Multiplies each output's weights by ``sqrt(inputs / inputs that it has)``.
+
+        Values drawn for the dense layer then give outputs of the dense layer's variance, whatever the pattern.
+        """
+        if self.weight.is_meta:
+            return
+        counts = self.pattern.crow.diff().to(torch.int64)
+        scale = (self.pattern.grid[1] / counts.clamp(min=1)).sqrt_().to(self.weight.dtype)
+        if self.storage == "packed":
+            scale = scale.repeat_interleave(counts, output_size=self.pattern.num_blocks)
+        else:
+            scale = scale.repeat_interleave(self.pattern.block[0])
+        self.weight.mul_(scale.view(-1, *[1] * (self.weight.dim() - 1)))
 
     @property
     def storage(self) -> str:
@@ -173,8 +194,9 @@ class SparseLinear(SparseLayer):
     ) -> SparseLinear:
         """A sparse layer with the active weights and the bias of a dense one (copied).
 
-        With ``sparsity`` the pattern is random, as sparse training starts; to prune a trained layer by magnitude pass
-        ``SparsityPattern.from_mask``.
+        With ``sparsity`` the pattern is random, as sparse training starts, and the weights are scaled to what each
+        output has left of its inputs (:meth:`scale_to_fan_in_`). A ``pattern`` keeps the values as they are: to prune a
+        trained layer by magnitude pass ``SparsityPattern.from_mask``.
         """
         return _from_dense(
             module,
@@ -324,6 +346,8 @@ def _from_dense(module, build, **sparse):
     bias = {} if isinstance(module, nn.Conv2d) else {"bias": module.bias is not None}
     layer = build(device=device, dtype=dtype, **bias, **sparse)
     layer.set_dense_weight(module.weight)
+    if sparse["pattern"] is None:
+        layer.scale_to_fan_in_()
     _copy_rest(module, layer)
     return layer
 
