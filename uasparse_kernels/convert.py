@@ -114,8 +114,9 @@ def sparsify(
         if "pattern" not in plan and plan["sparsity"] <= 0 and not (include_dense and name in densities):
             skipped[name] = "fully dense"
             continue
-        drawn = structure is not None and "pattern" not in plan
-        if drawn:
+        drawn = False
+        if structure is not None and "pattern" not in plan:
+            drawn = True
             shape, density = candidates[name].weight.shape, 1 - plan.pop("sparsity")
             plan["pattern"] = structured_pattern(shape, density, structure, block=plan["block"])
         layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
