@@ -30,6 +30,7 @@ SUITES = {
     "batch-norm": "bench_batch_norm",
     "recipe": "bench_recipe",
     "serve": "bench_serve",
+    "init": "bench_init",
 }
 
 

@@ -20,7 +20,10 @@ import uasparse_kernels as ua
 RESULTS = Path(__file__).resolve().parent / "results"
 # Where the tables of the results are shown.
 _ROOT = Path(__file__).parents[1]
-PAGES = (_ROOT / "README.md", *(_ROOT / "docs" / f"{name}.md" for name in ("cpu-kernels", "gpu-kernels", "evidence")))
+PAGES = (
+    _ROOT / "README.md",
+    *(_ROOT / "docs" / f"{name}.md" for name in ("cpu-kernels", "gpu-kernels", "evidence", "methods")),
+)
 
 
 def table_name(path: Path) -> str:

@@ -33,10 +33,12 @@ def table(suite: str, rows: Rows) -> None:
 
 def markdown(rows: Rows) -> str:
     """Speed-up over dense (and over each other rival) by shape and sparsity, as the README shows it; of the suite
-    recipe what each arm costs.
+    recipe what each arm costs, and of init the accuracies.
     """
     if rows and "more_time" in rows[0]:
         return _costs(rows)
+    if rows and "accuracy" in rows[0]:
+        return _accuracies(rows)
     if rows and "roof_ms" in rows[0]:
         if "times_dense" not in rows[0]:
             return _gpu_ratios(rows)
@@ -61,6 +63,15 @@ def _costs(rows: Rows) -> str:
         for arm, ms in row["ms"].items():
             more = [f"{row[name][arm]:+.1%}" if arm in row[name] else "" for name in ("more_time", "more_memory")]
             lines.append(f"| {row['shape']} | {arm} | {ms:.3g} | {' | '.join(more)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _accuracies(rows: Rows) -> str:
+    scales = list(rows[0]["accuracy"])
+    lines = ["| network | sparsity | " + " | ".join(scales) + " |", "|---" * (len(scales) + 2) + "|"]
+    for row in rows:
+        cells = (", ".join(f"{value:.3f}" for value in row["accuracy"][scale]) for scale in scales)
+        lines.append(f"| {row['shape']} | {row['sparsity']:.0%} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

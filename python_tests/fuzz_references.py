@@ -247,7 +247,7 @@ def prune_grow_reference(weight, states, crow, col, ccol, row, perm, dropped, gr
     kept = active[~torch.isin(active, dropped)]
     refuse(torch.isin(grown, kept).any(), "grown")
     now = torch.cat([kept, grown]).sort().values
-    if len(dropped) == 0:
+    if torch.equal(dropped, grown):  # nothing changes, and nothing is written anew
         pattern = [t.clone() for t in (crow, col, ccol, row, perm)]
     else:
         pattern = pattern_of(now, rows, columns)

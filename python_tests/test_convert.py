@@ -30,14 +30,22 @@ def sparse_layers(model):
 
 @pytest.mark.parametrize("distribution", ["erk", "er", "uniform"])
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
-def test_sparsify_keeps_the_exact_count_and_the_first_convolution(distribution, sparsity):
+@pytest.mark.parametrize("exempt", [(), ("stem",)])
+def test_sparsify_keeps_the_exact_count_and_knows_the_first_convolution(exempt, distribution, sparsity):
+    """By ER and ERK it is within the budget, by "uniform", or exempt, it is dense and outside of it."""
     model = Network()
-    total = sum(m.weight.numel() for m in (model.body[0], model.body[2], model.head))
-    assert ua.sparsify(model, sparsity, distribution=distribution) is model
+    outside = bool(exempt) or distribution == "uniform"
+    counted = [model.body[0], model.body[2], model.head, *([] if outside else [model.stem])]
+    total = sum(m.weight.numel() for m in counted)
+    assert ua.sparsify(model, sparsity, distribution=distribution, exempt=exempt) is model
     layers = sparse_layers(model)
-    assert type(model.stem) is nn.Conv2d
+    assert type(model.stem) is nn.Conv2d or not outside
     kept = sum(m.pattern.nnz for m in layers.values())
-    dense = sum(m.weight.numel() for n, m in model.named_modules() if n != "stem" and type(m) in (nn.Linear, nn.Conv2d))
+    dense = sum(
+        m.weight.numel()
+        for n, m in model.named_modules()
+        if type(m) in (nn.Linear, nn.Conv2d) and not (n == "stem" and outside)
+    )
     assert kept + dense == round((1 - sparsity) * total)
     assert model(torch.randn(2, 3, 8, 8)).shape == (2, 12)
 
@@ -69,6 +77,62 @@ def test_erk_densities_are_the_papers():
     factor = 0.1 * 38432 / (96 / 2048 * 18432 + 300)
     assert er["conv"] == pytest.approx(factor * 96 / 2048, abs=1 / 18432)
     assert er["linear"] == pytest.approx(factor * 300 / 20000, abs=1 / 18432)
+
+
+@pytest.mark.parametrize("structure", [None, "fan-in", "2:4"])
+def test_sparsify_keeps_the_variance_of_outputs(structure):
+    dense = nn.Sequential(nn.Linear(64, 40), nn.Linear(40, 64))
+    values = [dense[i].weight.detach().clone() for i in (0, 1)]
+    given = ua.SparsityPattern.random((64, 40), 0.3)
+    overrides = {"1": {"pattern": given}}
+    model = ua.sparsify(dense, 0.5, distribution="uniform", structure=structure, overrides=overrides)
+    mask = model[0].pattern.to_mask()
+    factor = (64 / mask.sum(1, keepdim=True)).sqrt()
+    torch.testing.assert_close(model[0].dense_weight(), values[0] * mask * factor)
+    assert torch.equal(model[1].dense_weight(), values[1] * given.to_mask())
+
+
+def test_deep_layers_without_normalisation_keep_their_scale():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(part for _ in range(8) for part in (nn.Linear(200, 200, bias=False), nn.ReLU())))
+    for layer in model[::2]:
+        nn.init.kaiming_normal_(layer.weight)
+    x = torch.randn(500, 200)
+    before = model(x).std()
+    assert 0.3 < ua.sparsify(model, 0.9)(x).std() / before < 3
+
+
+def resnet50():
+    """Convolutions and classifier of ResNet-50, by name, with the number of positions of each one's output."""
+    layers = {"stem": (nn.Conv2d(3, 64, 7, bias=False), 112**2)}
+    channels, side = 64, 56
+    for stage, (width, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)]):
+        for block in range(blocks):
+            name, before = f"{stage}_{block}", side
+            side = 56 // 2**stage
+            if block == 0:
+                layers[name + "_shortcut"] = nn.Conv2d(channels, 4 * width, 1, bias=False), side**2
+            layers[name + "_1"] = nn.Conv2d(channels, width, 1, bias=False), before**2
+            layers[name + "_2"] = nn.Conv2d(width, width, 3, bias=False), side**2
+            layers[name + "_3"] = nn.Conv2d(width, 4 * width, 1, bias=False), side**2
+            channels = 4 * width
+    return layers | {"fc": (nn.Linear(channels, 1000, bias=False), 1)}
+
+
+def test_erk_gives_the_published_flops_of_resnet50():
+    """Of the RigL paper: FLOPs for inference as a share of the dense network's, batch norm's two an output included."""
+    layers = resnet50()
+    shapes = {name: tuple(layer.weight.shape) for name, (layer, _) in layers.items()}
+    flops = {name: 2 * layer.weight.numel() * positions for name, (layer, positions) in layers.items()}
+    norms = sum(2 * layer.weight.shape[0] * positions for layer, positions in layers.values())
+    assert len(shapes) == 54 and sum(map(math.prod, shapes.values())) == 25_502_912
+    for sparsity, published in ((0.8, 0.42), (0.9, 0.24), (0.95, 0.12), (0.965, 0.09)):
+        densities = layer_densities(shapes, 1 - sparsity, "erk")
+        sparse = sum(densities[name] * flops[name] for name in shapes)
+        assert round((sparse + norms) / (sum(flops.values()) + norms), 2) == published
+    model = ua.sparsify(nn.ModuleDict({name: layer for name, (layer, _) in layers.items()}), 0.965)
+    densities = {n: d for n, d in densities.items() if d < 1}
+    assert {name: layer.pattern.density for name, layer in sparse_layers(model).items()} == pytest.approx(densities)
 
 
 def test_erk_makes_small_layers_dense_and_sparsify_leaves_them_out():
@@ -180,7 +244,7 @@ def test_explain_names_layers_and_kernels():
     model = ua.sparsify(Network(), 0.8)
     model.train()
     rows = ua.explain(model, torch.randn(2, 3, 8, 8))
-    assert [row.where for row in rows] == [n for n in ("body.0", "body.2", "head") if n in sparse_layers(model)]
+    assert [row.where for row in rows] == [n for n in ("stem", "body.0", "body.2", "head") if n in sparse_layers(model)]
     assert all(row.kernel in ("cpu", "dense", "reference") and row.reason for row in rows)
     assert model.training
     assert not model._forward_hooks

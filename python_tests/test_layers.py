@@ -81,14 +81,54 @@ def test_from_dense_and_back(kind, storage):
     torch.testing.assert_close(layer(x), dense(x))
 
 
-def test_initial_values_follow_the_dense_layer():
-    dense = nn.Linear(400, 300)
-    for storage in STORAGES:
-        layer = ua.SparseLinear(400, 300, sparsity=0.9, storage=storage)
-        values = layer.pattern.pack(layer.dense_weight())
-        assert values.abs().max() <= dense.weight.abs().max() * 1.01
-        torch.testing.assert_close(values.std(), dense.weight.std(), rtol=0.05, atol=0)
-        assert layer.dense_weight().count_nonzero() == layer.pattern.nnz
+def initial_cases():
+    empty_row = torch.rand(12, 40) < 0.3
+    empty_row[3], empty_row[4] = False, torch.arange(40) == 7  # an output without inputs, and one with a single one
+    yield "linear", ua.SparsityPattern.from_mask(empty_row)
+    yield "linear", ua.SparsityPattern.random((12, 40), 0.3, block=(4, 4))
+    yield "conv", ua.SparsityPattern.random((12, 20, 3, 3), 0.2)
+    yield "conv", ua.SparsityPattern.random((12, 20, 3, 3), 0.2, block=(2, 1))
+
+
+def dense_layer(kind):
+    return nn.Linear(40, 12) if kind == "linear" else nn.Conv2d(40, 12, 3, groups=2)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("kind", "pattern"), [*initial_cases()])
+def test_initial_values_follow_the_fan_in(kind, pattern, storage):
+    """Uniform within 1 / sqrt(fan_in) of each output; nothing is divided by zero."""
+    options = {"pattern": pattern, "storage": storage}
+    layer = ua.SparseLinear(40, 12, **options) if kind == "linear" else ua.SparseConv2d(40, 12, 3, groups=2, **options)
+    fan_in = pattern.to_mask().flatten(1).sum(1)
+    weights = torch.stack([(layer.reset_parameters(), layer.dense_weight())[1].flatten(1) for _ in range(300)])
+    assert weights.isfinite().all() and (weights[0].count_nonzero(1) == fan_in).all()
+    bound = fan_in.clamp(min=1).rsqrt()
+    largest = weights.abs().amax((0, 2))
+    assert (largest <= bound * 1.0001).all() and (largest > 0.97 * bound)[fan_in > 0].all()
+    inputs = 40 if kind == "linear" else 180
+    assert 0.5 * inputs**-0.5 < layer.bias.abs().max() <= inputs**-0.5
+    # The variance of an output of inputs of variance 1 is that of the dense layer, 1 / 3.
+    torch.testing.assert_close(
+        weights.square().sum(2).mean(0)[fan_in > 0], torch.full((12,), 1 / 3)[fan_in > 0], rtol=0.2, atol=0
+    )
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("kind", "pattern"), [*initial_cases()])
+def test_a_random_pattern_scales_a_dense_layers_values_and_a_given_one_does_not(kind, pattern, storage):
+    dense = dense_layer(kind)
+    cls = ua.SparseLinear if kind == "linear" else ua.SparseConv2d
+    kept = cls.from_dense(dense, pattern=pattern, storage=storage)
+    assert torch.equal(kept.dense_weight(), dense.weight * pattern.to_mask())
+    drawn = cls.from_dense(dense, sparsity=0.7, block=pattern.block, storage=storage)
+    mask = drawn.pattern.to_mask()
+    fan_in = mask.flatten(1).sum(1).view(-1, *[1] * (mask.dim() - 1))
+    expected = dense.weight * mask * (dense.weight[0].numel() / fan_in.clamp(min=1)).sqrt()
+    torch.testing.assert_close(drawn.dense_weight(), expected)
+    assert torch.equal(drawn.bias, dense.bias)
+    whole = cls.from_dense(dense, sparsity=0.0, storage=storage)
+    assert torch.equal(whole.dense_weight(), dense.weight)
 
 
 @pytest.mark.parametrize("source", STORAGES)

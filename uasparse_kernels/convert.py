@@ -37,11 +37,15 @@ def sparsify(
 ) -> nn.Module:
     """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
 
-    The first convolution stays dense, and so does every layer that the distribution makes fully dense (but see
-    ``include_dense``), and the output embeddings of a language model, which its library resizes as a matrix; all may be
-    changed by ``overrides``. What cannot be converted is left as it is and logged (logger "uasparse_kernels") with the
-    reason: layers of other types, and those whose weight somebody else reads or shares. Hooks and attributes of a layer
-    go to the new one. Build the optimiser afterwards: the parameters are new ones.
+    As published (RigL, arXiv 1911.11134), "erk" and "er" cover every layer, and "uniform" all but the first convolution,
+    few weights that matter much. A layer that the distribution makes fully dense stays a dense one (but see
+    ``include_dense``), and so do the output embeddings of a language model, which its library resizes as a matrix;
+    ``exempt`` and ``overrides`` say otherwise. What cannot be converted is left as it is and logged (logger
+    "uasparse_kernels") with the reason: layers of other types, and those whose weight somebody else reads or shares.
+    Hooks and attributes of a layer go to the new one. Build the optimiser afterwards: the parameters are new ones.
+
+    Weights are scaled up to what a random pattern leaves of each output's inputs, so that outputs keep their variance
+    and deep networks without normalisation train. A layer with a ``pattern`` of its own keeps its values.
 
     An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
     for contiguous maps in training. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which reads
@@ -51,7 +55,7 @@ def sparsify(
         model: changed in place; a lone layer is not, its sparse form is returned.
         sparsity: share of absent weights, in [0, 1), over all layers that the distribution covers: those that are
             neither exempt nor overridden. The count is exact (see ``topology.layer_densities``).
-        distribution: "erk", "er" or "uniform".
+        distribution: "erk", "er" or "uniform", which "N:M" is always.
         block: (1, 1), (r, 1) or (b, b).
         storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``).
         structure: None for patterns without constraint; "fan-in" for as many active blocks in every row (their number
@@ -92,8 +96,10 @@ def sparsify(
             raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'it is not an nn.Linear or nn.Conv2d')}.")
     for name in exempt & candidates.keys():
         skipped[name] = "exempt"
+    if structure is not None and ":" in structure:
+        distribution = "uniform"
     first = next((name for name, module in candidates.items() if isinstance(module, nn.Conv2d)), None)
-    if first is not None and first not in overrides and len(candidates) > 1:
+    if distribution == "uniform" and first is not None and first not in overrides and len(candidates) > 1:
         skipped.setdefault(first, "the first convolution")
     for name in _output_embeddings(model) & candidates.keys() - overrides.keys():
         skipped.setdefault(name, "the output embeddings of a language model, which are resized as a matrix")
@@ -116,15 +122,19 @@ def sparsify(
         own = {} if "pattern" in options else {"sparsity": sparsity}
         plans[name] = own | {"block": block, "storage": storage} | options
 
-    layers = {}
+    layers: dict[str, Any] = {}
     for name, plan in plans.items():
         if "pattern" not in plan and plan["sparsity"] <= 0 and not (include_dense and name in densities):
             skipped[name] = "fully dense"
             continue
+        drawn = False
         if structure is not None and "pattern" not in plan:
+            drawn = True
             shape, density = candidates[name].weight.shape, 1 - plan.pop("sparsity")
             plan["pattern"] = structured_pattern(shape, density, structure, block=plan["block"])
         layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
+        if drawn:
+            layers[name].scale_to_fan_in_()
     for name, reason in skipped.items():
         logger.info("%s stays dense: %s", name or "the layer", reason)
     if not layers:

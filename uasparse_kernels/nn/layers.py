@@ -40,8 +40,8 @@ class SparseLayer(nn.Module):
 
     ``weight`` is a parameter of ``pattern.packed_shape`` (packed: gradient and optimiser state are packed with it) or
     of ``pattern.shape`` (dense-stored: gradients are masked, and what else is written outside of the pattern becomes
-    zero at the next forward pass). Initial values have the distribution of the dense layer's, so the fan-in is the
-    dense one.
+    zero at the next forward pass). Initial values are scaled to each output's own fan-in (see
+    :meth:`reset_parameters`).
 
     Whatever is done to its tensors, a forward pass is that of the masked weight, or refuses: see ``SparsityPattern``.
     """
@@ -76,14 +76,35 @@ class SparseLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws weight and bias as the dense layer does: uniform within ``1 / sqrt(fan_in)``."""
+        """Draws weight and bias as the dense layer does, the weight for each output's own fan-in.
+
+        That is uniform within ``1 / sqrt(fan_in)``, the fan-in of a weight being the number of inputs that its output
+        has, of a bias the dense one. Source: Evci et al., "Gradient Flow in Sparse Neural Networks", arXiv 2010.03533.
+        """
         fan_in = math.prod(self.pattern.shape[1:])
         bound = 1 / math.sqrt(fan_in) if fan_in else 0.0
         self.weight.uniform_(-bound, bound)
         if self.storage == "dense":
             self.pattern.mask_(self.weight)
+        self.scale_to_fan_in_()
         if self.bias is not None:
             self.bias.uniform_(-bound, bound)
+
+    @torch.no_grad()
+    def scale_to_fan_in_(self) -> None:
+        """Multiplies each output's weights by ``sqrt(inputs / inputs that it has)``.
+
+        Values drawn for the dense layer then give outputs of the dense layer's variance, whatever the pattern.
+        """
+        if self.weight.is_meta:
+            return
+        counts = self.pattern.crow.diff().to(torch.int64)
+        scale = (self.pattern.grid[1] / counts.clamp(min=1)).sqrt_().to(self.weight.dtype)
+        if self.storage == "packed":
+            scale = scale.repeat_interleave(counts, output_size=self.pattern.num_blocks)
+        else:
+            scale = scale.repeat_interleave(self.pattern.block[0])
+        self.weight.mul_(scale.view(-1, *[1] * (self.weight.dim() - 1)))
 
     @property
     def storage(self) -> str:
@@ -281,8 +302,9 @@ class SparseLinear(SparseLayer):
     ) -> SparseLinear:
         """A sparse layer with the active weights and the bias of a dense one (copied).
 
-        With ``sparsity`` the pattern is random, as sparse training starts; to prune a trained layer by magnitude pass
-        ``SparsityPattern.from_mask``.
+        With ``sparsity`` the pattern is random, as sparse training starts, and the weights are scaled to what each
+        output has left of its inputs (:meth:`scale_to_fan_in_`). A ``pattern`` keeps the values as they are: to prune a
+        trained layer by magnitude pass ``SparsityPattern.from_mask``.
         """
         return _from_dense(
             module,
@@ -452,6 +474,8 @@ def _from_dense(module, build, **sparse):
     bias = {} if isinstance(module, nn.Conv2d) else {"bias": module.bias is not None}
     layer = build(device=device, dtype=dtype, **bias, **sparse)
     layer.set_dense_weight(module.weight)
+    if sparse["pattern"] is None:
+        layer.scale_to_fan_in_()
     _copy_rest(module, layer)
     return layer
 
