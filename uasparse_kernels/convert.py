@@ -38,8 +38,8 @@ def sparsify(
     """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
 
     As published (RigL, arXiv 1911.11134), "erk" and "er" cover every layer, and "uniform" all but the first
-    convolution, few weights that matter much. A layer that the distribution makes fully dense stays a dense one (but see
-    ``include_dense``), and so do the output embeddings of a language model, which its library resizes as a matrix;
+    convolution, few weights that matter much. A layer that the distribution makes fully dense stays a dense one (but
+    see ``include_dense``), and so do the output embeddings of a language model, which its library resizes as a matrix;
     ``exempt`` and ``overrides`` say otherwise. What cannot be converted is left as it is and logged (logger
     "uasparse_kernels") with the reason: layers of other types, and those whose weight somebody else reads or shares.
     Hooks and attributes of a layer go to the new one. Build the optimiser afterwards: the parameters are new ones.
