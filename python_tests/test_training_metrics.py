@@ -25,16 +25,15 @@ def test_detection_metrics_of_a_worked_example():
     assert metrics["fpr95"] == pytest.approx(1 / 3)
     # All three known are accepted only with the threshold above 4, where two of three unknown are accepted.
     assert metrics["fpr95_known_positive"] == pytest.approx(2 / 3)
-    # Trapezoids between the points (recall, precision): (0, 1), (1/3, 1), (1/3, 1/2), (2/3, 2/3), (1, 3/4), ...
-    assert metrics["aupr_out"] == pytest.approx((1 + (1 / 2 + 2 / 3) / 2 + (2 / 3 + 3 / 4) / 2) / 3)
-    assert metrics["aupr_in"] == pytest.approx((1 + 1 + (1 / 2 + 3 / 5) / 2) / 3)
+    assert metrics["aupr_out"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)
+    assert metrics["aupr_in"] == pytest.approx((1 / 1 + 2 / 2 + 3 / 5) / 3)
 
 
 def test_detection_metrics_count_ties_half():
     metrics = detection_metrics(torch.zeros(4), torch.zeros(3))
     assert metrics["auroc"] == 0.5
     assert metrics["fpr95"] == 1.0
-    assert metrics["aupr_out"] == pytest.approx((1 + 3 / 7) / 2)  # the field's convention, not 3 / 7
+    assert metrics["aupr_out"] == pytest.approx(3 / 7)
 
 
 @pytest.mark.parametrize("bad", [torch.tensor([0.0, math.nan]), torch.tensor([math.inf]), torch.empty(0)])
