@@ -63,9 +63,9 @@ def detection_metrics(known: Tensor, unknown: Tensor) -> dict[str, float]:
 
     auroc; fpr95: share of known images flagged when 95 % of the unknown are caught (unknown is positive);
     fpr95_known_positive: share of unknown images accepted when 95 % of the known are accepted (the other convention of
-    the literature); aupr_out and aupr_in: average precision with unknown and with known as the positive class. OpenOOD and
-    pytorch-ood add up trapezoids under the same curve instead, which is optimistic where many scores are equal (all
-    equal: half of 1 + the share of positives, where average precision is the share itself).
+    the literature); aupr_out and aupr_in: average precision with unknown and with known as the positive class.
+    OpenOOD and pytorch-ood add up trapezoids under the same curve instead, which is optimistic where many scores are
+    equal (all equal: half of 1 + the share of positives, where average precision is the share itself).
 
     Raises TrainingError for empty or not finite scores.
     """
