@@ -55,7 +55,7 @@ TORCH_LIBRARY(uasparse, m) {
   // Of unstructured patterns, on the CPU: absolute values of `dense` in one row, NaN as -inf, kept ones as NaN.
   m.def("growth_scores(Tensor dense, Tensor crow, Tensor col, Tensor dropped) -> Tensor");
   // Replaces the blocks `dropped` by the blocks `grown` (int64, ascending, flat indices into the grid of blocks; the
-  // two may overlap) in the pattern, the weight and each of the states; grown entries become zero.
+  // two may overlap: such blocks stay) in the pattern, the weight and each of the states; what was inactive becomes zero.
   m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "
         "Tensor(f!) row, Tensor(g!) perm, Tensor dropped, Tensor grown, int[] shape, int[] block) -> ()");
 
