@@ -339,6 +339,7 @@ def test_inference_follows_its_pattern(monkeypatch):
             got = [layer(x), layer(x)]
         assert all(torch.equal(y, _op(x, layer.weight, layer.pattern, layer.bias)) for y in got)
         assert module._short[layer.pattern][2].dtype == torch.int16
+        assert not module._short[layer.pattern][2].is_inference()
 
     check(layer)
     layer.pattern.assign_(_pattern(20, 30, 0.2, seed=5))

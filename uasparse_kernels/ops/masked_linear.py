@@ -123,7 +123,10 @@ def _short_columns(pattern: SparsityPattern, col: Tensor) -> Tensor:
         return col
     of, version, short = _short.get(pattern, (None, -1, col))
     if of is None or of() is not col or version != col._version:
-        short = col.to(torch.int16)
+        with torch.inference_mode(
+            False
+        ):  # an inference tensor has no version: its contents would be checked at every call
+            short = col.to(torch.int16)
         _short[pattern] = weakref.ref(col), col._version, short
     return short
 
