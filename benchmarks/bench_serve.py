@@ -66,7 +66,7 @@ def _rows(seconds: float) -> Iterator[dict[str, Any]]:
                     times = harness.interleave(variants, seconds=seconds, rounds=5)
                 if not error < 1e-5:
                     raise AssertionError(f"{name}: relative error {error:.1e}")
-                row = {"network": name, "batch": batch, "sparsity": sparsity, "error": error}
+                row = {"shape": f"{name}, batch {batch}", "pass": "inference", "sparsity": sparsity, "error": error}
                 yield row | harness.compare(times)
 
 
