@@ -45,8 +45,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     if (!grads[0].defined()) return results;
     const variable_list saved = ctx->get_saved_variables();
     const std::optional<Tensor> weight = saved[1].defined() ? std::optional<Tensor>(saved[1]) : std::nullopt;
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), weight.has_value() && ctx->needs_input_grad(1),
-                                      ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)};
+    const std::array<bool, 3> given = {true, weight.has_value(), ctx->saved_data["bias"].toBool()};
+    std::array<bool, 3> mask;
+    for (int i = 0, edge = 0; i < 3; ++i)  // what was not given has no edge
+      mask[i] = given[i] && ctx->needs_input_grad(edge++);
     auto [grad_input, grad_weight, grad_bias] = call_backward(grads[0], saved[0], weight, saved[2], mask);
     if (mask[0]) results[0] = std::move(grad_input);
     if (mask[1]) results[1] = std::move(grad_weight);

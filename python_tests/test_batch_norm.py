@@ -448,3 +448,20 @@ def test_relu_opcheck():
     for residual in (None, torch.randn_like(x).requires_grad_()):
         arguments = (x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), residual, 1e-5)
         torch.library.opcheck(torch.ops.uasparse.batch_norm_relu.default, arguments)
+
+
+@pytest.mark.parametrize("given", [(), ("weight",), ("bias",), ("weight", "bias")])
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",)])
+def test_gradients_whichever_parameters_are_given(given, frozen):
+    x = torch.randn(4, 3, 5, 6)
+    grad, results = torch.randn_like(x), []
+    values = {name: torch.rand(3) for name in given}
+    for call in (batch_norm, lambda x, w, b, *rest: F.batch_norm(x, *rest[:2], w, b, *rest[2:])):
+        leaves = {n: v.clone().requires_grad_(n not in frozen) for n, v in values.items()}
+        inputs = x.clone().requires_grad_()
+        call(inputs, leaves.get("weight"), leaves.get("bias"), None, None, True).backward(grad)
+        results.append([inputs.grad, *(leaf.grad for leaf in leaves.values())])
+    for mine, theirs in zip(*results, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

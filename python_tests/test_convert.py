@@ -378,3 +378,23 @@ def test_what_changes_nothing_is_said(caplog):
         ua.sparsify(nn.Sequential(nn.Conv1d(3, 4, 3), nn.LSTM(4, 4)), 0.9)
     ua.sparsify(Network(), 0.9, filter=lambda *_: False)
     assert "No layer was made sparse" in caplog.text and "left out by the filter" in caplog.text
+
+
+@pytest.mark.parametrize("steps", [1, 2], ids=["armed", "not armed"])
+def test_a_densified_model_has_nothing_of_its_topology(steps, caplog):
+    model = ua.sparsify(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), 0.5, distribution="uniform")
+    seen = []
+    model[0].register_forward_hook(lambda *_: seen.append("mine"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    topology = ua.DynamicSparsity(model, optimizer, total_steps=20, delta_t=2)
+    for step in range(steps):
+        if step:
+            topology.step()
+        model(torch.randn(4, 8)).sum().backward()
+    assert len(model[0]._forward_hooks) == 2
+    for dense in (ua.densify(copy.deepcopy(model)), ua.densify(model)):
+        seen.clear()
+        dense(torch.randn(4, 8)).sum().backward()
+        assert [len(layer._forward_hooks) for layer in dense] == [1, 0] and seen == ["mine"]
+        assert not any(layer._forward_hooks_with_kwargs for layer in dense)
+    assert "not carried over" not in caplog.text

@@ -33,10 +33,14 @@ def carry_over(old: Any, new: Any) -> None:
 
     A hook on the weight's gradient sees it in the storage that it was made for: a dense layer's hook a dense gradient.
     A hook that runs after a gradient was accumulated belongs to an optimiser of the old parameter; it is left, and that
-    is logged.
+    is logged. What DynamicSparsity put on a sparse layer stays behind where that becomes dense.
     """
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
+    if not isinstance(new, SparseLayer):
+        for key in [key for key, hook in new._forward_hooks.items() if _is_for_sparse_layers(hook)]:
+            del new._forward_hooks[key]
+            new._forward_hooks_with_kwargs.pop(key, None)
     own = _attributes(nn.Conv2d) | _attributes(nn.Linear) | {"_clean", "_channels_last", "_pad"}
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own | new.__dict__.keys()})
     for name in ("weight", "bias"):
@@ -44,13 +48,18 @@ def carry_over(old: Any, new: Any) -> None:
         if before is None:
             continue
         after.__dict__.update(before.__dict__)
-        if before._post_accumulate_grad_hooks:
+        accumulated = (before._post_accumulate_grad_hooks or {}).values()
+        if not all(_is_for_sparse_layers(getattr(hook, "__self__", None)) for hook in accumulated):
             logger.warning("A hook after the accumulation of a gradient is not carried over to a new %s.", name)
         for hook in (before._backward_hooks or {}).values():
             maker = old
             if isinstance(hook, partial) and hook.func is _call_hook:  # carried over before
                 hook, maker = hook.args[:2]
             after.register_hook(partial(_call_hook, hook, maker, new) if name == "weight" else hook)
+
+
+def _is_for_sparse_layers(hook: Any) -> bool:
+    return getattr(hook, "only_for_sparse_layers", False)
 
 
 @cache

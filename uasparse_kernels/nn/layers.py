@@ -49,9 +49,8 @@ class SparseLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     pattern: SparsityPattern
-    _clean: tuple[int, int, int] | None = (
-        None  # the dense-stored weight that is known to be masked: id, version, address
-    )
+    # The dense-stored weight that is known to be masked: id, version, address.
+    _clean: tuple[int, int, int] | None = None
 
     def _init_weight(
         self,

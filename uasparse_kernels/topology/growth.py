@@ -41,6 +41,8 @@ class GradientCapture:
     It is a forward hook of the layer (``with_kwargs=True``); a copy or a pickle of the layer carries an idle one.
     """
 
+    only_for_sparse_layers = True  # densify() leaves it behind
+
     def __init__(self) -> None:
         self.armed = False
         self.ran = False  # whether the layer's forward was ever called, outside of compiled graphs
