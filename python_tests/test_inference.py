@@ -289,6 +289,11 @@ def test_refusals():
 
     with pytest.raises(ValueError, match=r"torch\.export could not capture"):
         ua.optimize_for_inference(Branching().eval(), x)
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(TypeError, match=r"all of float32.*model\.float"):
+            ua.optimize_for_inference(copy.deepcopy(model).to(dtype), x.to(dtype))
+    with pytest.raises(TypeError, match=r"torch\.float32, torch\.float64"):
+        ua.optimize_for_inference(model, x.double())
     optimized = ua.optimize_for_inference(model, x)
     with pytest.raises(ValueError, match=r"of shape \[batch, 3, 8, 8\], got \[2, 3, 9, 8\]"):
         optimized(torch.randn(2, 3, 9, 8))
@@ -301,3 +306,53 @@ def test_refusals():
     fixed = ua.optimize_for_inference(model, x, dynamic_batch=False)
     with pytest.raises(ValueError, match=r"of shape \[2, 3, 8, 8\]"):
         fixed(x[:1])
+
+
+class Odd(nn.Module):
+    """A network of one line."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.c, self.d = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.norm, self.linear, self.shift = (
+            nn.BatchNorm2d(16),
+            nn.Linear(16, 16),
+            nn.Parameter(torch.randn(1, 16, 1, 1)),
+        )
+        self.norm.running_mean.normal_()
+        self.run = run
+
+    def forward(self, x):
+        return self.run(self, self.c(x))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, y: (y, y.relu()),
+        lambda m, y: (y, m.norm(y)),
+        lambda m, y: (y + m.shift).relu(),
+        lambda m, y: torch.add(m.d(y), y, alpha=2),
+        lambda m, y: m.d(y) - y,
+        lambda m, y: y + y,
+        lambda m, y: m.d(y).add_(y).relu_(),
+        lambda m, y: m.d(m.d(y)),
+        lambda m, y: y + m.d(y).mean((2, 3), keepdim=True),
+        lambda m, y: (lambda t: m.linear(t) + t.mean(1, keepdim=True))(y.flatten(2).transpose(1, 2)),
+        lambda m, y: m.linear(y.mean((2, 3))).softmax(0),
+        lambda m, y: torch.roll(y, 1, 0) - y.mean(0, keepdim=True),
+    ],
+    ids=[
+        "two outputs", "before and after a norm", "broadcast constant", "weighted sum", "difference", "doubled",
+        "in place", "layer used twice", "broadcast map", "broadcast rows", "softmax over the batch", "mixed samples",
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_fusion_or_a_chain_and_is_none(run):
+    torch.manual_seed(0)
+    model = prune(Odd(run).eval())
+    optimized = ua.optimize_for_inference(model, torch.randn(2, 8, 9, 7))
+    for batch in (1, 3, 40):
+        x = torch.randn(batch, 8, 9, 7)
+        with torch.no_grad():
+            expected = model(x)
+        torch.testing.assert_close(optimized(x), expected, rtol=1e-4, atol=1e-5)

@@ -333,7 +333,7 @@ class SparsityPattern(nn.Module):
         signature: Any = self._buffers["signature"]  # not as an attribute, which nn.Module looks up slowly
         try:
             if self._numbers is not None:
-                if signature.tolist() == self._numbers:
+                if signature.is_cpu and signature.tolist() == self._numbers:
                     return
             elif self._seen[0] is signature and self._seen[1] == _version(signature):
                 return

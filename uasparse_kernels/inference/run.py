@@ -52,6 +52,7 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
 
     Raises:
         ValueError: for a model in training mode or on another device, or that ``torch.export`` cannot capture.
+        TypeError: for parameters and inputs of other dtypes than float32, or float64.
         RuntimeError: where the package was built without its compiled part.
     """
     if not _library.has_kernel_for("serve_run", "cpu"):
@@ -66,6 +67,12 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
     for name, tensor in [*model.named_parameters(), *model.named_buffers(), *(("an input", t) for t in tensors)]:
         if tensor.device.type != "cpu":
             raise ValueError(f"Expected everything on the CPU, got {name} on {tensor.device}; call model.cpu().")
+    dtypes = {t.dtype for t in (*model.parameters(), *tensors) if t.is_floating_point()}
+    if dtypes not in ({torch.float32}, {torch.float64}, set()):
+        raise TypeError(
+            "Expected parameters and inputs all of float32, or all of float64, got "
+            f"{', '.join(sorted(map(str, dtypes)))}; call model.float(), and .float() of the inputs."
+        )
     return OptimizedModel(capture(model, arguments, dynamic_batch))
 
 
@@ -79,8 +86,8 @@ class OptimizedModel(nn.Module):
         self._steps = fuse(graph)
         self._in_spec = pytree.treespec_loads(graph.in_spec)
         self._out_spec = pytree.treespec_loads(graph.out_spec)
-        weights = [t.dtype for t in graph.constants.values() if t.is_floating_point()]
-        self._dtype = torch.float64 if weights and weights[0] == torch.float64 else torch.float32
+        dtypes = {t.dtype for t in graph.constants.values()}
+        self._dtype = torch.float64 if torch.float64 in dtypes and torch.float32 not in dtypes else torch.float32
         self._by_sample = by_sample(graph, self._steps)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._arenas: list[Tensor] = []
