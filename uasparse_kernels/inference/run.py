@@ -21,6 +21,10 @@ from uasparse_kernels.inference.plan import Call, Plan, Planner, fill_all, shape
 
 _PLANS = 8  # sizes of the input whose plans are kept
 _NEAR_BYTES = 8 << 20
+_NO_EXPORT = (
+    "An optimised model has steps of its own, which torch.export cannot see: its package() compiles it for C++ programs, "
+    "and other engines take the model that it was made from, by torch.onnx.export(densify(copy.deepcopy(model)), ...)."
+)
 
 
 class LayerTime(NamedTuple):
@@ -99,7 +103,10 @@ class OptimizedModel(nn.Module):
             raise ValueError("An optimised model has no training mode; train the model that it was made from.")
         return self
 
+    @torch.compiler.disable  # its steps are compiled already
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(_NO_EXPORT)
         inputs = self._inputs(args, kwargs)
         with torch.inference_mode():
             return self._run_parts(inputs)
@@ -260,4 +267,7 @@ def load_optimized(path: str | os.PathLike[str]) -> OptimizedModel:
     tensors, content = files.read(path)
     if content.get("kind") != "optimized":
         raise ValueError(f"{os.fspath(path)} holds no optimised model; read weights with load_sparse(model, path).")
-    return OptimizedModel(files.graph_from_json(content["graph"], tensors))
+    try:
+        return OptimizedModel(files.graph_from_json(content["graph"], tensors))
+    except Exception as error:  # a graph can be wrong in every way
+        raise ValueError(f"{os.fspath(path)} is damaged: its graph cannot be run: {error!r:.300}.") from error
