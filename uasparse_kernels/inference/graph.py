@@ -124,12 +124,17 @@ def _settled(model: nn.Module) -> nn.Module:
     computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
     model = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
     for module in model.modules():
-        for hook in [*module._forward_pre_hooks.values()]:
+        for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
         if parametrize.is_parametrized(module):
-            for name in [*module.parametrizations]:
-                parametrize.remove_parametrizations(module, name)
+            # By hand: the copy has the model's own class, from which remove_parametrizations would take the property.
+            parametrized: Any = module.parametrizations
+            weights = {name: getattr(module, name).detach() for name in parametrized}
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, weight in weights.items():
+                module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     return model
 
 

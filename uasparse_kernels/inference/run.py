@@ -22,8 +22,8 @@ from uasparse_kernels.inference.plan import Call, Plan, Planner, fill_all, shape
 _PLANS = 8  # sizes of the input whose plans are kept
 _NEAR_BYTES = 8 << 20
 _NO_EXPORT = (
-    "An optimised model has steps of its own, which torch.export cannot see: its package() compiles it for C++ programs, "
-    "and other engines take the model that it was made from, by torch.onnx.export(densify(copy.deepcopy(model)), ...)."
+    "An optimised model has steps of its own, which torch.export cannot see: its package() compiles it for C++, and "
+    "other engines take the model that it was made from, by torch.onnx.export(densify(copy.deepcopy(model)), ...)."
 )
 
 
