@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from uasparse_kernels.inference import run
 from uasparse_kernels.inference.graph import one_cudnn_precision
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
-ROOT = Path(__file__).parents[1]
+ROOT = pages.ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -107,35 +108,32 @@ def test_a_package_is_made_of_the_models_own_steps(tmp_path, monkeypatch, near):
         optimized.package("net.pt2", 0)
 
 
-def test_a_program_without_python(tmp_path):
-    model = network()
-    optimized = ua.optimize_for_inference(model, torch.randn(1, 3, 12, 14))
-    optimized.package(tmp_path / "net.pt2", batch=2)
-    x = torch.randn(2, 3, 12, 14)
-    packaged = torch._inductor.aoti_load_package(str(tmp_path / "net.pt2"))
-    torch.testing.assert_close(packaged(x), optimized(x), rtol=1e-5, atol=1e-6)
+@pytest.mark.filterwarnings("ignore")
+def test_the_serving_page_and_its_program_without_python(tmp_path, monkeypatch, capsys):
+    """All blocks but those of a trained run (test_training_export.py)."""
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "examples", "examples", ignore=shutil.ignore_patterns("serve"))
+    ops = Path(_library.compiled.__file__)
+    (tmp_path / "uasparse_kernels").symlink_to(ops.parent)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"PYTHON": sys.executable, "CXXFLAGS": "-O0 -Wall -Wextra -Werror"}
+    namespace = {"torch": torch, "model": network(), "images": torch.randn(3, 3, 224, 224)}
+    for heading, blocks in pages.sections("docs/serving.md"):
+        if heading != "A trained run":
+            pages.run(blocks, namespace, tmp_path, environment)
+    assert "LayerTime(layer='3'" in capsys.readouterr().out and Path("net.onnx").is_file()
+    got = torch.frombuffer(bytearray(Path("logits.f32").read_bytes()), dtype=torch.float32)
+    torch.testing.assert_close(got, namespace["optimized"](namespace["images"][:1])[0], rtol=1e-5, atol=1e-6)
 
-    shutil.copytree(ROOT / "examples" / "serve_cpp", tmp_path / "serve_cpp", ignore=shutil.ignore_patterns("serve"))
-    make = ["make", "-C", tmp_path / "serve_cpp", f"PYTHON={sys.executable}", "CXXFLAGS=-O0 -Wall -Wextra -Werror"]
-    done = subprocess.run(make, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ops = _library.compiled.__file__
-
-    def serve(library, package, x):
-        command = [tmp_path / "serve_cpp" / "serve", library, package, *map(str, x.shape)]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        return subprocess.run(command, input=x.numpy().tobytes(), capture_output=True, env=environment, timeout=60)
-
-    done = serve(ops, tmp_path / "net.pt2", x)
-    assert done.returncode == 0, done.stderr
-    got = torch.frombuffer(bytearray(done.stdout), dtype=torch.float32).view(2, 10)
-    torch.testing.assert_close(got, packaged(x), rtol=1e-6, atol=1e-7)
-    for command, message in [
-        ((ops, tmp_path / "net.pt2", x[:1]), "expected: 2, but got: 1"),
-        (("/nowhere.so", tmp_path / "net.pt2", x), "cannot open"),
-        ((ops, tmp_path / "serve_cpp" / "main.cpp", x), "zip"),
+    x = torch.zeros(2, 3, 224, 224)
+    for library, package, message in [
+        (ops, "net.pt2", "expected: 1, but got: 2"),
+        ("/nowhere.so", "net.pt2", "cannot open"),
+        (ops, "net.onnx", "zip"),
     ]:
-        done = serve(*command)
+        command = ["examples/serve_cpp/serve", library, package, *map(str, x.shape)]
+        done = subprocess.run(command, input=x.numpy().tobytes(), capture_output=True, env=environment, timeout=60)
         assert done.returncode == 1 and message in done.stderr.decode()
 
 

@@ -2,10 +2,14 @@
 
 import copy
 import json
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import pages
 import pytest
 import torch
 from PIL import Image
@@ -145,6 +149,28 @@ def test_the_commands(runs, monkeypatch, capsys, tmp_path):
     assert out.split("\t")[:3] == [str(folder / "0.png"), rows[0]["class"], f"{rows[0]['confidence']:.3f}"] or (
         out.rstrip("\n").split("\t")[:2] == [str(folder / "0.png"), rows[0]["class"]]
     )
+
+
+def test_the_serving_page_on_a_trained_run(runs, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("onnxscript")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(runs / "plain", "runs/fit")
+    photos = load_run(runs / "plain").data.test.images[:3]
+    Path("photos").mkdir()
+    for name in ("photos/a.png", "photo.jpg"):
+        Image.fromarray(photos[0, 0].numpy()).save(name)
+    namespace = {"photos": photos}
+    for language, code in dict(pages.sections("docs/serving.md"))["A trained run"]:
+        if language == "sh":
+            for line in code.splitlines():
+                python, _, training, *arguments = shlex.split(line, comments=True)
+                assert (python, training) == ("python", "training")
+                code, out, error = call(monkeypatch, capsys, *arguments)
+                assert code == 0, error
+            assert [line.split("\t")[0] for line in out.splitlines()] == ["photos/a.png", "photo.jpg"]
+        else:
+            pages.run([(language, code)], namespace, tmp_path, None)
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_errors_of_predict_are_one_message(exported, runs, monkeypatch, capsys, tmp_path):
