@@ -154,6 +154,7 @@ def export_command(
         f"{about.accuracy:.1%} of {about.known_images} test images right, {about.known_accepted:.1%} accepted as known "
         f"by {about.score}; temperature {about.temperature:.3g}",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(f"Written: {folder}", soft_wrap=True)
 
