@@ -147,7 +147,7 @@ class OptimizedModel(nn.Module):
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                # A plan's tensors have a version, so that the kernels check them once: those of inference mode have none.
+                # So that a plan's tensors have a version: without one the kernels check them at each call.
                 with torch.inference_mode(False), torch.no_grad():
                     shapes = shapes_of(self._graph, self._steps, inputs)
                     plan = Planner(self._graph, self._steps, shapes, self._dtype).plan()
