@@ -9,6 +9,8 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "checks.h"
+
 namespace uasparse {
 namespace {
 
@@ -189,7 +191,12 @@ void verify_both(const at::Tensor& crow, const at::Tensor& col, const at::Tensor
   });
 }
 
-void verify_blocks(const at::Tensor& blocks, const char* name, int64_t total) {
+void check_blocks(const at::Tensor& blocks, const char* name, int64_t total) {
+  TORCH_CHECK_TYPE(blocks.scalar_type() == at::kLong, "Expected int64 indices of the ", name, " blocks, got ",
+                   blocks.scalar_type(), ".");
+  TORCH_CHECK_VALUE(blocks.dim() == 1 && blocks.is_contiguous(), "Expected one contiguous row of ", name,
+                    " blocks, got ", blocks.sizes(), ".");
+  check_storage(blocks, name);
   static auto* const verified = new Verified<1>;
   once<1>(*verified, {&blocks}, total, [&] {
     const int64_t* index = blocks.const_data_ptr<int64_t>();
