@@ -60,8 +60,13 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("indices_above(Tensor scores, float threshold) -> Tensor");
   // scores [n] of the blocks from flat index `first` on: those of active blocks that are not in `dropped` become NaN.
   m.def("exclude_kept_(Tensor(a!) scores, int first, Tensor crow, Tensor col, Tensor dropped, int columns) -> ()");
-  // Of unstructured patterns, on the CPU: absolute values of `dense` in one row, NaN as -inf, kept ones as NaN.
-  m.def("growth_scores(Tensor dense, Tensor crow, Tensor col, Tensor dropped) -> Tensor");
+  // Of unstructured patterns, on the CPU: indices (int64, ascending) of the k largest magnitudes of `dense` in all places
+  // that are inactive or in `dropped`; NaN comes last.
+  m.def("growth_indices(Tensor dense, int k, Tensor crow, Tensor col, Tensor dropped) -> Tensor");
+  // Flat grid indices of the blocks at `places` (int64, ascending) of the order by rows. On the CPU.
+  m.def("blocks_at(Tensor crow, Tensor col, Tensor places, int columns) -> Tensor");
+  // The sum of hashes of the active blocks, as SparsityPattern's signature takes it: int64 []. On the CPU.
+  m.def("pattern_hash(Tensor crow, Tensor col, int seed) -> Tensor");
   // Replaces the blocks `dropped` by the blocks `grown` (int64, ascending, flat indices into the grid of blocks; the
   // two may overlap: such blocks stay) in the pattern, the weight and each of the states; what was inactive becomes zero.
   m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "

@@ -201,6 +201,22 @@ def make_exclude(rng):
     return [scores, first, crow, col, dropped, columns]
 
 
+def make_growth(rng):
+    rows, columns = rng.randint(1, 40), rng.randint(1, 60)
+    crow, col, *_ = make_pattern(rng, [rows, columns], [1, 1])
+    active = active_blocks(crow, col, rows, columns)
+    dropped = active[draw(rng, len(active), rng.randint(0, len(active)))]
+    dense = make_scores(rng, rows * columns).view(rows, columns)
+    dense = dense.double() if dense.dtype == torch.bfloat16 else dense
+    return [dense, rng.randint(0, rows * columns - len(active) + len(dropped)), crow, col, dropped]
+
+
+def make_places(rng):
+    rows, columns = rng.randint(1, 40), rng.randint(1, 60)
+    crow, col, *_ = make_pattern(rng, [rows, columns], [1, 1])
+    return [crow, col, draw(rng, len(col), rng.randint(0, len(col))), columns]
+
+
 def make_prune_grow(rng):
     shape, block = make_shape(rng)
     pattern = make_pattern(rng, shape, block)

@@ -267,6 +267,8 @@ OPS = {
     "topk_indices_many": (arguments.make_topk_many, references.topk_many_reference, ()),
     "indices_above": (arguments.make_above, references.above_reference, ()),
     "exclude_kept_": (arguments.make_exclude, references.exclude_reference, (0,)),
+    "growth_indices": (arguments.make_growth, references.growth_reference, ()),
+    "blocks_at": (arguments.make_places, references.places_reference, ()),
     "prune_grow_": (arguments.make_prune_grow, references.prune_grow_reference, (0, 1, 2, 3, 4, 5, 6)),
     "batch_norm": (arguments.make_batch_norm, references.batch_norm_reference, ()),
     "batch_norm_backward": (arguments.make_batch_norm_backward, references.batch_norm_backward_reference, ()),

@@ -4,6 +4,8 @@ Each returns what the op returns or writes: tensors that must be equal, or pairs
 or None where any value will do. Refused where the op must raise.
 """
 
+import math
+
 import torch
 
 FLOATS = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
@@ -241,6 +243,24 @@ def exclude_reference(scores, first, crow, col, dropped, columns):
     expected = scores.clone()
     expected[kept[(kept >= 0) & (kept < len(scores))]] = float("nan")
     return [(expected, 0)]
+
+
+def growth_reference(dense, k, crow, col, dropped):
+    rows, total = len(crow) - 1, dense.numel()
+    refuse(rows < 1 or total % rows or total < rows or dense.dtype not in (torch.float32, torch.float64), "scores")
+    check_blocks(dropped, total)
+    active = active_blocks(crow, col, rows, total // rows)
+    kept = active[~torch.isin(active, dropped)]
+    refuse(not 0 <= k <= total - len(kept), "k")
+    scores = dense.reshape(-1).abs().nan_to_num(nan=-math.inf, posinf=math.inf)
+    scores[kept] = math.nan
+    return topk_reference(scores, k, True, False)
+
+
+def places_reference(crow, col, places, columns):
+    refuse(columns < 1, "columns")
+    check_blocks(places, len(col))
+    return [active_blocks(crow, col, len(crow) - 1, columns)[places]]
 
 
 def prune_grow_reference(weight, states, crow, col, ccol, row, perm, dropped, grown, shape, block):

@@ -491,10 +491,29 @@ def test_opcheck(storage):
     torch.library.opcheck(torch.ops.uasparse.topk_indices_many.default, arguments)
     arguments = (torch.randn(14), 7, pattern.crow, pattern.col, dropped, 7)
     torch.library.opcheck(torch.ops.uasparse.exclude_kept_.default, arguments)
-    arguments = (torch.randn(6, 7), pattern.crow, pattern.col, dropped)
-    # Not by comparing results, which hold NaN.
-    utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.uasparse.growth_scores.default, arguments, test_utils=utilities)
+    arguments = (torch.randn(6, 7), 5, pattern.crow, pattern.col, dropped)
+    torch.library.opcheck(torch.ops.uasparse.growth_indices.default, arguments)
+    torch.library.opcheck(torch.ops.uasparse.blocks_at.default, (pattern.crow, pattern.col, torch.tensor([0, 3]), 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "density"), [((300, 517), 0.1), ((3, 70000), 0.5), ((1000, 61), 0.9), ((9, 5), 0.3)])
+def test_growth_of_any(shape, density, dtype):
+    """Where some are left out of the selection, by bits that straddle rows and chunks."""
+    g = torch.Generator().manual_seed(shape[0])
+    pattern = SparsityPattern.random(shape, density, generator=g)
+    active = pattern.blocks()
+    dropped = active[torch.rand(len(active), generator=g) < 0.4]
+    kept = active[~torch.isin(active, dropped)]
+    free = math.prod(shape) - len(kept)
+    for scores in (torch.randn(shape, generator=g, dtype=dtype), tied(math.prod(shape), g, dtype).view(shape)):
+        reference = scores.flatten().abs().nan_to_num(nan=-math.inf, posinf=math.inf)
+        reference[kept] = math.nan
+        for k in (0, 1, free // 3, free):
+            grown = torch.ops.uasparse.growth_indices(scores, k, pattern.crow, pattern.col, dropped)
+            assert torch.equal(grown, topk_indices_reference(reference, k))
+        with pytest.raises(ValueError, match="expected k in"):
+            torch.ops.uasparse.growth_indices(scores, free + 1, pattern.crow, pattern.col, dropped)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -512,7 +531,7 @@ def test_indices_above_any(n, dtype):
 def test_other_instruction_sets(isa):
     """The same tests where the kernels are told to use less than this CPU has (they choose once per process)."""
     tests = [pathlib.Path(__file__), pathlib.Path(__file__).with_name("test_unknown_aware_loss.py")]
-    wanted = "topk_of_any or above_any or misleads or extreme or (float64_reference and mean)"
+    wanted = "topk_of_any or above_any or growth_of_any or misleads or extreme or (float64_reference and mean)"
     wanted = ["-m", "not cuda", "-k", f"({wanted}) and not instruction"]
     command = [sys.executable, "-m", "pytest", *wanted, *map(str, tests)]
     done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": isa}, capture_output=True, text=True)

@@ -33,6 +33,8 @@ def calls(shape=(24, 20), block=(1, 1)):
         "unpack": (lambda p: OPS.unpack(weight, p["crow"], p["col"], shape, [1, 1]), by_rows),
         "keep_active_": (lambda p: OPS.keep_active_(torch.randn(shape), p["crow"], p["col"], [1, 1]), by_rows),
         "exclude_kept_": (lambda p: OPS.exclude_kept_(torch.randn(480), 0, p["crow"], p["col"], nothing, 20), by_rows),
+        "growth_indices": (lambda p: OPS.growth_indices(torch.randn(shape), 3, p["crow"], p["col"], nothing), by_rows),
+        "blocks_at": (lambda p: OPS.blocks_at(p["crow"], p["col"], torch.tensor([0, 9]), 20), by_rows),
         "masked_linear": (lambda p: OPS.masked_linear(x, weight, None, *p.values(), shape, [1, 1]), by_rows),
         "masked_linear, one row": (
             lambda p: OPS.masked_linear(x[0], weight, None, *p.values(), shape, [1, 1]),
@@ -157,7 +159,8 @@ def test_inference_tensors_are_checked_each_time():
 @pytest.mark.parametrize("op", calls())
 def test_a_freed_storage_is_an_error(op):
     call, _ = calls()[op]
-    for name in NAMES if op not in ("pack", "unpack", "keep_active_", "exclude_kept_") else NAMES[:2]:
+    few = ("pack", "unpack", "keep_active_", "exclude_kept_", "growth_indices", "blocks_at")
+    for name in NAMES if op not in few else NAMES[:2]:
         for size in (0, 2):
             tensors = pattern()
             tensors[name].untyped_storage().resize_(size)
@@ -186,6 +189,9 @@ def freed(*sizes, dtype=torch.float32):
         ),
         "topk_indices": lambda p: OPS.topk_indices(freed(9), 3, True),
         "indices_above": lambda p: OPS.indices_above(freed(9), 0.0),
+        "growth_indices": lambda p: OPS.growth_indices(
+            freed(24, 20), 3, p["crow"], p["col"], torch.empty(0, dtype=torch.int64)
+        ),
         "batch_norm": lambda p: OPS.batch_norm(freed(4, 3), None, None, 1e-5),
         "loss": lambda p: OPS.unknown_aware_loss(
             freed(4, 3), torch.zeros(4, dtype=torch.int64), torch.tensor(0.0), 1.0, 1

@@ -542,18 +542,27 @@ def _signature(crow: Tensor, col: Tensor, layout: Sequence[int]) -> Tensor:
 
     Powers of two, for then an average ``d * x + (1 - d) * x`` gives ``x``, and half precision holds them.
     """
-    # Each block's flat position among rows of 2^31, mixed by multiplication and shifts (the finalizer of splitmix64).
-    rows = torch.arange(crow.numel() - 1, device=crow.device)
-    rows = torch.repeat_interleave(rows, (crow[1:] - crow[:-1]).to(torch.int64), output_size=col.numel())
     seed = 0
     for size in layout:
         seed = (seed * 1_000_003 + size + 1) % 2**61
+    if crow.device.type == "cpu" and _library.has_kernel("pattern_hash", crow):
+        total = torch.ops.uasparse.pattern_hash(crow, col, seed)
+    else:
+        total = _hash(crow, col, seed)
+    nibbles = torch.arange(_SIGNATURE, device=crow.device) * 4 + 16
+    bits = (total >> nibbles) & 15
+    return torch.pow(2.0, bits.to(torch.float64))
+
+
+def _hash(crow: Tensor, col: Tensor, seed: int) -> Tensor:
+    """The sum of each block's flat position among rows of 2^31, mixed by multiplication and shifts (the finalizer of
+    splitmix64)."""
+    rows = torch.arange(crow.numel() - 1, device=crow.device)
+    rows = torch.repeat_interleave(rows, (crow[1:] - crow[:-1]).to(torch.int64), output_size=col.numel())
     mixed = rows.mul_(2**31).add_(col).add_(seed)
     for factor, shift in ((-0x61C8864680B583EB, 30), (-0x40A7B892E31B1A47, 27), (-0x6B2FB644ECCEEE15, 31)):
         mixed = mixed.mul_(factor).bitwise_xor_(mixed >> shift)
-    nibbles = torch.arange(_SIGNATURE, device=crow.device) * 4 + 16
-    bits = (mixed.sum() >> nibbles) & 15
-    return torch.pow(2.0, bits.to(torch.float64))
+    return mixed.sum()
 
 
 def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
@@ -593,6 +602,11 @@ def _pack_fake(dense, crow, col, block):
 @_library.register_fake("unpack")
 def _unpack_fake(values, crow, col, shape, block):
     return values.new_empty(shape)
+
+
+@_library.register_fake("pattern_hash")
+def _hash_fake(crow, col, seed):
+    return crow.new_empty((), dtype=torch.int64)
 
 
 def _pack_setup(ctx, inputs, output):

@@ -5,11 +5,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <type_traits>
+#include <utility>
 
 #include "checks.h"
 #include "cpu/pattern.h"
@@ -151,7 +154,58 @@ at::Tensor unpack(const at::Tensor& values, const at::Tensor& crow, const at::Te
   return dense;
 }
 
+// Flat grid indices of the blocks at ascending places of the order by rows.
+at::Tensor blocks_at(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& places, int64_t columns) {
+  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 2, "blocks_at: expected crow of one dimension and at least two "
+                    "entries, got ", crow.sizes(), ".");
+  check_csr(crow, col, {crow.size(0) - 1, columns}, {1, 1});
+  check_blocks(places, "places of", col.numel());
+  verify_rows(crow, col, columns);
+  at::Tensor blocks = at::empty(places.sizes(), places.options());
+  const int32_t *ends = crow.const_data_ptr<int32_t>() + 1, *cols = col.const_data_ptr<int32_t>();
+  const int64_t* from = places.const_data_ptr<int64_t>();
+  int64_t* to = blocks.mutable_data_ptr<int64_t>();
+  const int64_t n = places.size(0);
+  for (int64_t i = 0, r = 0; i < n; ++r)
+    for (; i < n && from[i] < ends[r]; ++i) to[i] = r * columns + cols[from[i]];
+  return blocks;
+}
+
+// What SparsityPattern's _hash computes in torch.
+at::Tensor pattern_hash(const at::Tensor& crow, const at::Tensor& col, int64_t seed) {
+  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 1 && col.dim() == 1 && crow.is_contiguous() && col.is_contiguous(),
+                    "pattern_hash: expected crow and col of one dimension, contiguous, got ", crow.sizes(), " and ",
+                    col.sizes(), ".");
+  TORCH_CHECK_TYPE(crow.scalar_type() == at::kInt && col.scalar_type() == at::kInt,
+                   "pattern_hash: expected int32 indices, got ", crow.scalar_type(), " and ", col.scalar_type(), ".");
+  check_storage(crow, "crow");
+  check_storage(col, "col");
+  const int64_t rows = crow.size(0) - 1, n = col.size(0);
+  const int32_t *starts = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
+  std::atomic<uint64_t> total = 0;
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    uint64_t sum = 0;
+    for (int64_t r = begin; r < end; ++r) {
+      TORCH_CHECK_VALUE(0 <= starts[r] && starts[r] <= starts[r + 1] && starts[r + 1] <= n,
+                        "pattern_hash: expected crow to rise from 0 to the number of active blocks, ", n, ".");
+      const uint64_t base = (static_cast<uint64_t>(r) << 31) + static_cast<uint64_t>(seed);
+      for (int64_t i = starts[r]; i < starts[r + 1]; ++i) {
+        int64_t x = static_cast<int64_t>(base + static_cast<uint64_t>(static_cast<int64_t>(cols[i])));
+        for (const auto& [factor, shift] : {std::pair{0x9e3779b97f4a7c15u, 30}, {0xbf58476d1ce4e5b9u, 27}, {0x94d049bb133111ebu, 31}}) {
+          x = static_cast<int64_t>(static_cast<uint64_t>(x) * factor);
+          x ^= x >> shift;
+        }
+        sum += static_cast<uint64_t>(x);
+      }
+    }
+    total += sum;
+  });
+  return at::scalar_tensor(static_cast<int64_t>(total.load()), at::kLong);
+}
+
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("blocks_at", &blocks_at);
+  m.impl("pattern_hash", &pattern_hash);
   m.impl("pack", &pack);
   m.impl("unpack", &unpack);
   m.impl("keep_active_", &keep_active);

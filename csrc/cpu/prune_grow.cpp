@@ -8,18 +8,19 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstring>
-#include <iterator>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/bits.h"
+#include "cpu/isa.h"
+#include "cpu/topk_indices.h"
 #include "cpu/verified.h"
 #include "cpu/workspace.h"
 
@@ -32,70 +33,107 @@ struct Grid {
 };
 
 // A bit a place in packed order.
-class Bits {
- public:
-  explicit Bits(int64_t size) : memory_((size + 63) / 64 * 8), words_(memory_.as<uint64_t>()) {
-    std::fill_n(words_, (size + 63) / 64, 0);
-  }
-  void set(int64_t i) { words_[i / 64] |= uint64_t{1} << (i % 64); }
-  void clear(int64_t i) { words_[i / 64] &= ~(uint64_t{1} << (i % 64)); }
-  bool operator[](int64_t i) const { return words_[i / 64] >> (i % 64) & 1; }
-  uint64_t word(int64_t i) const { return words_[i / 64]; }
+struct Bits {
+  explicit Bits(int64_t size) : memory(8 * (size / 64 + 2)), words(memory.as<uint64_t>()) {}
+  bool operator[](int64_t i) const { return words[i / 64] >> (i % 64) & 1; }
+  uint64_t word(int64_t i) const { return words[i / 64]; }
 
- private:
-  Workspace memory_;
-  uint64_t* words_;
+  Workspace memory;
+  uint64_t* words;
 };
 
-using Blocks = std::vector<int64_t>;
-
-// Old places of the blocks that leave and new places of those that come, and the blocks themselves.
+// Old places of the blocks that leave and new places of those that come, the blocks themselves (`count` of each), and where
+// rows begin then.
 struct Moves {
-  explicit Moves(int64_t blocks) : dropped(blocks), grown(blocks) {}
+  Moves(int64_t blocks, int64_t rows, int64_t most)
+      : dropped(blocks), grown(blocks), lists(2 * 8 * most), out(lists.as<int64_t>()), in(out + most), starts(rows + 1) {}
   Bits dropped, grown;
-  Blocks out, in;
+  Workspace lists;
+  int64_t *out, *in, count = 0;
+  std::vector<int32_t> starts;
 };
 
-void check_indices(const at::Tensor& blocks, const char* name, int64_t total) {
-  TORCH_CHECK_TYPE(blocks.scalar_type() == at::kLong, "Expected int64 indices of the ", name, " blocks, got ",
-                   blocks.scalar_type(), ".");
-  TORCH_CHECK_VALUE(blocks.dim() == 1 && blocks.is_contiguous(), "Expected one contiguous row of ", name,
-                    " blocks, got ", blocks.sizes(), ".");
-  check_storage(blocks, name);
-  verify_blocks(blocks, name, total);
+// The bits of `bits` where `mask` has one, side by side.
+inline uint64_t extract_portable(uint64_t bits, uint64_t mask) {
+  uint64_t found = 0;
+  for (int i = 0; mask != 0; ++i, mask &= mask - 1) found |= (bits >> std::countr_zero(mask) & 1) << i;
+  return found;
 }
 
-// Row by row, a walk along its blocks beside those dropped and those grown; all are ascending.
-void plan(const Grid& grid, const at::Tensor& dropped, const at::Tensor& grown, Moves& moves) {
-  const int64_t k = dropped.size(0);
-  const int64_t *out = dropped.const_data_ptr<int64_t>(), *in = grown.const_data_ptr<int64_t>();
-  int64_t left = 0, came = 0, stayed = 0;
-  for (int64_t r = 0; r < grid.rows; ++r) {
-    const int64_t first = r * grid.columns, next = first + grid.columns, gone_before = left - stayed;
-    int64_t place = grid.crow[r];
-    const int64_t end = grid.crow[r + 1];
-    for (; left < k && out[left] < next; ++left, ++place) {
-      while (place < end && first + grid.col[place] < out[left]) ++place;
-      TORCH_CHECK_VALUE(place < end && first + grid.col[place] == out[left],
-                        "prune_grow_: expected active blocks to drop, got ", out[left], ", which is not active.");
-      moves.dropped.set(place);
-    }
-    place = grid.crow[r];
-    for (int64_t gone = gone_before; came < k && in[came] < next; ++came) {
-      for (; place < end && first + grid.col[place] < in[came]; ++place) gone += moves.dropped[place];
-      if (place < end && first + grid.col[place] == in[came]) {
-        TORCH_CHECK_VALUE(moves.dropped[place], "prune_grow_: expected inactive or dropped blocks to grow, got ", in[came],
-                          ", which is active and not dropped.");
-        moves.dropped.clear(place);
-        ++stayed;
-      } else {
-        moves.grown.set(place - gone + std::ssize(moves.in));
-        moves.in.push_back(in[came]);
-      }
-    }
+// One row's words: of the active blocks (`old`), and of those to drop and to grow, which become what leaves and comes.
+// Returns false if they do not fit: what is to drop is active, and what is to grow is not, unless dropped.
+template <typename Extract>
+inline __attribute__((always_inline)) bool merge_row(const uint64_t* old, uint64_t* drop, uint64_t* grow, int64_t n,
+                                                     BitWriter& dropped, BitWriter& grown, Extract extract) {
+  uint64_t bad = 0;
+  for (int64_t w = 0; w < n; ++w) {
+    bad |= (drop[w] & ~old[w]) | (grow[w] & old[w] & ~drop[w]);
+    const uint64_t gone = drop[w] & ~grow[w], fresh = grow[w] & ~old[w], now = (old[w] & ~gone) | fresh;
+    dropped.append(extract(gone, old[w]), std::popcount(old[w]));
+    grown.append(extract(fresh, now), std::popcount(now));
+    drop[w] = gone;
+    grow[w] = fresh;
   }
-  moves.out.reserve(moves.in.size());
-  std::set_difference(out, out + k, in, in + k, std::back_inserter(moves.out));
+  return bad == 0;
+}
+
+bool merge_portable(const uint64_t* old, uint64_t* drop, uint64_t* grow, int64_t n, BitWriter& dropped, BitWriter& grown) {
+  return merge_row(old, drop, grow, n, dropped, grown, extract_portable);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("bmi,bmi2,popcnt"))) bool merge_bmi2(const uint64_t* old, uint64_t* drop, uint64_t* grow, int64_t n,
+                                                           BitWriter& dropped, BitWriter& grown) {
+  return merge_row(old, drop, grow, n, dropped, grown,
+                   [](uint64_t bits, uint64_t mask) __attribute__((target("bmi2"))) { return __builtin_ia32_pext_di(bits, mask); });
+}
+#endif
+
+[[noreturn]] void refuse(const Grid& grid, int64_t r, const int64_t* out, int64_t left, const int64_t* in, int64_t came) {
+  const int32_t *first = grid.col + grid.crow[r], *last = grid.col + grid.crow[r + 1];
+  for (int64_t i = 0; i < left; ++i)
+    TORCH_CHECK_VALUE(std::binary_search(first, last, static_cast<int32_t>(out[i] - r * grid.columns)),
+                      "prune_grow_: expected active blocks to drop, got ", out[i], ", which is not active.");
+  for (int64_t i = 0; i < came; ++i)
+    TORCH_CHECK_VALUE(!std::binary_search(first, last, static_cast<int32_t>(in[i] - r * grid.columns)) ||
+                          std::binary_search(out, out + left, in[i]),
+                      "prune_grow_: expected inactive or dropped blocks to grow, got ", in[i],
+                      ", which is active and not dropped.");
+  TORCH_CHECK(false, "prune_grow_: row ", r, " does not fit its blocks.");
+}
+
+// Row by row, as bits: a walk along three ascending lists would mispredict at every block that leaves or comes.
+void plan(const Grid& grid, const at::Tensor& dropped, const at::Tensor& grown, Moves& moves) {
+#if defined(__x86_64__)
+  const auto merge = cpu_isa() != Isa::portable && __builtin_cpu_supports("bmi2") ? merge_bmi2 : merge_portable;
+#else
+  const auto merge = merge_portable;
+#endif
+  const int64_t k = dropped.size(0), words = (grid.columns + 63) / 64;
+  const int64_t *out = dropped.const_data_ptr<int64_t>(), *in = grown.const_data_ptr<int64_t>();
+  const Workspace memory(3 * 8 * words);
+  uint64_t *const old = memory.as<uint64_t>(), *const drop = old + words, *const grow = drop + words;
+  BitWriter left_bits(moves.dropped.words), came_bits(moves.grown.words);
+  int64_t left = 0, came = 0, gone = 0, fresh = 0;
+  moves.starts[0] = 0;
+  for (int64_t r = 0; r < grid.rows; ++r) {
+    const int64_t first = r * grid.columns, left_before = left, came_before = came, blocks = grid.crow[r + 1] - grid.crow[r];
+    while (left < k && out[left] < first + grid.columns) ++left;
+    while (came < k && in[came] < first + grid.columns) ++came;
+    std::fill_n(old, 3 * words, 0);
+    set_bits(grid.col + grid.crow[r], blocks, 0, old);
+    set_bits(out + left_before, left - left_before, first, drop);
+    set_bits(in + came_before, came - came_before, first, grow);
+    if (!merge(old, drop, grow, words, left_bits, came_bits))
+      refuse(grid, r, out + left_before, left - left_before, in + came_before, came - came_before);
+    const int64_t leave = count_bits(drop, words), come = count_bits(grow, words);
+    write_indices(drop, words, first, moves.out + gone, moves.out + k);
+    write_indices(grow, words, first, moves.in + fresh, moves.in + k);
+    gone += leave;
+    fresh += come;
+    moves.starts[r + 1] = static_cast<int32_t>(grid.crow[r + 1] - gone + fresh);
+  }
+  moves.count = gone;
 }
 
 // data [blocks, size] of blocks in packed order: without the dropped, with zeros for the grown.
@@ -150,7 +188,7 @@ void move_packed(const at::Tensor& tensor, int64_t blocks, const Moves& moves) {
 }
 
 // Zeroes the given blocks of a tensor of the weight's shape and any strides.
-void zero_blocks(const at::Tensor& tensor, const Blocks& blocks, int64_t columns, at::IntArrayRef block) {
+void zero_blocks(const at::Tensor& tensor, std::span<const int64_t> blocks, int64_t columns, at::IntArrayRef block) {
   char* data = static_cast<char*>(tensor.mutable_data_ptr());
   const int64_t bytes = tensor.element_size(), height = tensor.dim() == 4 ? tensor.size(2) : 1,
                 width = tensor.dim() == 4 ? tensor.size(3) : 1, positions = height * width;
@@ -165,26 +203,15 @@ void zero_blocks(const at::Tensor& tensor, const Blocks& blocks, int64_t columns
 }
 
 // crow and col of the new topology; col was moved like a packed value.
-void write_rows(int32_t* crow, int32_t* col, int64_t rows, int64_t columns, const Moves& moves) {
-  const Blocks &out = moves.out, &in = moves.in;
-  const int64_t k = std::ssize(out);
-  int64_t left = 0, came = 0, place = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t first = r * columns;
-    while (left < k && out[left] < first + columns) ++left;
-    for (; came < k && in[came] < first + columns; ++came, ++place) {
-      for (uint64_t rest = moves.grown.word(place) >> (place % 64);;) {
-        if (rest != 0) {
-          place += std::countr_zero(rest);
-          break;
-        }
-        place = (place / 64 + 1) * 64;
-        rest = moves.grown.word(place);
-      }
-      col[place] = static_cast<int32_t>(in[came] - first);
-    }
-    crow[r + 1] += static_cast<int32_t>(came - left);
-  }
+void write_rows(int32_t* crow, int32_t* col, int64_t blocks, int64_t rows, int64_t columns, const Moves& moves) {
+  const Workspace memory(8 * moves.count);
+  int64_t* const places = memory.as<int64_t>();
+  write_indices(moves.grown.words, (blocks + 63) / 64, 0, places, places + moves.count);
+  int64_t i = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (const int64_t first = r * columns; i < moves.count && moves.in[i] < first + columns; ++i)
+      col[places[i]] = static_cast<int32_t>(moves.in[i] - first);
+  std::copy(moves.starts.begin(), moves.starts.end(), crow);
 }
 
 // A range of columns at a time: so many places to write to stay in the caches and the translation buffer.
@@ -214,8 +241,8 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
                  at::IntArrayRef shape, at::IntArrayRef block) {
   const auto [rows, columns, positions] = check_csr(crow, col, shape, block);
   check_transposed(ccol, row, perm, col, {rows, columns, positions});
-  check_indices(dropped, "dropped", rows * columns);
-  check_indices(grown, "grown", rows * columns);
+  check_blocks(dropped, "dropped", rows * columns);
+  check_blocks(grown, "grown", rows * columns);
   TORCH_CHECK_VALUE(dropped.size(0) == grown.size(0), "prune_grow_: expected as many grown blocks as dropped ones, got ",
                     grown.size(0), " and ", dropped.size(0), ".");
   std::vector<at::Tensor> tensors{weight};
@@ -235,9 +262,9 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
   verify_rows(crow, col, columns);  // the order by columns is made anew
 
   const Grid grid{crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), rows, columns};
-  Moves moves(blocks);
+  Moves moves(blocks, rows, dropped.size(0));
   plan(grid, dropped, grown, moves);  // the last that can fail: nothing has changed yet
-  if (moves.out.empty()) return;
+  if (moves.count == 0) return;
   at::parallel_for(0, static_cast<int64_t>(tensors.size()) + 1, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (t == static_cast<int64_t>(tensors.size())) {
@@ -245,12 +272,12 @@ void prune_grow_(at::Tensor weight, at::TensorList states, at::Tensor crow, at::
       } else if (packed) {
         move_packed(tensors[t], blocks, moves);
       } else {
-        zero_blocks(tensors[t], moves.out, columns, block);
-        zero_blocks(tensors[t], moves.in, columns, block);
+        zero_blocks(tensors[t], {moves.out, static_cast<size_t>(moves.count)}, columns, block);
+        zero_blocks(tensors[t], {moves.in, static_cast<size_t>(moves.count)}, columns, block);
       }
     }
   });
-  write_rows(crow.mutable_data_ptr<int32_t>(), col.mutable_data_ptr<int32_t>(), rows, columns, moves);
+  write_rows(crow.mutable_data_ptr<int32_t>(), col.mutable_data_ptr<int32_t>(), blocks, rows, columns, moves);
   write_columns(grid, ccol.mutable_data_ptr<int32_t>(), row.mutable_data_ptr<int32_t>(),
                 perm.mutable_data_ptr<int32_t>());
 }
@@ -286,7 +313,7 @@ void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, con
   TORCH_CHECK_TYPE(scores.scalar_type() == at::kFloat || scores.scalar_type() == at::kDouble,
                    "exclude_kept_: expected float32 or float64 scores, got ", scores.scalar_type(), ".");
   check_output(scores, "scores");
-  check_indices(dropped, "dropped", rows * columns);
+  check_blocks(dropped, "dropped", rows * columns);
   verify_rows(crow, col, columns);
   if (n == 0) return;
   const int32_t *starts = crow.const_data_ptr<int32_t>(), *cols = col.const_data_ptr<int32_t>();
@@ -298,45 +325,11 @@ void exclude_kept_(at::Tensor scores, int64_t first, const at::Tensor& crow, con
   });
 }
 
-// In memory of the pool: that of a fresh tensor of this size would cost more than the scores.
-at::Tensor growth_scores(const at::Tensor& dense, const at::Tensor& crow, const at::Tensor& col, const at::Tensor& dropped) {
-  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 2, "growth_scores: expected crow of one dimension and at least "
-                    "two entries, got ", crow.sizes(), ".");
-  const int64_t rows = crow.size(0) - 1, n = dense.numel(), columns = n / rows;
-  TORCH_CHECK_VALUE(dense.is_contiguous() && columns * rows == n,
-                    "growth_scores: expected contiguous scores of ", rows, " rows, got sizes ", dense.sizes(), ".");
-  TORCH_CHECK_TYPE(dense.scalar_type() == at::kFloat || dense.scalar_type() == at::kDouble,
-                   "growth_scores: expected float32 or float64 scores, got ", dense.scalar_type(), ".");
-  TORCH_CHECK_VALUE(dense.device() == crow.device() && dropped.device() == crow.device(),
-                    "growth_scores: expected scores, pattern and dropped blocks on one device.");
-  check_csr(crow, col, {rows, columns}, {1, 1});
-  check_storage(dense, "scores");
-  check_indices(dropped, "dropped", n);
-  verify_rows(crow, col, columns);
-  auto* const memory = new Workspace(dense.nbytes());
-  const at::Tensor scores = at::from_blob(memory->as<void>(), {n}, [memory](void*) { delete memory; }, dense.options());
-  AT_DISPATCH_FLOATING_TYPES(dense.scalar_type(), "growth_scores", [&] {
-    const scalar_t* const from = dense.const_data_ptr<scalar_t>();
-    scalar_t* const to = scores.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, rows, 1 + (1 << 15) / std::max<int64_t>(1, columns), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        for (int64_t i = r * columns; i < (r + 1) * columns; ++i) {
-          const scalar_t x = std::abs(from[i]);
-          to[i] = x == x ? x : -std::numeric_limits<scalar_t>::infinity();
-        }
-        exclude_rows(to, 0, n, crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), dropped, columns, r, r + 1);
-      }
-    });
-  });
-  return scores;
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
   m.impl("prune_grow_", &prune_grow_);
   m.impl("exclude_kept_", &exclude_kept_);
-  m.impl("growth_scores", &growth_scores);
 }
 
 }  // namespace uasparse

@@ -5,6 +5,7 @@
 //    scores in the bracket as integer keys.
 // 3. A radix histogram finds the exact threshold among the keys.
 // 4. The bits, with the threshold applied, become ascending indices.
+// Growth leaves blocks out, by bits too: they are neither above nor in the bracket.
 // A bracket that misses (the counts of pass 2 tell) is replaced by one that holds everything; so the result is exact
 // whatever the sample was. Threads share chunks of a fixed size: it does not depend on their number either.
 
@@ -23,10 +24,13 @@
 #include <functional>
 #include <limits>
 #include <mutex>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/bits.h"
+#include "cpu/verified.h"
 #include "cpu/workspace.h"
 
 namespace uasparse {
@@ -57,12 +61,34 @@ uint64_t key_of(double x) {
   return bits >> 63 ? ~bits : bits | (uint64_t{1} << 63);
 }
 
+// The active blocks that stay, which growth leaves out: active ones that are not in `dropped`, by flat grid index.
+struct Kept {
+  const int32_t *crow, *col;
+  int64_t columns;
+  const int64_t *dropped, *dropped_end;
+
+  // Sets the bits of those in [begin, end) in words of zeros; scratch has as many words, zeros as well.
+  void mark(int64_t begin, int64_t end, uint64_t* words, uint64_t* scratch) const {
+    for (int64_t r = begin / columns; r * columns < end; ++r) {
+      const int32_t *first = col + crow[r], *last = col + crow[r + 1];
+      const int64_t start = r * columns;
+      if (start < begin) first = std::lower_bound(first, last, begin - start);
+      if (start + columns > end) last = std::lower_bound(first, last, end - start);
+      set_bits(first, last - first, begin - start, words);
+    }
+    const int64_t *first = std::lower_bound(dropped, dropped_end, begin), *last = std::lower_bound(first, dropped_end, end);
+    set_bits(first, last - first, begin, scratch);
+    for (int64_t w = 0; w < (end - begin + 63) / 64; ++w) words[w] &= ~scratch[w];
+  }
+};
+
 struct Bracket {
   float low, high;
 };
 
-// Holds the rank-th best of n scores almost surely: four standard deviations of the sample's quantile to each side.
-Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order) {
+// Holds the rank-th best of n scores almost surely: four standard deviations of the sample's quantile to each side. Those
+// with a bit in `excluded` (may be null) come last, as NaN does.
+Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order, const uint64_t* excluded) {
   const int64_t size = std::clamp<int64_t>(n / 64, 1024, 32768);
   std::vector<float> sample(size);
   std::vector<int64_t> places(size);
@@ -75,7 +101,8 @@ Bracket sample_bracket(const float* scores, int64_t n, int64_t rank, Order order
   for (int64_t i = 0; i < size; ++i) {
     __builtin_prefetch(scores + places[std::min(i + 32, size - 1)]);  // each is a cache miss
     const float x = preference(scores[places[i]], order);
-    sample[i] = std::isnan(x) ? -std::numeric_limits<float>::infinity() : x;
+    const bool out = excluded != nullptr && (excluded[places[i] / 64] >> (places[i] % 64) & 1);
+    sample[i] = out || std::isnan(x) ? -std::numeric_limits<float>::infinity() : x;
   }
   const double quantile = static_cast<double>(rank) / n, middle = quantile * size;
   const double margin = 4 * std::sqrt(size * quantile * (1 - quantile)) + 1;
@@ -111,7 +138,22 @@ class Selection {
       : scores_(scores), n_(n), words_((n + 63) / 64), order_(order), bits_(8 * (words_ + kBlockWords)),
         above_(bits_.as<uint64_t>()), chunks_((words_ + kChunkWords - 1) / kChunkWords) {}
 
-  // Writes the indices of the k best, ascending; 0 < k <= n.
+  // Leaves these out.
+  void exclude(const Kept& kept) {
+    excluded_bits_.emplace(8 * words_);
+    excluded_ = excluded_bits_->as<uint64_t>();
+    for_each_chunk([&](int64_t, int64_t begin, int64_t end) {
+      const Workspace scratch(8 * kChunkWords);
+      std::fill(excluded_ + begin, excluded_ + end, 0);
+      std::fill_n(scratch.as<uint64_t>(), end - begin, 0);
+      kept.mark(begin * 64, std::min(n_, end * 64), excluded_ + begin, scratch.as<uint64_t>());
+    });
+  }
+
+  // How many may be selected.
+  int64_t candidates() const { return excluded_ == nullptr ? n_ : n_ - count_bits(excluded_, words_); }
+
+  // Writes the indices of the k best, ascending; 0 < k <= candidates().
   void run(int64_t k, int64_t* indices) {
     Entries few(chunks_.size(), kChunkWords * 8);
     if (bracketed(k, few)) {
@@ -139,7 +181,7 @@ class Selection {
   bool bracketed(int64_t k, Entries& entries) {
     if constexpr (std::is_same_v<T, float>) {
       if (n_ < 1 << 14 || k == n_) return false;
-      const Bracket bracket = sample_bracket(scores_, n_, k, order_);
+      const Bracket bracket = sample_bracket(scores_, n_, k, order_, excluded_);
       std::atomic<bool> fits = true;
       for_each_chunk([&](int64_t c, int64_t begin, int64_t end) {
         chunks_[c] = Chunk();
@@ -169,6 +211,12 @@ class Selection {
       classify_scores(last, 64, bracket.low, bracket.high, order_.largest, order_.magnitude, above_ + whole,
                       maybe + (whole - begin));
     }
+    if (excluded_ != nullptr) {
+      for (int64_t w = begin; w < end; ++w) {
+        above_[w] &= ~excluded_[w];
+        maybe[w - begin] &= ~excluded_[w];
+      }
+    }
     Chunk& chunk = chunks_[c];
     Key* keys = entries.keys + c * entries.capacity;
     uint16_t* places = entries.places + c * entries.capacity;
@@ -195,13 +243,15 @@ class Selection {
 
   void hold_all(Entries& entries) {
     for_each_chunk([&](int64_t c, int64_t begin, int64_t end) {
-      const int64_t first = begin * 64, count = std::min(end * 64, n_) - first;
+      const int64_t first = begin * 64, size = std::min(end * 64, n_) - first;
       std::fill(above_ + begin, above_ + end, 0);
-      chunks_[c] = {.maybe = count};
-      for (int64_t i = 0; i < count; ++i) {
-        entries.keys[c * entries.capacity + i] = key_of(preference(scores_[first + i], order_));
-        entries.places[c * entries.capacity + i] = static_cast<uint16_t>(i);
+      int64_t count = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        if (excluded_ != nullptr && (excluded_[begin + i / 64] >> (i % 64) & 1)) continue;
+        entries.keys[c * entries.capacity + count] = key_of(preference(scores_[first + i], order_));
+        entries.places[c * entries.capacity + count++] = static_cast<uint16_t>(i);
       }
+      chunks_[c] = {.maybe = count};
     });
   }
 
@@ -276,6 +326,8 @@ class Selection {
   Order order_;
   Workspace bits_;
   uint64_t* above_;  // a bit a score: selected
+  std::optional<Workspace> excluded_bits_;
+  uint64_t* excluded_ = nullptr;
   std::vector<Chunk> chunks_;
 };
 
@@ -302,6 +354,35 @@ std::vector<at::Tensor> topk_indices_many(at::TensorList scores, at::IntArrayRef
   TORCH_CHECK_VALUE(scores.size() == k.size(), "Expected a k for each of ", scores.size(), " scores, got ", k.size(), ".");
   std::vector<at::Tensor> indices;
   for (size_t s = 0; s < scores.size(); ++s) indices.push_back(topk_indices(scores[s], k[s], largest, magnitude));
+  return indices;
+}
+
+// Of unstructured patterns: the k largest magnitudes of all blocks but those that stay.
+at::Tensor growth_indices(const at::Tensor& dense, int64_t k, const at::Tensor& crow, const at::Tensor& col,
+                          const at::Tensor& dropped) {
+  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.size(0) >= 2, "growth_indices: expected crow of one dimension and at least "
+                    "two entries, got ", crow.sizes(), ".");
+  const int64_t rows = crow.size(0) - 1, n = dense.numel(), columns = n / rows;
+  TORCH_CHECK_VALUE(dense.is_contiguous() && columns * rows == n,
+                    "growth_indices: expected contiguous scores of ", rows, " rows, got sizes ", dense.sizes(), ".");
+  TORCH_CHECK_TYPE(dense.scalar_type() == at::kFloat || dense.scalar_type() == at::kDouble,
+                   "growth_indices: expected float32 or float64 scores, got ", dense.scalar_type(), ".");
+  TORCH_CHECK_VALUE(dense.device() == crow.device() && dropped.device() == crow.device(),
+                    "growth_indices: expected scores, pattern and dropped blocks on one device.");
+  check_csr(crow, col, {rows, columns}, {1, 1});
+  check_storage(dense, "scores");
+  check_blocks(dropped, "dropped", n);
+  verify_rows(crow, col, columns);
+  const int64_t* const out = dropped.const_data_ptr<int64_t>();
+  const Kept kept{crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), columns, out, out + dropped.size(0)};
+  at::Tensor indices = at::empty({std::max<int64_t>(k, 0)}, at::kLong);
+  AT_DISPATCH_FLOATING_TYPES(dense.scalar_type(), "growth_indices", [&] {
+    Selection<scalar_t> selection(dense.const_data_ptr<scalar_t>(), n, {true, true});
+    selection.exclude(kept);
+    TORCH_CHECK_VALUE(k >= 0 && k <= selection.candidates(), "growth_indices: expected k in [0, ", selection.candidates(),
+                      "], the inactive or dropped blocks, got ", k, ".");
+    if (k > 0) selection.run(k, indices.mutable_data_ptr<int64_t>());
+  });
   return indices;
 }
 
@@ -339,6 +420,7 @@ at::Tensor indices_above(const at::Tensor& scores, double threshold) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
+  m.impl("growth_indices", &growth_indices);
   m.impl("indices_above", &indices_above);
   m.impl("topk_indices", &topk_indices);
   m.impl("topk_indices_many", &topk_indices_many);

@@ -7,6 +7,8 @@
 
 #include "cpu/remembered.h"
 
+#include "checks.h"
+
 namespace uasparse {
 namespace {
 
@@ -108,7 +110,12 @@ void verify_both(const at::Tensor& crow, const at::Tensor& col, const at::Tensor
   });
 }
 
-void verify_blocks(const at::Tensor& blocks, const char* name, int64_t total) {
+void check_blocks(const at::Tensor& blocks, const char* name, int64_t total) {
+  TORCH_CHECK_TYPE(blocks.scalar_type() == at::kLong, "Expected int64 indices of the ", name, " blocks, got ",
+                   blocks.scalar_type(), ".");
+  TORCH_CHECK_VALUE(blocks.dim() == 1 && blocks.is_contiguous(), "Expected one contiguous row of ", name,
+                    " blocks, got ", blocks.sizes(), ".");
+  check_storage(blocks, name);
   static auto* const verified = new Remembered<1, Good>;
   once<1>(*verified, {&blocks}, total, [&] {
     const int64_t* index = blocks.const_data_ptr<int64_t>();

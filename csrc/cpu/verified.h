@@ -21,7 +21,7 @@ void verify_rows(const at::Tensor& crow, const at::Tensor& col, int64_t columns)
 void verify_both(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
                  const at::Tensor& perm);
 
-// Flat indices (int64, contiguous, one dimension): ascending, distinct and in [0, total).
-void verify_blocks(const at::Tensor& blocks, const char* name, int64_t total);
+// Flat indices: int64, contiguous, of one dimension; ascending, distinct and in [0, total).
+void check_blocks(const at::Tensor& blocks, const char* name, int64_t total);
 
 }  // namespace uasparse

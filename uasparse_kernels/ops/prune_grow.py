@@ -70,20 +70,20 @@ def prune_grow(
         grown = random_candidates(pattern, candidates_too, k, generator)
     else:
         assert grow_scores is not None  # checked
-        grown = topk_indices_many([_growth_scores(grow_scores, pattern, candidates_too)], [k])[0]
+        grown = _grow_largest(grow_scores, k, pattern, candidates_too)
     apply(weight, pattern, dropped, grown, states, reset_regrown=reset_regrown)
     return PruneGrowResult(dropped, grown)
 
 
-def _growth_scores(dense: Tensor, pattern: SparsityPattern, dropped: Tensor) -> Tensor:
-    """Scores of all blocks, ready for selection (:func:`prepare_scores_`)."""
+def _grow_largest(dense: Tensor, k: int, pattern: SparsityPattern, dropped: Tensor) -> Tensor:
+    """The ``k`` blocks of largest norm that are inactive or dropped."""
     dense = dense.detach()
     fits = pattern.block == (1, 1) and dense.is_contiguous() and dense.dtype == _score_dtype(dense) and dense.numel()
-    if fits and dense.device.type == "cpu" and _library.has_kernel("growth_scores", dense):
-        return torch.ops.uasparse.growth_scores(dense, pattern.crow, pattern.col, dropped)  # in one pass
+    if fits and dense.device.type == "cpu" and _library.has_kernel("growth_indices", dense):
+        return torch.ops.uasparse.growth_indices(dense, k, pattern.crow, pattern.col, dropped)  # reads them once
     scores = block_scores(dense, pattern.block)
     prepare_scores_(scores, 0, pattern, dropped)
-    return scores
+    return topk_indices_many([scores], [k])[0]
 
 
 def drop_count(fraction: float, pattern: SparsityPattern, regrow_dropped: bool = True) -> int:
@@ -115,6 +115,9 @@ def drop_lowest(scores: Sequence[Tensor], patterns: Sequence[SparsityPattern], c
     """Of each layer the ``counts[i]`` active blocks of lowest ``scores[i]`` (``[num_blocks]``, in packed order)."""
     dropped = []
     for pattern, places in zip(patterns, topk_indices_many(scores, counts, largest=False), strict=True):
+        if _library.has_kernel("blocks_at", places):
+            dropped.append(torch.ops.uasparse.blocks_at(pattern.crow, pattern.col, places, pattern.grid[1]))
+            continue
         rows = torch.searchsorted(pattern.crow, places.to(torch.int32), right=True)
         dropped.append(rows.sub_(1).mul_(pattern.grid[1]).add_(pattern.col[places]))
     return dropped
@@ -496,6 +499,11 @@ def _exclude_fake(scores, first, crow, col, dropped, columns):
     return None
 
 
-@_library.register_fake("growth_scores")
-def _scores_fake(dense, crow, col, dropped):
-    return dense.new_empty(dense.numel())
+@_library.register_fake("growth_indices")
+def _grow_fake(dense, k, crow, col, dropped):
+    return dropped.new_empty(k)
+
+
+@_library.register_fake("blocks_at")
+def _blocks_fake(crow, col, places, columns):
+    return places.new_empty(places.shape)
