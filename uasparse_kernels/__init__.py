@@ -7,8 +7,10 @@ from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
 from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.repack import repack
 from uasparse_kernels.topology import DynamicSparsity
 from uasparse_kernels.tune import tune
+from uasparse_kernels.unknown_output import add_unknown_output
 
 __all__ = [
     "DynamicSparsity",
@@ -16,6 +18,7 @@ __all__ = [
     "SparseLinear",
     "SparsityPattern",
     "UnknownAwareLoss",
+    "add_unknown_output",
     "backend_info",
     "densify",
     "explain",
@@ -26,6 +29,7 @@ __all__ = [
     "nn",
     "ops",
     "optimize_for_inference",
+    "repack",
     "save_sparse",
     "sparsify",
     "topology",

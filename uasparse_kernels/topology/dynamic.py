@@ -409,6 +409,13 @@ class DynamicSparsity:
             warnings.warn(text + "the topology will never change; give a smaller delta_t.", stacklevel=3)
 
 
+def owner_of(layer: SparseLayer) -> DynamicSparsity | None:
+    """What changes a layer's pattern as it trains."""
+    reference = _OWNERS.get(layer)
+    owner = reference() if reference is not None else None
+    return None if owner is None or owner._detached else owner
+
+
 def _trains(layer: SparseLayer) -> bool:
     return layer.weight.requires_grad
 
