@@ -8,6 +8,7 @@ from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.repack import repack
+from uasparse_kernels.summary import summary
 from uasparse_kernels.topology import DynamicSparsity
 from uasparse_kernels.tune import tune
 from uasparse_kernels.unknown_output import add_unknown_output
@@ -32,6 +33,7 @@ __all__ = [
     "repack",
     "save_sparse",
     "sparsify",
+    "summary",
     "topology",
     "tune",
 ]

@@ -120,6 +120,8 @@ def sparsify(
         raise ValueError(f"No layer of the model is named {', '.join(map(repr, unknown))}; see model.named_modules().")
 
     candidates, skipped = _candidates(model)
+    for name, reason in skipped.items():
+        logger.warning("%s cannot be made sparse: %s", name, reason)
     held = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     if not candidates and not skipped and not held:
         raise ValueError("Expected a model with an nn.Linear or an nn.Conv2d, got one without.")
@@ -260,8 +262,6 @@ def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]
             skipped[name] = f"its weight is shared by {', '.join(users[id(module.weight)])}"
         else:
             candidates[name] = module
-    for name, reason in skipped.items():
-        logger.warning("%s cannot be made sparse: %s", name, reason)
     return candidates, skipped
 
 
