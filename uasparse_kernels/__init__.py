@@ -6,9 +6,13 @@ from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
+from uasparse_kernels.param_groups import param_groups
 from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.repack import repack
+from uasparse_kernels.summary import summary
 from uasparse_kernels.topology import DynamicSparsity
 from uasparse_kernels.tune import tune
+from uasparse_kernels.unknown_output import add_unknown_output
 
 __all__ = [
     "DynamicSparsity",
@@ -16,6 +20,7 @@ __all__ = [
     "SparseLinear",
     "SparsityPattern",
     "UnknownAwareLoss",
+    "add_unknown_output",
     "backend_info",
     "densify",
     "explain",
@@ -26,8 +31,11 @@ __all__ = [
     "nn",
     "ops",
     "optimize_for_inference",
+    "param_groups",
+    "repack",
     "save_sparse",
     "sparsify",
+    "summary",
     "topology",
     "tune",
 ]

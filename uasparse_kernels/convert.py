@@ -6,15 +6,17 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from uasparse_kernels._carry_over import carry_over
+from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
+from uasparse_kernels._keep import Change, Keep, check_changeable, warn_of_resized
 from uasparse_kernels._readers import read_weights
-from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
+from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
 from uasparse_kernels.pattern import check_block
 from uasparse_kernels.topology.distribution import layer_densities
-from uasparse_kernels.topology.structure import parse_n_of_m, structured_pattern
+from uasparse_kernels.topology.structure import parse_n_of_m
 
 logger = logging.getLogger("uasparse_kernels")
 
@@ -27,6 +29,8 @@ def sparsify(
     sparsity: float,
     *,
     distribution: str = "erk",
+    keep: str = "random",
+    scores: Mapping[str, Tensor] | None = None,
     block: Sequence[int] = (1, 1),
     storage: str = "auto",
     structure: str | None = None,
@@ -35,17 +39,29 @@ def sparsify(
     overrides: Mapping[str, float | Mapping[str, Any]] | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
-    """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones with random patterns.
+    """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones, and brings those that are sparse already to
+    the sparsity asked for.
+
+    From scratch, patterns are random. From a pretrained network, ``keep="magnitude"`` keeps the largest weights, and
+    ``scores`` those of largest score.
 
     As published (RigL, arXiv 1911.11134), "erk" and "er" cover every layer, and "uniform" all but the first
     convolution, few weights that matter much. A layer that the distribution makes fully dense stays a dense one (but
     see ``include_dense``), and so do the output embeddings of a language model, which its library resizes as a matrix;
     ``exempt`` and ``overrides`` say otherwise. What cannot be converted is left as it is and logged (logger
     "uasparse_kernels") with the reason: layers of other types, and those whose weight somebody else reads or shares.
-    Hooks and attributes of a layer go to the new one. Build the optimiser afterwards: the parameters are new ones.
+    One line at WARNING says so where no layer, or less than 80 % of the weights in matrices, could be covered;
+    ``summary(model)`` tells all. Hooks and attributes of a layer go to the new one. Build the optimiser afterwards: the
+    parameters are new ones.
 
     Weights are scaled up to what a random pattern leaves of each output's inputs, so that outputs keep their variance
-    and deep networks without normalisation train. A layer with a ``pattern`` of its own keeps its values.
+    and deep networks without normalisation train. What was chosen by magnitude or scores, or by a ``pattern`` that was
+    given, keeps its values.
+
+    **Sparse layers** change in place, to exactly the density that the distribution gives them: they lose their weights
+    of smallest magnitude (or score), or grow at random (or by scores of the dense weight's shape) from zero. Modules
+    and parameters stay the same objects, and blocks as they are; packed weights take another size, for which
+    optimisers with state (momentum) have to be made anew.
 
     An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
     for contiguous maps in training. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which reads
@@ -55,33 +71,48 @@ def sparsify(
         model: changed in place; a lone layer is not, its sparse form is returned.
         sparsity: share of absent weights, in [0, 1), over all layers that the distribution covers: those that are
             neither exempt nor overridden. The count is exact (see ``topology.layer_densities``).
-        distribution: "erk", "er" or "uniform", which "N:M" is always.
+        distribution: "erk", "er" or "uniform", which "N:M" is always; or "global", with ``keep="magnitude"`` or
+            ``scores``: one threshold over all layers, which all keep at least their best block (blocks of several
+            sizes are compared by root mean square).
+        keep: what stays of a dense layer: "random" weights, or those of largest "magnitude" (blocks by Frobenius
+            norm), as many in each layer as the distribution says; with a structure, the largest of each row or group.
+        scores: by name of the weight, as in ``model.named_parameters()`` ("fc.weight"), a tensor of its shape: a
+            gradient, |w| times the norm of the inputs (Wanda, arXiv 2306.11695), |w * gradient| (SNIP, arXiv
+            1810.02340). Those of largest magnitude stay (blocks by norm). Every layer that becomes sparse must have
+            one; other parameters' are not looked at. Instead of ``keep``.
         block: (1, 1), (r, 1) or (b, b).
-        storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``).
+        storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``), for sparse layers too.
         structure: None for patterns without constraint; "fan-in" for as many active blocks in every row (their number
             is rounded in each layer), or "N:M" (such as "2:4") for N in every M neighbouring input channels, whose
             sparsity is 1 - N / M in every layer: ``sparsity`` must say the same. See ``topology.structured_pattern``.
         include_dense: swaps layers that the distribution makes fully dense too, for methods that prune gradually:
             ``sparsify(model, 0.0, include_dense=True)`` is where GMP starts.
-        exempt: fully qualified names of layers that stay dense.
+        exempt: fully qualified names of layers that stay dense (or as they are).
         overrides: by fully qualified name, a layer's own sparsity, or a mapping of ``sparsity`` or ``pattern``,
             ``block`` and ``storage``; what it leaves out is as for the model.
-        filter: called with name and layer; False leaves a layer dense.
+        filter: called with name and layer; False leaves a layer dense (or as it is).
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for unknown names or arguments out of range, a model without an ``nn.Linear`` or ``nn.Conv2d``, or
-            one that has sparse layers already; the model is unchanged then.
+        ValueError: for unknown names or arguments out of range, scores that are missing, not finite or of another
+            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, or sparse layers that a DynamicSparsity holds; the
+            model is unchanged then.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
     check_block(block)
-    if any(isinstance(module, SparseLayer) for module in model.modules()):
-        raise ValueError("The model has sparse layers already; call densify(model) first to give it other patterns.")
+    chooser = Keep(model, keep, scores)
+    if distribution == "global" and (chooser.is_random or structure is not None):
+        raise ValueError(
+            'Expected keep="magnitude" or scores=, and no structure, with distribution="global": one threshold over '
+            "the scores of all layers says how many weights each keeps."
+        )
     if structure not in (None, "fan-in"):
         parse_n_of_m(structure)
+        if tuple(block) != (1, 1):
+            raise ValueError(f"Expected block (1, 1) for structure {structure!r}, got {tuple(block)}.")
     overrides, exempt = dict(overrides or {}), set(exempt)
     names = {name for name, _ in model.named_modules()}
     unknown = sorted((exempt | overrides.keys()) - names)
@@ -89,62 +120,110 @@ def sparsify(
         raise ValueError(f"No layer of the model is named {', '.join(map(repr, unknown))}; see model.named_modules().")
 
     candidates, skipped = _candidates(model)
-    if not candidates and not skipped:
+    for name, reason in skipped.items():
+        logger.warning("%s cannot be made sparse: %s", name, reason)
+    held = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    if not candidates and not skipped and not held:
         raise ValueError("Expected a model with an nn.Linear or an nn.Conv2d, got one without.")
+    layers: dict[str, Any] = {n: m for n, m in model.named_modules() if n in candidates or n in held}
     for name in overrides:
-        if name not in candidates:
+        if name not in layers:
             raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'it is not an nn.Linear or nn.Conv2d')}.")
-    for name in exempt & candidates.keys():
+    uncovered = set(skipped)
+    for name in exempt & layers.keys():
         skipped[name] = "exempt"
     if structure is not None and ":" in structure:
         distribution = "uniform"
-    first = next((name for name, module in candidates.items() if isinstance(module, nn.Conv2d)), None)
-    if distribution == "uniform" and first is not None and first not in overrides and len(candidates) > 1:
+    first = next((name for name, module in layers.items() if isinstance(module, nn.Conv2d | SparseConv2d)), None)
+    if distribution == "uniform" and first in candidates and first not in overrides and len(layers) > 1:
         skipped.setdefault(first, "the first convolution")
+        uncovered.add(first)
     for name in _output_embeddings(model) & candidates.keys() - overrides.keys():
         skipped.setdefault(name, "the output embeddings of a language model, which are resized as a matrix")
-    for name, module in candidates.items():
+        uncovered.add(name)
+    blocks = {name: tuple(held[name].pattern.block if name in held else block) for name in layers}
+    for name, module in layers.items():
         if name not in overrides and filter is not None and not filter(name, module):
             skipped.setdefault(name, "left out by the filter")
-        if name not in overrides and name not in skipped and (reason := _misfit(module, block, structure)):
+        if name not in overrides and name not in skipped and (reason := _misfit(module, blocks[name], structure)):
             skipped[name] = reason
+            uncovered.add(name)
 
-    covered = {n: tuple(m.weight.shape) for n, m in candidates.items() if n not in skipped and n not in overrides}
-    if structure is None or structure == "fan-in":
-        densities = layer_densities(covered, 1 - sparsity, distribution, dict.fromkeys(covered, block))
+    covered = {n: m for n, m in layers.items() if n not in skipped and n not in overrides}
+    for name in held.keys() & (covered.keys() | overrides.keys()):
+        check_changeable(name, held[name])
+    if distribution == "global":
+        densities = chooser.densities(covered, blocks, 1 - sparsity)
+    elif structure is None or structure == "fan-in":
+        shapes = {name: dense_shape(module) for name, module in covered.items()}
+        densities = layer_densities(shapes, 1 - sparsity, distribution, {name: blocks[name] for name in covered})
     else:
         densities = dict.fromkeys(covered, 1 - sparsity)
     plans: dict[str, dict[str, Any]] = {
-        name: {"sparsity": 1 - density, "block": block, "storage": storage} for name, density in densities.items()
+        name: {"sparsity": 1 - density, "block": blocks[name], "storage": storage}
+        for name, density in densities.items()
     }
     for name, override in overrides.items():
         options = dict(override) if isinstance(override, Mapping) else {"sparsity": override}
         own = {} if "pattern" in options else {"sparsity": sparsity}
-        plans[name] = own | {"block": block, "storage": storage} | options
+        plans[name] = own | {"block": blocks[name], "storage": storage} | options
 
-    layers: dict[str, Any] = {}
+    # Everything is decided, and made, before anything changes.
+    made: dict[str, Any] = {}
+    changes: list[Change] = []
     for name, plan in plans.items():
-        if "pattern" not in plan and plan["sparsity"] <= 0 and not (include_dense and name in densities):
+        if name in held:
+            changes.append(_change(name, held[name], plan, structure, chooser))
+        elif "pattern" not in plan and plan["sparsity"] <= 0 and not (include_dense and name in densities):
             skipped[name] = "fully dense"
-            continue
-        drawn = False
-        if structure is not None and "pattern" not in plan:
-            drawn = True
-            shape, density = candidates[name].weight.shape, 1 - plan.pop("sparsity")
-            plan["pattern"] = structured_pattern(shape, density, structure, block=plan["block"])
-        layers[name] = _LAYERS[type(candidates[name])].from_dense(candidates[name], **plan)
-        if drawn:
-            layers[name].scale_to_fan_in_()
+        else:
+            made[name] = _made_sparse(name, candidates[name], plan, structure, chooser)
     for name, reason in skipped.items():
-        logger.info("%s stays dense: %s", name or "the layer", reason)
-    if not layers:
-        logger.warning(
-            "No layer was made sparse: %s", "; ".join(f"{n or 'the layer'}: {r}" for n, r in skipped.items())
-        )
+        logger.info("%s stays %s: %s", name or "the layer", "as it is" if name in held else "dense", reason)
+        DENSE_BECAUSE[model.get_submodule(name)] = reason
+    if made or changes:
+        warn_of_the_rest(model, layers.keys() - (uncovered - exempt))
+    else:
+        reasons = "; ".join(f"{name or 'the layer'}: {reason}" for name, reason in skipped.items())
+        logger.warning("No layer was made sparse: %s", reasons)
     _turn(model, nn.BatchNorm2d, BatchNorm2d)
-    model = _replace(model, layers)
+    warn_of_resized(change.layer.weight for change in changes if change.apply())
+    model = _replace(model, made)
     _leave_fused_evaluation(model)
     return model
+
+
+def _made_sparse(
+    name: str, module: DenseLayer, plan: dict[str, Any], structure: str | None, chooser: Keep
+) -> SparseLayer:
+    """The sparse form of a dense layer."""
+    drawn = "pattern" not in plan
+    if drawn and not (structure is None and chooser.is_random):
+        density = 1 - plan.pop("sparsity")
+        if not 0 < density <= 1:
+            raise ValueError(f"{name}: expected a sparsity in [0, 1), got {1 - density:g}.")
+        plan["pattern"] = chooser.pattern(name, module, density, plan["block"], structure)
+    layer = _LAYERS[type(module)].from_dense(module, **plan)
+    if drawn and chooser.is_random and structure is not None:
+        layer.scale_to_fan_in_()
+    return layer
+
+
+def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str | None, chooser: Keep) -> Change:
+    """What happens to a layer that is sparse already."""
+    pattern, block, storage = plan.pop("pattern", None), tuple(plan.pop("block")), plan.pop("storage")
+    density = 1 - plan.pop("sparsity", 0.0)
+    if plan:
+        raise TypeError(f"Expected overrides of sparsity or pattern, block and storage, got {sorted(plan)}.")
+    if block != layer.pattern.block or not 0 < density <= 1:
+        raise ValueError(
+            f"{name or type(layer).__name__}: expected a sparsity in [0, 1) and the block {layer.pattern.block} that "
+            f"it has, got {1 - density:g} and {block}; call densify(model) first to give it other blocks."
+        )
+    resolve_storage(storage, layer.pattern, None)
+    if pattern is not None:
+        return Change.to_pattern(layer, pattern, storage)
+    return Change(layer, *chooser.change(name, layer, density, structure), storage)
 
 
 def densify(model: nn.Module) -> nn.Module:
@@ -183,17 +262,17 @@ def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]
             skipped[name] = f"its weight is shared by {', '.join(users[id(module.weight)])}"
         else:
             candidates[name] = module
-    for name, reason in skipped.items():
-        logger.warning("%s cannot be made sparse: %s", name, reason)
     return candidates, skipped
 
 
-def _misfit(module: DenseLayer, block: Sequence[int], structure: str | None) -> str:
+def _misfit(module: DenseLayer | SparseLayer, block: Sequence[int], structure: str | None) -> str:
     """Why a layer's sizes do not take the block or the structure; empty where they do."""
-    out, inp = module.weight.shape[:2]
+    out, inp = dense_shape(module)[:2]
     rows = out // getattr(module, "groups", 1)
     if rows % block[0] or inp % block[1]:
-        return f"its weight {tuple(module.weight.shape)} is not made of {block[0]}x{block[1]} blocks"
+        return f"its weight {dense_shape(module)} is not made of {block[0]}x{block[1]} blocks"
+    if structure is not None and ":" in structure and tuple(block) != (1, 1):
+        return f"it has blocks {tuple(block)}, where {structure} wants single weights"
     if structure is not None and ":" in structure and inp % parse_n_of_m(structure)[1]:
         return f"its {inp} input channels are not made of groups of {parse_n_of_m(structure)[1]}"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NamedTuple
@@ -13,10 +14,28 @@ import torch
 from torch import nn
 
 from uasparse_kernels import _library
+from uasparse_kernels._table import render
 from uasparse_kernels.inference.run import LayerTime, OptimizedModel
 from uasparse_kernels.ops import _common, _cpu
 
 OPS = ("masked_linear", "masked_conv2d", "prune_grow", "unknown_aware_loss", "batch_norm")
+
+
+class Explanations(list):
+    """A list of :class:`Explanation`, or of :class:`LayerTime`; ``print`` shows it as a table with totals."""
+
+    def __str__(self) -> str:
+        kernels = ", ".join(f"{count} {kernel}" for kernel, count in Counter(row.kernel for row in self).most_common())
+        footer = [f"{len(self)} calls: {kernels}" if self else "No call of a sparse op."]
+        if not any(isinstance(row, LayerTime) for row in self):
+            return render(("Layer", "Op", "Kernel", "Why"), [tuple(row) for row in self], footer)
+        rows = []
+        for row in self:
+            density = "" if row.density is None else f"{row.density:.2%}"
+            why = row.reason + (f"; with {', '.join(row.fused)}" if row.fused else "")
+            rows.append((row.layer, density, f"{row.ms:.3f}", f"{row.share:.1%}", row.kernel, why))
+        footer = [f"{footer[0]}; {sum(row.ms for row in self):.3f} ms"]
+        return render(("Layer", "Density", "ms", "Share", "Kernel", "Why"), rows, footer, numbers={1, 2, 3})
 
 
 class Explanation(NamedTuple):
@@ -28,7 +47,7 @@ class Explanation(NamedTuple):
     reason: str
 
 
-def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> list[Explanation] | list[LayerTime]:
+def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanations:
     """Runs a module, or an op, on the given arguments and tells which kernel served each of its sparse ops.
 
     ``explain(model, x)`` or ``explain(ops.masked_linear, x, weight, pattern)``. The call is made without gradients, a
@@ -36,12 +55,13 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     may serve other threads meanwhile; it is in eval mode for them too (one that they train should be copied first).
 
     Returns:
-        A :class:`LayerTime` a step for a model of :func:`optimize_for_inference`, in order, with its share of time;
-        else one :class:`Explanation` a call, in order; ``where`` is the layer's name, or the op's for a lone call.
+        A list, which ``print`` shows as a table with totals: of one :class:`Explanation` a call, in order (``where`` is
+        the layer's name, or the op's for a lone call); or, for a model of :func:`optimize_for_inference`, of one
+        :class:`LayerTime` a step with its share of time.
     """
     if isinstance(target, OptimizedModel):
-        return target.explain(*args, **kwargs)
-    found: list[Explanation] = []
+        return Explanations(target.explain(*args, **kwargs))
+    found = Explanations()
     modules = dict(target.named_modules()) if isinstance(target, nn.Module) else {}
     names = {id(module): name for name, module in modules.items()}
 

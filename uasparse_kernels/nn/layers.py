@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class SparseLayer(nn.Module):
         storage: str,
     ) -> None:
         self.pattern = _resolve_pattern(shape, sparsity, pattern, block).to(device or torch.get_default_device())
-        packed = _resolve_storage(storage, self.pattern, dtype) == "packed"
+        packed = resolve_storage(storage, self.pattern, dtype) == "packed"
         size = self.pattern.packed_shape if packed else self.pattern.shape
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         if bias:
@@ -258,6 +259,7 @@ class SparseLayer(nn.Module):
                 names = ", ".join(f"{prefix}pattern.{name}" for name in ("layout", "crow", "col"))
                 raise ValueError(f"Expected packed values with their pattern, got them without {names}.")
             pattern = copy.deepcopy(self.pattern)
+            _warn_of_lost_weights(weight, pattern)
         pattern = pattern.to(target) if pattern.device.type != "meta" else pattern.to_empty(device=target)
         weight = weight.detach().to(target)
         values = weight if pattern.is_packed(weight) else pattern.pack(weight)
@@ -506,6 +508,20 @@ def _copy_rest(source: Any, target: Any) -> None:
     target.train(source.training)
 
 
+def _warn_of_lost_weights(weight: Tensor, pattern: SparsityPattern) -> None:
+    """Says once that a dense checkpoint has weights that a layer's pattern has no place for."""
+    if weight.is_meta or weight.shape != pattern.shape or pattern.device.type == "meta":
+        return
+    outside = weight.detach().masked_fill(pattern.to_mask().to(weight.device), 0)
+    if bool(outside.any()):  # the same words for every layer, so that Python shows them once
+        warnings.warn(
+            "A dense checkpoint was loaded into sparse layers whose patterns were made before: weights outside of them "
+            "are dropped, however large. To keep the largest, load it into the dense model, then call sparsify(model, "
+            'sparsity, keep="magnitude") (or scores=).',
+            stacklevel=2,
+        )
+
+
 def _resolve_pattern(shape, sparsity, pattern, block) -> SparsityPattern:
     if (sparsity is None) == (pattern is None):
         raise ValueError("Expected one of sparsity= and pattern=, got " + ("none." if pattern is None else "both."))
@@ -518,7 +534,8 @@ def _resolve_pattern(shape, sparsity, pattern, block) -> SparsityPattern:
     return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)
 
 
-def _resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype | None) -> str:
+def resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype | None) -> str:
+    """ "packed" or "dense", of an option that may be "auto"."""
     if storage not in ("auto", "packed", "dense"):
         raise ValueError(f'Expected storage "auto", "packed" or "dense", got {storage!r}.')
     if storage != "auto":

@@ -14,71 +14,122 @@ from uasparse_kernels import ops
 class UnknownAwareLoss(nn.Module):
     """Loss over K known classes and one output for "unknown", its strength alpha tuned during training.
 
-    The loss is :func:`uasparse_kernels.ops.unknown_aware_loss`. During ``warmup_epochs`` alpha is 0: cross entropy over
-    K+1 outputs. At every training step, warm-up included, a running mean ``a`` of the loss's threshold is kept
+    The loss is :func:`uasparse_kernels.ops.unknown_aware_loss`. During the warm-up alpha is 0: cross entropy over K+1
+    outputs. At every training step, warm-up included, a running mean ``a`` of the loss's threshold is kept
     (``a <- 0.05 * threshold + 0.95 * a``, starting at the first value; one that is not finite counts nothing). A
     training step is a call in training mode whose logits require gradients: validation leaves the mean alone. After the
     warm-up alpha starts at ``a / rho`` and rises by the same amount each epoch, so that it is ``alpha_final`` in the
     last one. Call :meth:`step_epoch` after each epoch. Nothing here waits for the device.
+
+    With ``total_steps``, for a short fine-tuning, alpha rises at every training step instead: steps are counted here
+    (every micro-batch is one), and nothing has to be called.
 
     Source: Lei et al., "Embracing Unknown Step by Step", arXiv 2403.20047; the schedule after Thulasidasan et al.,
     "Combating Label Noise in Deep Learning Using Abstention", arXiv 1905.10964.
 
     Args:
         num_classes: K; the logits have K+1 columns. Target K marks a synthetic unknown.
-        warmup_epochs: epochs of plain cross entropy, at least 1.
-        total_epochs: epochs of the whole training, more than ``warmup_epochs``.
-        alpha_final: alpha in the last epoch.
+        warmup_epochs: epochs of plain cross entropy, at least 1; 5 by default.
+        total_epochs: epochs of the whole training, more than ``warmup_epochs``; 100 by default.
+        total_steps: training steps of the whole training, more than ``warmup_steps``, instead of epochs.
+        warmup_steps: training steps of plain cross entropy, at least 1; by default a twentieth of all.
+        alpha_final: alpha in the last epoch or step.
         rho: divisor of the first alpha.
         unknown_weight: weight of samples with target K.
         reduction: "mean", "sum" or "none".
+        label_smoothing, ignore_index, weight: as for the op, and for ``nn.CrossEntropyLoss`` (but no index is ignored
+            unless it is named); ``weight`` is a buffer.
 
-    Shapes: logits ``[N, K+1]`` of any floating-point dtype, target ``[N]`` int64 -> scalar, or ``[N]`` for "none".
+    Shapes: logits ``[N, K+1]`` or ``[N, K+1, d1, ...]`` of any floating-point dtype; target int64 ``[N]`` or
+        ``[N, d1, ...]``, or probabilities of the logits' shape -> scalar, or one loss a target for "none".
     """
 
     average: Tensor
     alpha: Tensor
     alpha_start: Tensor
+    steps: Tensor
+    weight: Tensor | None
 
     def __init__(
         self,
         num_classes: int,
         *,
-        warmup_epochs: int = 5,
-        total_epochs: int = 100,
+        warmup_epochs: int | None = None,
+        total_epochs: int | None = None,
+        total_steps: int | None = None,
+        warmup_steps: int | None = None,
         alpha_final: float = 1.0,
         rho: float = 64.0,
         unknown_weight: float = 1.0,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
+        weight: Tensor | None = None,
     ):
         super().__init__()
         if num_classes < 1:
             raise ValueError(f"Expected num_classes >= 1, got {num_classes}.")
-        if not 1 <= warmup_epochs < total_epochs:
-            raise ValueError(f"Expected 1 <= warmup_epochs < total_epochs, got {warmup_epochs} and {total_epochs}.")
+        by_epochs = warmup_epochs is not None or total_epochs is not None
+        if (total_steps is not None and by_epochs) or (total_steps is None and warmup_steps is not None):
+            raise ValueError(
+                "Expected total_steps (and warmup_steps), or epochs, for a schedule by the one or the other."
+            )
+        if total_steps is None:
+            warmup_epochs = 5 if warmup_epochs is None else warmup_epochs
+            total_epochs = 100 if total_epochs is None else total_epochs
+            if not 1 <= warmup_epochs < total_epochs:
+                raise ValueError(f"Expected 1 <= warmup_epochs < total_epochs, got {warmup_epochs} and {total_epochs}.")
+        else:
+            warmup_steps = max(1, total_steps // 20) if warmup_steps is None else warmup_steps
+            if not 1 <= warmup_steps < total_steps:
+                raise ValueError(f"Expected 1 <= warmup_steps < total_steps, got {warmup_steps} and {total_steps}.")
         if alpha_final < 0 or rho <= 0:
             raise ValueError(f"Expected alpha_final >= 0 and rho > 0, got {alpha_final} and {rho}.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'Expected reduction "mean", "sum" or "none", got {reduction!r}.')
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"Expected label_smoothing in [0, 1], got {label_smoothing}.")
+        if weight is not None and tuple(weight.shape) != (num_classes + 1,):
+            raise ValueError(
+                f"Expected a weight of {num_classes + 1} classes, the unknown one last, got {tuple(weight.shape)}."
+            )
         self.num_classes, self.warmup_epochs, self.total_epochs = num_classes, warmup_epochs, total_epochs
+        self.warmup_steps, self.total_steps = warmup_steps, total_steps
         self.alpha_final, self.rho = alpha_final, rho
         self.unknown_weight, self.reduction = unknown_weight, reduction
+        self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.epoch = 0
         # NaN until the first step.
         self.register_buffer("average", torch.tensor(float("nan")))
         self.register_buffer("alpha_start", torch.tensor(0.0))
         self.register_buffer("alpha", torch.tensor(0.0))
+        self.register_buffer("weight", weight)
+        if total_steps is not None:
+            self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes + 1:
+        if logits.dim() < 2 or logits.shape[1] != self.num_classes + 1:
             raise ValueError(
-                f"Expected logits [N, {self.num_classes + 1}] ({self.num_classes} classes and the unknown output), got "
-                f"{tuple(logits.shape)}; build the model with num_classes + 1 outputs."
+                f"Expected logits [N, {self.num_classes + 1}] or [N, {self.num_classes + 1}, d1, ...] "
+                f"({self.num_classes} classes and the unknown output), got {tuple(logits.shape)}; build the model with "
+                "num_classes + 1 outputs."
             )
+        is_step = self.training and torch.is_grad_enabled() and logits.requires_grad
+        alpha = self.alpha
+        if is_step and self.total_steps is not None:
+            self._step()
+            alpha = self.alpha.clone()  # the next step may come before this one's backward pass
         loss, threshold = ops.unknown_aware_loss(
-            logits, target, self.alpha, unknown_weight=self.unknown_weight, reduction=self.reduction
+            logits,
+            target,
+            alpha,
+            unknown_weight=self.unknown_weight,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            weight=self.weight,
         )
-        if self.training and torch.is_grad_enabled() and logits.requires_grad:
+        if is_step:
             with torch.no_grad():
                 # Few calls: on a small batch they cost as much as the loss.
                 threshold = threshold.to(self.average.dtype)
@@ -90,8 +141,10 @@ class UnknownAwareLoss(nn.Module):
 
     @torch.no_grad()
     def step_epoch(self) -> None:
-        """Ends an epoch: counts it and sets alpha for the next one."""
+        """Ends an epoch: counts it and, unless the schedule goes by steps, sets alpha for the next one."""
         self.epoch += 1
+        if self.total_epochs is None or self.warmup_epochs is None:
+            return
         after_warmup = self.epoch - self.warmup_epochs
         if after_warmup < 0:
             return
@@ -101,6 +154,19 @@ class UnknownAwareLoss(nn.Module):
         share = min(1.0, after_warmup / max(1, self.total_epochs - 1 - self.warmup_epochs))
         self.alpha.copy_(torch.lerp(self.alpha_start, torch.full_like(self.alpha, self.alpha_final), share))
 
+    @torch.no_grad()
+    def _step(self) -> None:
+        """Counts a training step and sets its alpha, all on the device."""
+        assert self.total_steps is not None and self.warmup_steps is not None
+        after_warmup = self.steps - self.warmup_steps
+        self.alpha_start.copy_(
+            torch.where(after_warmup == 0, (self.average / self.rho).nan_to_num(0.0), self.alpha_start)
+        )
+        share = (after_warmup / max(1, self.total_steps - 1 - self.warmup_steps)).clamp(0, 1).to(self.alpha.dtype)
+        alpha = torch.lerp(self.alpha_start, torch.full_like(self.alpha, self.alpha_final), share)
+        self.alpha.copy_(torch.where(after_warmup < 0, 0.0, alpha))
+        self.steps += 1
+
     def get_extra_state(self) -> dict[str, Any]:
         return {"epoch": self.epoch}
 
@@ -108,7 +174,12 @@ class UnknownAwareLoss(nn.Module):
         self.epoch = state["epoch"]
 
     def extra_repr(self) -> str:
-        return (
-            f"num_classes={self.num_classes}, warmup_epochs={self.warmup_epochs}, total_epochs={self.total_epochs}, "
-            f"alpha_final={self.alpha_final}, rho={self.rho}, unknown_weight={self.unknown_weight}"
+        by = "epochs" if self.total_steps is None else "steps"
+        text = f"num_classes={self.num_classes}, " + "".join(
+            f"{name}_{by}={getattr(self, f'{name}_{by}')}, " for name in ("warmup", "total")
         )
+        text += f"alpha_final={self.alpha_final}, rho={self.rho}, unknown_weight={self.unknown_weight}"
+        for name, default in (("label_smoothing", 0.0), ("ignore_index", None)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text

@@ -89,8 +89,9 @@ class DynamicSparsity:
     Raises:
         ValueError: for an unknown method, arguments out of range, a model without sparse layers, patterns that the
             method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel,
-            parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS, Muon, factored
-            Adafactor), and several processes of which it is not known how they train together.
+            parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS; on weights of two
+            or more dimensions Muon, Shampoo, Adafactor and their like), and several processes of which it is not known
+            how they train together.
     """
 
     def __init__(
@@ -407,6 +408,13 @@ class DynamicSparsity:
             if method.final_sparsity is not None:
                 raise ValueError(text + "gradual pruning would never begin; give a smaller delta_t.")
             warnings.warn(text + "the topology will never change; give a smaller delta_t.", stacklevel=3)
+
+
+def owner_of(layer: SparseLayer) -> DynamicSparsity | None:
+    """What changes a layer's pattern as it trains."""
+    reference = _OWNERS.get(layer)
+    owner = reference() if reference is not None else None
+    return None if owner is None or owner._detached else owner
 
 
 def _trains(layer: SparseLayer) -> bool:

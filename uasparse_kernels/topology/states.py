@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,10 +18,11 @@ from uasparse_kernels.pattern import SparsityPattern
 _FIRST_ORDER = "use one that treats each weight by itself (SGD, Adam, AdamW, RMSprop, ...)"
 _REFUSED = {
     "LBFGS": f"its curvature history mixes all weights, and cannot follow them to other places; {_FIRST_ORDER}",
-    "Muon": f"it orthogonalises the weight as a matrix; {_FIRST_ORDER} for the sparse weights",
     "SparseAdam": f"it needs sparse gradients; {_FIRST_ORDER}",
 }
-_ADAFACTOR = 'its factored second moments belong to rows and columns; use storage="packed" with 1x1 blocks, or Adam'
+# By parts of class names: those that orthogonalise, precondition or factor a weight of two or more dimensions. Of a
+# packed one of 1x1 blocks, which has one, they treat each entry by itself (or refuse it, or have state that of() does).
+_MATRIX_WISE = re.compile("Muon|Shampoo|SOAP|KFAC|Kron|Adafactor|CAME|SM3")
 # State of a grown entry where it is not zero, by optimiser class: as at its first step.
 _START: dict[str, dict[str, Callable[[dict[str, Any]], float]]] = {
     "Rprop": {"step_size": lambda group: float(group["lr"])},
@@ -70,8 +72,13 @@ class OptimizerStates:
             for optimizer in self._holders(layer.weight):
                 kinds = _kinds(optimizer)
                 reasons = [reason for kind, reason in _REFUSED.items() if kind in kinds]
-                if "Adafactor" in kinds and layer.weight.dim() > 1:
-                    reasons.append(_ADAFACTOR)
+                found = next(filter(None, map(_MATRIX_WISE.search, kinds)), None)
+                if found and layer.weight.dim() > 1 and not _falls_back(optimizer, layer.weight):
+                    reasons.append(
+                        f"{found[0]} treats rows and columns of a weight of {layer.weight.dim()} dimensions together, "
+                        "and cannot follow weights to other places; take Adam or SGD for the sparse layers, or packed "
+                        '1x1 blocks (storage="packed") where the optimizer takes weights of one dimension'
+                    )
                 if reasons:
                     raise ValueError(
                         f"{name or type(layer).__name__}: {kinds[0]} cannot train weights whose pattern changes: "
@@ -87,12 +94,13 @@ class OptimizerStates:
         states, seen = [], set()
         for optimizer in self.optimizers:
             for key, value in (optimizer.state.get(weight) or {}).items():
-                if isinstance(value, Tensor) and value.shape == weight.shape:
+                plain = type(value) in (Tensor, nn.Parameter)  # not quantised state, whose entries share a scale
+                if plain and value.shape == weight.shape:
                     if id(value) not in seen:
                         seen.add(id(value))
                         states.append(State(value, _start(optimizer, weight, key)))
                 elif any(tensor.numel() > 1 for tensor in _tensors(value)):
-                    got = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    got = f"of shape {tuple(value.shape)}" if plain else f"a {type(value).__name__}"
                     raise ValueError(
                         f"{name}: the state {key!r} of {type(optimizer).__name__} is {got}, where the weight has shape "
                         f"{tuple(weight.shape)}: it cannot move with the weights. If it was loaded from a checkpoint "
@@ -233,6 +241,15 @@ def _with_wrapped(optimizer: Any, seen: set[int]) -> Iterator[Any]:
                 not isinstance(inner, type) and hasattr(type(inner), "step") and hasattr(inner, "param_groups")
             ):
                 yield from _with_wrapped(inner, seen)
+
+
+def _falls_back(optimizer: Any, weight: Tensor) -> bool:
+    """Whether the weight's group asks for the element-wise optimiser that comes with a Muon."""
+    return any(
+        group.get("use_muon") is False or bool(group.get("use_fallback"))
+        for group in optimizer.param_groups
+        if any(p is weight for p in group["params"])
+    )
 
 
 def _kinds(optimizer: Any) -> list[str]:

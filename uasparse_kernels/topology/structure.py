@@ -22,8 +22,10 @@ def structured_pattern(
     *,
     block: Sequence[int] = (1, 1),
     generator: torch.Generator | None = None,
+    scores: Tensor | None = None,
+    preferred: Tensor | None = None,
 ) -> SparsityPattern:
-    """A random pattern with a constraint.
+    """A pattern with a constraint: a random one, or the best by scores.
 
     Args:
         shape: ``[out, in]`` or ``[out, in, kh, kw]``.
@@ -32,6 +34,8 @@ def structured_pattern(
             one), "N:M" (such as "2:4") gives N to each M neighbours along the input channels.
         block: (1, 1) for "N:M".
         generator: CPU generator.
+        scores: of every block of the grid, flat; each row or group keeps its largest, of equal ones the first.
+        preferred: bool, flat; these blocks come before all others.
 
     Raises:
         ValueError: for another structure, or sizes or a density that do not fit it.
@@ -50,8 +54,19 @@ def structured_pattern(
         groups, inner = columns // (group * positions), positions
     chunk, parts = max(1, _CHUNK // columns), []
     for first in range(0, rows, chunk):
-        draws = torch.rand(min(chunk, rows - first), groups, group, inner, generator=generator)
-        mask = torch.zeros_like(draws, dtype=torch.bool).scatter_(2, draws.topk(count, dim=2).indices, True)
+        size = (min(chunk, rows - first), groups, group, inner)
+        part = slice(first * columns, (first + size[0]) * columns)
+        if scores is None:
+            draws = torch.rand(size, generator=generator)
+            best = draws.topk(count, dim=2).indices
+        else:
+            draws = scores[part].view(size)
+            best = draws.argsort(dim=2, descending=True, stable=True)
+            if preferred is not None:
+                ahead = preferred[part].view(size).gather(2, best).to(torch.uint8)
+                best = best.gather(2, ahead.argsort(dim=2, descending=True, stable=True))
+            best = best[:, :, :count]
+        mask = torch.zeros_like(draws, dtype=torch.bool).scatter_(2, best, True)
         parts.append(mask.view(-1).nonzero().squeeze(1) + first * columns)
     return SparsityPattern.from_blocks(shape, torch.cat(parts), block=block)
 

@@ -1,0 +1,70 @@
+"""How much of a model is in sparse layers, and why the rest is not."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from uasparse_kernels.nn.layers import SparseLayer
+
+logger = logging.getLogger("uasparse_kernels")
+
+# Why sparsify left a module as it is. Of a copy of the model it is not known.
+DENSE_BECAUSE: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_ENOUGH = 0.8
+
+
+class Matrix(NamedTuple):
+    """A parameter of two or more dimensions, and the shape that it has as a dense one."""
+
+    layer: str
+    module: Any
+    name: str
+    tensor: Tensor
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def matrices(model: nn.Module) -> Iterator[Matrix]:
+    """Every such parameter once, packed ones too."""
+    seen = set()
+    for layer, module in model.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is None or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            shape = dense_shape(module) if name == "weight" and isinstance(module, SparseLayer) else tuple(tensor.shape)
+            if len(shape) > 1:
+                yield Matrix(layer, module, name, tensor, shape)
+
+
+def dense_shape(layer: Any) -> tuple[int, ...]:
+    """Of the weight of a dense or a sparse layer."""
+    return layer.pattern.shape if isinstance(layer, SparseLayer) else tuple(layer.weight.shape)
+
+
+def warn_of_the_rest(model: nn.Module, covered: Collection[str]) -> None:
+    """Logs one line where the layers that sparsify covers hold too few of a model's weights."""
+    kinds: Counter[str] = Counter()
+    total = 0
+    for matrix in matrices(model):
+        total += matrix.size
+        if matrix.layer not in covered:
+            kinds[f"{type(matrix.module).__name__}.{matrix.name}"] += matrix.size
+    share = 1 - sum(kinds.values()) / max(1, total)
+    if share < _ENOUGH:
+        rest = ", ".join(f"{kind} {size / total:.1%}" for kind, size in kinds.most_common(4))
+        logger.warning(
+            "sparsify covers %.1f%% of the weights in matrices; of the others, %s; summary(model) names all.",
+            100 * share,
+            rest,
+        )

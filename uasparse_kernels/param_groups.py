@@ -1,0 +1,57 @@
+"""Parameter groups for weight decay that know packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from uasparse_kernels.nn.layers import SparseLayer
+
+
+def param_groups(model: nn.Module, weight_decay: float, *, no_decay: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Two parameter groups for any torch optimiser: what decays, and what does not.
+
+    The rule is that of timm and nanoGPT: matrices decay (of linear and convolution layers, packed ones included, and
+    embeddings), parameters of one dimension (norms) and all biases do not. As in timm, the names of a module's
+    ``no_weight_decay()`` do not either, nor parameters with an attribute ``_no_weight_decay``. Frozen parameters are
+    left out::
+
+        optimizer = torch.optim.AdamW(ua.param_groups(model, weight_decay=0.05), lr=1e-3)
+
+    Rules that count the dimensions of a parameter take packed 1x1 weights, ``[nnz]``, for norms, and their decay away.
+    They are of one dimension nonetheless, for what treats matrices in a way of its own (Muon, Shampoo, Adafactor) would
+    take ``[nnz, 1]`` for one, where a row of numbers is refused, or treated entry by entry, which is right.
+
+    Args:
+        model: a parameter that is shared counts under its first name.
+        weight_decay: of the first group; the second has 0.
+        no_decay: names of further parameters that do not decay.
+
+    Returns:
+        ``[{"params": ..., "weight_decay": weight_decay}, {"params": ..., "weight_decay": 0.0}]``
+
+    Raises:
+        ValueError: for a negative weight_decay, or a name that is no parameter's.
+    """
+    if weight_decay < 0:
+        raise ValueError(f"Expected weight_decay >= 0, got {weight_decay}.")
+    unknown = sorted(set(no_decay) - {name for name, _ in model.named_parameters(remove_duplicate=False)})
+    if unknown:
+        raise ValueError(f"No parameter of the model is named {', '.join(map(repr, unknown))}.")
+    excluded, packed = set(no_decay), set()
+    for prefix, module in model.named_modules():
+        listed = getattr(module, "no_weight_decay", None)
+        if callable(listed):
+            excluded |= {".".join(filter(None, (prefix, name))) for name in listed()}
+        if isinstance(module, SparseLayer):
+            packed.add(id(module.weight))
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_matrix = (parameter.dim() > 1 or id(parameter) in packed) and name.rpartition(".")[2] != "bias"
+        decays = is_matrix and name not in excluded and not getattr(parameter, "_no_weight_decay", False)
+        groups[0 if decays else 1].append(parameter)
+    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]

@@ -1,0 +1,56 @@
+"""Gives each sparse layer the storage that suits its density now."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from uasparse_kernels._keep import Change, warn_of_resized
+from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
+from uasparse_kernels.topology.dynamic import _unowned
+from uasparse_kernels.topology.states import OptimizerStates
+
+
+def repack(
+    model: nn.Module,
+    *,
+    storage: str = "auto",
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+) -> nn.Module:
+    """Changes the storage of a model's sparse layers in place, packed or dense, to what suits their density now.
+
+    After gradual pruning (GMP, GraNet) layers that were dense-stored when they had most of their weights are sparse
+    enough to be packed: memory falls and the sparse kernels serve them. Modules and parameters stay the same objects
+    and the weights keep their values; the parameters take another shape. Do it before the model is wrapped in
+    DistributedDataParallel, whose buckets have fixed sizes.
+
+    Args:
+        storage: "auto", as a new layer of that density would have it, "packed" or "dense" for all.
+        optimizer: its state of these weights changes with them; several as a sequence. Without, an optimiser that has
+            state (momentum) has to be made anew, and that is logged.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for another storage, weights that are sharded or parametrised, or optimiser state of another shape
+            than the weight. Nothing is changed then.
+    """
+    states = OptimizerStates(optimizer) if optimizer is not None else None
+    changes = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SparseLayer):
+            continue
+        if resolve_storage(storage, layer.pattern, layer.weight.dtype) == layer.storage:
+            continue
+        if (reason := _unowned(layer)) is not None:
+            raise ValueError(f"{name or type(layer).__name__}: {reason}")
+        nothing = layer.pattern.blocks()[:0]
+        moving = states.of(name, layer.weight) if states is not None else ()
+        changes.append(Change(layer, nothing, nothing, storage, moving))
+    resized = [change.layer.weight for change in changes if change.apply()]
+    if states is None:
+        warn_of_resized(resized)
+    return model
