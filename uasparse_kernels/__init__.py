@@ -7,10 +7,11 @@ from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
 from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
 from uasparse_kernels.pattern import SparsityPattern
-from uasparse_kernels.topology import DynamicSparsity
+from uasparse_kernels.topology import AveragedModel, DynamicSparsity
 from uasparse_kernels.tune import tune
 
 __all__ = [
+    "AveragedModel",
     "DynamicSparsity",
     "SparseConv2d",
     "SparseLinear",
