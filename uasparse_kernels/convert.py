@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._readers import read_weights
@@ -73,11 +74,12 @@ def sparsify(
 
     Raises:
         ValueError: for unknown names or arguments out of range, a model without an ``nn.Linear`` or ``nn.Conv2d``, or
-            one that has sparse layers already; the model is unchanged then.
+            one that has sparse layers already, or is wrapped for several processes; the model is unchanged then.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
     check_block(block)
+    _refuse_wrapped(model)
     if any(isinstance(module, SparseLayer) for module in model.modules()):
         raise ValueError("The model has sparse layers already; call densify(model) first to give it other patterns.")
     if structure not in (None, "fan-in"):
@@ -145,6 +147,15 @@ def sparsify(
     model = _replace(model, layers)
     _leave_fused_evaluation(model)
     return model
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) or getattr(module, "_is_fsdp_managed_module", False):
+            raise ValueError(
+                "Expected a model before it is wrapped by DistributedDataParallel, or sharded, which hold its weights "
+                f"as they are, got {type(module).__name__}; call sparsify() first."
+            )
 
 
 def densify(model: nn.Module) -> nn.Module:

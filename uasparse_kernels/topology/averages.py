@@ -14,12 +14,12 @@ from uasparse_kernels.ops._common import replace_data_
 
 
 class _Left(NamedTuple):
-    """Blocks that left a layer's pattern: flat grid indices, ascending, and the average that they had after ``count``
+    """Blocks that left a layer's pattern: flat grid indices, ascending, and the average that they had after so many
     updates."""
 
     blocks: Tensor
     values: Tensor
-    count: int
+    updates: int
 
 
 class AveragedModel(nn.Module):
@@ -109,7 +109,7 @@ class AveragedModel(nn.Module):
     def _move(self, name: str, average: SparseLayer, wanted: Tensor, count: int) -> None:
         blocks, values = average.pattern.blocks(), _values(average, "packed")
         if left := self._left.get(name):
-            since = left.count / count if self.decay is None else self.decay ** (count - left.count)
+            since = left.updates / count if self.decay is None else self.decay ** (count - left.updates)
             blocks, order = torch.cat([blocks, left.blocks.to(blocks)]).sort()
             values = torch.cat([values, left.values.to(values) * since])[order]
         # Both are ascending, so that what they share stands in the same order.
@@ -146,7 +146,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _parts(model: nn.Module) -> dict[str, Any]:
     """What an average consists of: sparse layers (for their weights), other parameters, and buffers."""
     layers = {f"{name}." if name else "": m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
-    parts = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    parts: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for prefix, layer in layers.items():
         parts[prefix + "weight"] = layer
         parts.pop(prefix + "pattern.signature")
