@@ -1,6 +1,7 @@
 """Shared by all tests: fixed seeds, and random patterns and weights of odd sizes."""
 
 import os
+import socket
 import tempfile
 
 import pytest
@@ -34,6 +35,14 @@ def make_pattern():
         return ua.SparsityPattern.random(shape, density, block=block, device=device)
 
     return make
+
+
+@pytest.fixture
+def free_port():
+    """A port for processes to meet at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def pytest_collection_modifyitems(items):

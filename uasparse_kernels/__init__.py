@@ -10,11 +10,12 @@ from uasparse_kernels.param_groups import param_groups
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.repack import repack
 from uasparse_kernels.summary import summary
-from uasparse_kernels.topology import DynamicSparsity
+from uasparse_kernels.topology import AveragedModel, DynamicSparsity
 from uasparse_kernels.tune import tune
 from uasparse_kernels.unknown_output import add_unknown_output
 
 __all__ = [
+    "AveragedModel",
     "DynamicSparsity",
     "SparseConv2d",
     "SparseLinear",

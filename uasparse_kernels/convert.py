@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
@@ -97,8 +98,8 @@ def sparsify(
 
     Raises:
         ValueError: for unknown names or arguments out of range, scores that are missing, not finite or of another
-            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, or sparse layers that a DynamicSparsity holds; the
-            model is unchanged then.
+            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, or one that is wrapped for several processes, or
+            sparse layers that a DynamicSparsity holds; the model is unchanged then.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
@@ -109,6 +110,7 @@ def sparsify(
             'Expected keep="magnitude" or scores=, and no structure, with distribution="global": one threshold over '
             "the scores of all layers says how many weights each keeps."
         )
+    _refuse_wrapped(model)
     if structure not in (None, "fan-in"):
         parse_n_of_m(structure)
         if tuple(block) != (1, 1):
@@ -224,6 +226,15 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
     if pattern is not None:
         return Change.to_pattern(layer, pattern, storage)
     return Change(layer, *chooser.change(name, layer, density, structure), storage)
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) or getattr(module, "_is_fsdp_managed_module", False):
+            raise ValueError(
+                "Expected a model before it is wrapped by DistributedDataParallel, or sharded, which hold its weights "
+                f"as they are, got {type(module).__name__}; call sparsify() first."
+            )
 
 
 def densify(model: nn.Module) -> nn.Module:

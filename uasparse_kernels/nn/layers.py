@@ -160,6 +160,8 @@ class SparseLayer(nn.Module):
             return False  # somebody's own tensor, which is not ours to change, or an error to come
         if torch._C._functorch.is_functorch_wrapped_tensor(weight) or isinstance(weight, FakeTensor):
             return False
+        if hasattr(weight, "device_mesh"):  # a part of a sharded one, between forward passes
+            return False
         state = None if weight.is_inference() else (id(weight), weight._version, weight.data_ptr())
         unwritten = state is not None and state == self._clean
         on_gpu = weight.device.type != "cpu"

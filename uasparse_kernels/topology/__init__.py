@@ -1,5 +1,6 @@
 """Which weights are active: densities of layers, schedules, and the methods that drop and grow."""
 
+from uasparse_kernels.topology.averages import AveragedModel
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.dynamic import DynamicSparsity
 from uasparse_kernels.topology.methods import (
@@ -29,6 +30,7 @@ __all__ = [
     "MEST",
     "METHODS",
     "SET",
+    "AveragedModel",
     "CosineSchedule",
     "DynamicSparsity",
     "GraNet",

@@ -18,7 +18,17 @@ from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
 from uasparse_kernels.topology.growth import GradientCapture
 from uasparse_kernels.topology.methods import MEST, METHODS, LayerUpdate, Method, NOfM, Update
-from uasparse_kernels.topology.processes import broadcast, find_group, largest, make_alike
+from uasparse_kernels.topology.processes import (
+    broadcast,
+    find_group,
+    gathered,
+    is_fully_sharded,
+    is_sharded,
+    largest,
+    local,
+    make_alike,
+    whole,
+)
 from uasparse_kernels.topology.schedule import CosineSchedule
 from uasparse_kernels.topology.states import LoadWatch, OptimizerStates, State, start_grown
 
@@ -68,7 +78,9 @@ class DynamicSparsity:
     **Several processes.** The DistributedDataParallel that holds the weights is found, whether the model is it, is in
     it or holds it. Patterns and weights are made alike at first; gradients are summed over its processes before the
     selection and random draws are the first process's, so that all end with the same pattern. Its buckets have fixed
-    sizes: a method that changes the number of active weights needs ``storage="dense"``.
+    sizes: a method that changes the number of active weights needs ``storage="dense"``. With ``fully_shard`` (FSDP2,
+    a mesh of one dimension) make DynamicSparsity after it: values, gradients and optimiser state stay sharded, and are
+    gathered a layer at a time at an update; the patterns must be the same in every process before.
 
     A model has one DynamicSparsity: making another detaches the first. :meth:`detach` ends one.
 
@@ -88,8 +100,8 @@ class DynamicSparsity:
 
     Raises:
         ValueError: for an unknown method, arguments out of range, a model without sparse layers, patterns that the
-            method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel,
-            parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS; on weights of two
+            method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel, of
+            tensor parallelism, parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS; on weights of two
             or more dimensions Muon, Shampoo, Adafactor and their like), and several processes of which it is not known
             how they train together.
     """
@@ -215,7 +227,7 @@ class DynamicSparsity:
             return
         for name, layer in self.layers.items():
             self._captures[name] = GradientCapture()
-            handles.append(layer.register_forward_hook(self._captures[name], with_kwargs=True))
+            handles.append(layer.register_forward_hook(self._captures[name], prepend=True, with_kwargs=True))
             _OWNERS[layer] = weakref.ref(self)
         self._watch = LoadWatch(model, self.layers, self._states)
         # The hooks know nothing of this object, and go with it.
@@ -254,8 +266,9 @@ class DynamicSparsity:
         for name in names:
             layer = self.layers[name]
             tiles = partial(self._captures[name].tiles, layer, self.group) if self.method.needs_gradient else _no_tiles
+            kind = _ShardedUpdate if is_sharded(layer.weight) else LayerUpdate
             updates.append(
-                LayerUpdate(
+                kind(
                     layer.weight.detach(),
                     layer.weight.grad,
                     layer.pattern,
@@ -269,12 +282,14 @@ class DynamicSparsity:
         # Everything is decided before anything changes.
         self._states.mask({name: self.layers[name] for name in names})
         for name, (dropped, grown) in zip(names, changes, strict=True):
-            layer, moving = self.layers[name], [state.tensor for state in states[name]]
+            layer = self.layers[name]
+            moving = [layer.weight, *(state.tensor for state in states[name])]
             if layer.weight.grad is not None:
                 moving.append(layer.weight.grad)
             change = apply if dropped.numel() == grown.numel() else resize
             grown = broadcast(grown, self.group) if self.group is not None else grown
-            change(layer.weight, layer.pattern, dropped, grown, moving, reset_regrown=self.method.reset_regrown)
+            with whole(moving) as (weight, *others):
+                change(weight, layer.pattern, dropped, grown, others, reset_regrown=self.method.reset_regrown)
             start_grown(states[name])
         return True
 
@@ -334,14 +349,19 @@ class DynamicSparsity:
     def _gradient_norms(self) -> dict[str, float]:
         """Largest magnitude of the gradient of every weight that has one; one wait for a GPU."""
         grads = {
-            name: layer.weight.grad
+            name: local(layer.weight.grad)
             for name, layer in self.layers.items()
             if _trains(layer) and layer.weight.grad is not None and layer.weight.numel()
         }
         if not grads:
             return {}
         device = next(iter(grads.values())).device
-        norms = [torch.linalg.vector_norm(grad, math.inf).to(device, torch.float64) for grad in grads.values()]
+        norms = [
+            torch.linalg.vector_norm(grad, math.inf).to(device, torch.float64)
+            if grad.numel()
+            else torch.zeros((), dtype=torch.float64, device=device)  # no part of a sharded one
+            for grad in grads.values()
+        ]
         return dict(zip(grads, torch.stack(norms).tolist(), strict=True))
 
     def _gradient_seen(self, name: str, norms: dict[str, float]) -> int:
@@ -360,7 +380,7 @@ class DynamicSparsity:
         if self.method.needs_gradient:
             return True
         # Hooks may not show in a compiled graph. But the layer itself masks the gradient of a dense-stored weight.
-        if layer.pattern.is_packed(layer.weight):
+        if layer.pattern.is_packed(layer.weight) or is_sharded(layer.weight):
             return False
         grad = layer.weight.grad
         assert grad is not None
@@ -396,10 +416,12 @@ class DynamicSparsity:
                 method.check(layer.pattern)
             except ValueError as error:
                 raise ValueError(f"{name or type(layer).__name__}: {error}") from error
-            if method.resizes and self.group is not None and layer.storage == "packed":
+            fixed = self.group is not None or is_sharded(layer.weight)
+            if method.resizes and fixed and layer.storage == "packed":
                 raise ValueError(
-                    f"{name}: expected dense storage under DistributedDataParallel, whose buckets have fixed sizes, "
-                    'for a method that changes the number of active weights; call sparsify(..., storage="dense").'
+                    f"{name}: expected dense storage under DistributedDataParallel and fully_shard, whose buffers have "
+                    "fixed sizes, for a method that changes the number of active weights; call "
+                    'sparsify(..., storage="dense").'
                 )
         if method.scope == "global" and len({layer.pattern.block for layer in self.layers.values()}) > 1:
             raise ValueError('Expected one block size in all layers for scope "global", whose norms it compares.')
@@ -417,6 +439,15 @@ def owner_of(layer: SparseLayer) -> DynamicSparsity | None:
     return None if owner is None or owner._detached else owner
 
 
+class _ShardedUpdate(LayerUpdate):
+    """A layer whose values are sharded: they are gathered when a method asks, so that those of one layer at a time
+    are here."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return gathered(value) if name in ("weight", "gradient") and value is not None else value
+
+
 def _trains(layer: SparseLayer) -> bool:
     return layer.weight.requires_grad
 
@@ -424,9 +455,13 @@ def _trains(layer: SparseLayer) -> bool:
 def _unowned(layer: SparseLayer) -> str | None:
     """Why an update cannot write to a layer's weight."""
     weight: Any = layer.weight
-    way_out = 'Use DistributedDataParallel, or method="static", which changes nothing.'
-    if any(kind.__name__ == "DTensor" for kind in type(weight).__mro__):
-        return f"its weight is sharded (a DTensor, of fully_shard or tensor parallelism), its pattern is not. {way_out}"
+    way_out = 'Use DistributedDataParallel or fully_shard, or method="static", which changes nothing.'
+    if is_sharded(weight):
+        if not is_fully_sharded(layer):
+            return f"its weight is sharded (a DTensor), but not by fully_shard (tensor parallelism?). {way_out}"
+        if weight.device.type != layer.pattern.device.type:
+            return f"its weight is offloaded to {weight.device}, its pattern is on {layer.pattern.device}. {way_out}"
+        return None
     if hasattr(layer, "parametrizations"):
         return "its weight is parametrised; leave the layer dense (sparsify(..., exempt=...))."
     flattened = hasattr(weight, "_fsdp_flattened")

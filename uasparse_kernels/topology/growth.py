@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer
+from uasparse_kernels.topology.processes import is_sharded, local
 
 # A tile's size in entries (4 MiB of float32 on the CPU, 64 MiB on a GPU): a small part of any layer that is worth it,
 # large enough for a matmul.
@@ -38,6 +39,9 @@ class GradientCapture:
     Confirmed pairs that take more memory than the dense gradient are folded into it, so that a layer never holds more
     than the larger of one pass and its dense gradient.
 
+    Where fully_shard holds the layer, the weight is a whole one in a pass, whose gradient confirms the pairs, and that
+    of the process's part comes later, or, without synchronisation, after further passes.
+
     It is a forward hook of the layer (``with_kwargs=True``); a copy or a pickle of the layer carries an idle one.
     """
 
@@ -53,7 +57,8 @@ class GradientCapture:
     def _reset(self) -> None:
         self._layer: SparseLayer | None = None
         self._weight: Tensor | None = None
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._hooked: Tensor | None = None
         self._open: dict[int, list[Pair]] = {}  # by running backward pass, not confirmed yet
         self._drop()
 
@@ -62,6 +67,7 @@ class GradientCapture:
         self._dense: Tensor | None = None
         self._confirmed = False
         self._standing: tuple[int, int] | None = None  # weight.grad after it was last added to: address and version
+        self._coming = False  # whether what was confirmed is still to be added to a sharded weight.grad
 
     def __deepcopy__(self, memo) -> GradientCapture:
         return GradientCapture()
@@ -81,15 +87,15 @@ class GradientCapture:
     def clear(self) -> None:
         """Lets go of everything and idles."""
         self.armed = False
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._reset()
 
     @property
     def has_gradient(self) -> bool:
         """Whether what stands in ``weight.grad``, or was there for an optimiser that runs in the backward pass, is
         known."""
-        taken = self._standing is None  # by a hook, in the pass itself
+        taken = self._standing is None and not self._coming  # by a hook, in the pass itself
         return self._confirmed and self._weight is not None and (taken or self._weight.grad is not None)
 
     @property
@@ -105,15 +111,18 @@ class GradientCapture:
 
     @torch._disable_dynamo  # what follows belongs to autograd: a compiled graph is cut here while armed
     def _watch(self, layer: SparseLayer, input: Tensor, output: Tensor) -> None:
-        weight = layer.weight
-        if weight is not self._weight or not weight.requires_grad or not output.requires_grad:
+        weight, mine = layer.weight, self._weight
+        if (weight is not mine and not is_sharded(mine)) or not weight.requires_grad or not output.requires_grad:
             return
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
         if torch._C._current_graph_task_id() < 0:
             self._open.clear()  # of passes that failed
-        if self._hook is None:
-            self._hook = weight.register_post_accumulate_grad_hook(self._confirm)
+        if self._hooked is not weight:
+            self._hooked = weight
+            self._hooks.append(weight.register_post_accumulate_grad_hook(self._confirm))
+            if weight is not mine:
+                self._hooks.append(mine.register_post_accumulate_grad_hook(self._stand))
         output.register_hook(partial(self._pair, input.detach()))
 
     def _pair(self, input: Tensor, grad: Tensor) -> None:
@@ -133,11 +142,11 @@ class GradientCapture:
 
     def _forget_discarded(self) -> None:
         """Before a pass: pairs whose gradient was let go do not count any more."""
-        if not self._confirmed:
+        if not self._confirmed or self._coming:
             return
         assert self._weight is not None
         grad = self._weight.grad
-        if grad is None or (_place(grad) != self._standing and not bool(grad.any())):
+        if grad is None or (_place(grad) != self._standing and _is_zeroed(grad)):
             self._drop()
 
     @torch.no_grad()
@@ -146,7 +155,11 @@ class GradientCapture:
         if not self.armed or not pairs:
             return
         self.pairs += pairs
-        self._confirmed, self._standing = True, _place(weight.grad)
+        self._confirmed = True
+        if weight is self._weight:
+            self._stand(weight)
+        else:
+            self._coming = True
         layer = self._layer
         assert layer is not None
         held = sum(tensor.numel() * tensor.element_size() for pair in self.pairs for tensor in pair)
@@ -154,6 +167,9 @@ class GradientCapture:
             dense = [tile for _, tile in self.tiles(layer)]
             self._dense = torch.cat(dense) if len(dense) > 1 else dense[0]
             self.pairs.clear()
+
+    def _stand(self, weight: Tensor) -> None:
+        self._standing, self._coming = _place(weight.grad), False
 
     def tiles(self, layer: SparseLayer, group=None) -> Iterator[tuple[int, Tensor]]:
         """Tiles of the dense gradient: ``(first row, gradient [rows, ...])``, ascending, whole rows of blocks each.
@@ -183,7 +199,12 @@ def _dtype(layer: SparseLayer) -> torch.dtype:
 
 
 def _place(grad: Tensor | None) -> tuple[int, int] | None:
-    return None if grad is None else (grad.data_ptr(), grad._version)
+    return None if grad is None else (local(grad).data_ptr(), local(grad)._version)
+
+
+def _is_zeroed(grad: Tensor) -> bool:
+    here = local(grad)
+    return here.numel() > 0 and not bool(here.any())
 
 
 def _weight_gradient(layer: SparseLayer, input: Tensor, grad: Tensor, first: int, last: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.topology.processes import local, whole
 
 # Optimisers whose update of an entry depends on other entries, or that cannot serve at all, and the way out.
 _FIRST_ORDER = "use one that treats each weight by itself (SGD, Adam, AdamW, RMSprop, ...)"
@@ -118,7 +119,8 @@ class OptimizerStates:
             if states[name] and layer.weight.requires_grad and not layer.pattern.is_packed(layer.weight):
                 inactive = ~layer.pattern.to_mask()
                 for tensor, start in states[name]:
-                    tensor.masked_fill_(inactive, start)
+                    with whole([tensor]) as (complete,):
+                        complete.masked_fill_(inactive, start)
 
     def _holders(self, weight: Tensor) -> Iterator[Any]:
         return (o for o in self.optimizers if any(p is weight for group in o.param_groups for p in group["params"]))
@@ -128,7 +130,8 @@ def start_grown(states: Sequence[State]) -> None:
     """After an update, which leaves zeros: the first value of grown entries. No other entry is zero in such a state."""
     for tensor, start in states:
         if start:
-            tensor.masked_fill_(tensor == 0, start)
+            here = local(tensor)
+            here.masked_fill_(here == 0, start)
 
 
 class LoadWatch:
@@ -194,15 +197,16 @@ class LoadWatch:
                 for key, value in (optimizer.state.get(weight) or {}).items():
                     if isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape):
                         states.append(State(value, _start(optimizer, weight, key)))
-            for tensor, _ in states:
-                if tuple(tensor.shape) == pattern.shape:
-                    tensor.masked_fill_(~(old.to_mask() & pattern.to_mask()), 0)
-                    continue
-                values = pattern.pack(old.unpack(tensor))
-                if values.shape == tensor.shape:
-                    tensor.copy_(values)
-                else:
-                    replace_data_(tensor, values)
+            for sharded, _ in states:
+                with whole([sharded]) as (tensor,):
+                    if tuple(tensor.shape) == pattern.shape:
+                        tensor.masked_fill_(~(old.to_mask() & pattern.to_mask()), 0)
+                        continue
+                    values = pattern.pack(old.unpack(tensor))
+                    if values.shape == tensor.shape:
+                        tensor.copy_(values)
+                    else:
+                        replace_data_(tensor, values)
             start_grown(states)
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
