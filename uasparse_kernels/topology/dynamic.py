@@ -100,10 +100,10 @@ class DynamicSparsity:
 
     Raises:
         ValueError: for an unknown method, arguments out of range, a model without sparse layers, patterns that the
-            method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel, of
-            tensor parallelism, parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS; on weights of two
-            or more dimensions Muon, Shampoo, Adafactor and their like), and several processes of which it is not known
-            how they train together.
+            method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel, of tensor
+            parallelism, parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS; on
+            weights of two or more dimensions Muon, Shampoo, Adafactor and their like), and several processes of which
+            it is not known how they train together.
     """
 
     def __init__(
