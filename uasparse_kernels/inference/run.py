@@ -208,6 +208,8 @@ class OptimizedModel(nn.Module):
                 made = [torch.empty(shape, dtype=self._dtype) for _, shape in call.outputs]
                 for (name, _), tensor in zip(call.outputs, made, strict=True):
                     env[name] = tensor
+                if torch.compiler.is_exporting():  # AOTInductor hands an empty list over as none
+                    given, made = given or [arena.new_empty(0)], made or [arena.new_empty(0)]
                 run(arena, call.program, plan.ints, plan.values, given, made)
             else:
                 assert call.function is not None
