@@ -12,6 +12,7 @@ from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
 from uasparse_kernels._keep import Change, Keep, check_changeable, warn_of_resized
 from uasparse_kernels._readers import read_weights
+from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
 from uasparse_kernels.pattern import check_block
@@ -103,6 +104,8 @@ def sparsify(
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
     check_block(block)
+    if any(isinstance(module, SparseDelta) for module in model.modules()):
+        raise ValueError("The model has sparse deltas; call merge_sparse_deltas(model) first.")
     chooser = Keep(model, keep, scores)
     if distribution == "global" and (chooser.is_random or structure is not None):
         raise ValueError(
@@ -229,8 +232,9 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
 def densify(model: nn.Module) -> nn.Module:
     """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned).
 
-    Its batch norms are torch's again.
+    Its batch norms are torch's again, and sparse deltas are merged into their layers.
     """
+    model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     _turn(model, BatchNorm2d, nn.BatchNorm2d)
     for module in model.modules():
