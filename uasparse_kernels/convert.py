@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
-from uasparse_kernels._keep import Change, Keep, check_changeable, warn_of_resized
+from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear, resolve_storage
@@ -98,12 +98,13 @@ def sparsify(
 
     Raises:
         ValueError: for unknown names or arguments out of range, scores that are missing, not finite or of another
-            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, or sparse layers that a DynamicSparsity holds; the
-            model is unchanged then.
+            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, sparse layers that a DynamicSparsity holds, sparse
+            deltas, or a model in DistributedDataParallel; the model is unchanged then.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
     check_block(block)
+    check_not_wrapped(model)
     if any(isinstance(module, SparseDelta) for module in model.modules()):
         raise ValueError("The model has sparse deltas; call merge_sparse_deltas(model) first.")
     chooser = Keep(model, keep, scores)

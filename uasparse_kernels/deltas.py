@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from uasparse_kernels._keep import Keep
+from uasparse_kernels._keep import Keep, check_not_wrapped
 from uasparse_kernels.convert import _candidates, logger
 from uasparse_kernels.nn.delta import SparseDelta, put_in_place
 from uasparse_kernels.nn.layers import SparseLayer
@@ -50,6 +50,7 @@ def add_sparse_deltas(
     for name, module in model.named_modules():
         if isinstance(module, SparseDelta | SparseLayer):
             raise ValueError(f"{name or 'The model'} is a {type(module).__name__} already; merge or densify it first.")
+    check_not_wrapped(model)
     exempt = set(exempt)
     unknown = sorted(exempt - {name for name, _ in model.named_modules()})
     if unknown:

@@ -146,6 +146,8 @@ def _why_dense(matrix: Matrix, candidates: Any, skipped: dict[str, str], bases: 
     if matrix.layer in candidates:
         return "left dense by sparsify or its caller" if has_sparse else "sparsify was not called"
     cls = type(module)
+    if not cls.__module__.startswith("torch.") and next(module.children(), None) is not None:
+        return f"a parameter that {cls.__qualname__} holds itself"
     where = "nn" if cls.__module__.startswith("torch.nn.modules") else cls.__module__
     return f"{where}.{cls.__qualname__} has no sparse form"
 
