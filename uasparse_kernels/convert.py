@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
-from uasparse_kernels._keep import Change, Keep, check_changeable, warn_of_resized
+from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
+from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
 from uasparse_kernels.pattern import check_block
@@ -98,19 +98,21 @@ def sparsify(
 
     Raises:
         ValueError: for unknown names or arguments out of range, scores that are missing, not finite or of another
-            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, or one that is wrapped for several processes, or
-            sparse layers that a DynamicSparsity holds; the model is unchanged then.
+            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, one that is wrapped for several processes, sparse
+            layers that a DynamicSparsity holds, or sparse deltas; the model is unchanged then.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
     check_block(block)
+    check_not_wrapped(model)
+    if any(isinstance(module, SparseDelta) for module in model.modules()):
+        raise ValueError("The model has sparse deltas; call merge_sparse_deltas(model) first.")
     chooser = Keep(model, keep, scores)
     if distribution == "global" and (chooser.is_random or structure is not None):
         raise ValueError(
             'Expected keep="magnitude" or scores=, and no structure, with distribution="global": one threshold over '
             "the scores of all layers says how many weights each keeps."
         )
-    _refuse_wrapped(model)
     if structure not in (None, "fan-in"):
         parse_n_of_m(structure)
         if tuple(block) != (1, 1):
@@ -228,20 +230,12 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
     return Change(layer, *chooser.change(name, layer, density, structure), storage)
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel) or getattr(module, "_is_fsdp_managed_module", False):
-            raise ValueError(
-                "Expected a model before it is wrapped by DistributedDataParallel, or sharded, which hold its weights "
-                f"as they are, got {type(module).__name__}; call sparsify() first."
-            )
-
-
 def densify(model: nn.Module) -> nn.Module:
     """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned).
 
-    Its batch norms are torch's again.
+    Its batch norms are torch's again, and sparse deltas are merged into their layers.
     """
+    model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     _turn(model, BatchNorm2d, nn.BatchNorm2d)
     for module in model.modules():
