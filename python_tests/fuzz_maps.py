@@ -1,19 +1,18 @@
 """Arguments and references of the raw ops over feature maps, masks and dense scores (fuzz_ops.py)."""
 
+import itertools
+
 import torch
 from fuzz_arguments import (
     any_numbers,
-    draw,
     laid_out,
     make_batch_norm,
     make_batch_norm_backward,
     make_pattern,
 )
 from fuzz_references import (
-    active_blocks,
     batch_norm_backward_reference,
     batch_norm_reference,
-    check_blocks,
     refuse,
 )
 
@@ -96,26 +95,28 @@ def max_pool_reference(input, kernel, stride, padding):
     return list(torch.nn.functional.max_pool2d(input, kernel, stride, padding, return_indices=True))
 
 
-def make_growth(rng):
-    rows, columns = rng.randint(1, 40), rng.randint(1, 60)
-    crow, col, *_ = make_pattern(rng, [rows, columns], [1, 1])
-    active = active_blocks(crow, col, rows, columns)
-    dropped = active[draw(rng, len(active), rng.randint(0, len(active)))]
-    dense = torch.randn(rows, columns, dtype=rng.choice([torch.float32, torch.float64]))
-    if rng.random() < 0.3:
-        dense.view(-1)[rng.randrange(rows * columns)] = rng.choice([float("nan"), float("inf"), -0.0])
-    return [dense, crow, col, dropped]
+def make_hash(rng):
+    crow, col, *_ = make_pattern(rng, [rng.randint(1, 40), rng.randint(1, 60)], [1, 1])
+    return [crow, col, rng.choice([0, 1, -1, 2**61 - 1, 2**63 - 1])]
 
 
-def growth_reference(dense, crow, col, dropped):
-    rows = len(crow) - 1
-    refuse(rows < 1 or dense.numel() % rows or not dense.numel(), "rows")
-    active = active_blocks(crow, col, rows, dense.numel() // rows)
-    check_blocks(dropped, dense.numel())
-    scores = dense.abs().reshape(-1)
-    scores = scores.where(~scores.isnan(), -torch.inf)
-    scores[active[~torch.isin(active, dropped)]] = torch.nan
-    return [(scores, 0)]
+def hash_reference(crow, col, seed):
+    """Of what crow lists, in whole numbers."""
+    refuse(any(t.dim() != 1 or t.dtype != torch.int32 for t in (crow, col)) or len(crow) < 1, "kind")
+    starts, total = crow.tolist(), 0
+    refuse(any(not 0 <= a <= b <= len(col) for a, b in itertools.pairwise(starts)), "crow")
+    for r, (start, end) in enumerate(itertools.pairwise(starts)):
+        for c in col[start:end].tolist():
+            x = r * 2**31 + seed + c
+            for factor, shift in ((0x9E3779B97F4A7C15, 30), (0xBF58476D1CE4E5B9, 27), (0x94D049BB133111EB, 31)):
+                x = signed(x * factor)
+                x ^= x >> shift
+            total += x
+    return [torch.tensor(signed(total))]
+
+
+def signed(x):
+    return (x + 2**63) % 2**64 - 2**63
 
 
 def make_mask(rng):

@@ -275,7 +275,7 @@ OPS = {
     "batch_norm_relu": (maps.make_batch_norm_relu, maps.batch_norm_relu_reference, ()),
     "batch_norm_relu_backward": (maps.make_batch_norm_relu_backward, maps.batch_norm_relu_backward_reference, ()),
     "max_pool2d": (maps.make_max_pool, maps.max_pool_reference, ()),
-    "growth_scores": (maps.make_growth, maps.growth_reference, ()),
+    "pattern_hash": (maps.make_hash, maps.hash_reference, ()),
     "mask_": (maps.make_mask, maps.mask_reference, (0,)),
     "is_masked": (maps.make_is_masked, maps.is_masked_reference, ()),
     "serve_run": (fuzz_serve.make_serve, fuzz_serve.serve_reference, (0, 5)),
