@@ -187,6 +187,14 @@ def test_written_tensors_share_no_memory(images):
             run(given)
 
 
+@pytest.mark.parametrize("size", [(32, 30), (13, 7)])  # of the first, planes would be 4 KiB apart
+def test_nothing_is_read_that_was_not_written(size):
+    torch.manual_seed(0)
+    arguments, right, _ = call_of(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(1, 3, *size))
+    assert bool(arguments[0].isnan().all()) and not right.isnan().any()
+    assert torch.equal(run(arguments), right)
+
+
 def test_plans_of_a_model_are_checked_once():
     """Their tensors have a version, also where the model is called under inference mode."""
     x = torch.randn(2, 20)
