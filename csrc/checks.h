@@ -58,6 +58,8 @@ inline void check_storage(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_VALUE((last + 1) * static_cast<__int128>(tensor.element_size()) <= static_cast<__int128>(bytes),
                     "Expected ", name, " of sizes ", tensor.sizes(), " to lie in its storage, which holds ", bytes,
                     " bytes: it was freed or cut.");
+  TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % tensor.element_size() == 0, "Expected ", name,
+                    " at an address that is a multiple of its elements' size, got one in the middle of bytes; clone() it.");
 }
 
 // A row of indices of a pattern.

@@ -343,6 +343,7 @@ def wrong_tensor(rng, tensor, others):
             "transposed",
             "zero",
             "negative",
+            "misaligned",
         ]
     )
     if is_freed(tensor):
@@ -402,8 +403,11 @@ def change(rng, how, tensor, others):
         return tensor.transpose(0, -1)
     if how == "zero":
         return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
-    if tensor.dtype == torch.bool:
-        raise RuntimeError("has no negative")
+    if how == "misaligned" and tensor.numel() > 0 and not tensor.is_complex():  # torch itself crashes on those
+        memory = torch.empty(tensor.nbytes + 1, dtype=torch.uint8).numpy()
+        return torch.frombuffer(memory, dtype=tensor.dtype, offset=1).view(tensor.shape).copy_(tensor)
+    if how == "misaligned" or tensor.dtype == torch.bool:
+        raise RuntimeError("has none")
     return torch._neg_view(tensor)
 
 

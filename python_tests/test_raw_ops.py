@@ -1,5 +1,7 @@
 """The raw ops (``torch.ops.uasparse``) with what Python can hand them: an exception, or the right result; no crash."""
 
+import math
+
 import fuzz_ops
 import pytest
 import torch
@@ -390,3 +392,21 @@ def test_sizes_beyond_what_is_served_are_errors():
     x = torch.zeros(1, 1, 1, 1).expand(2**4, 2**20, 2**24, 2**6)
     with pytest.raises(ValueError, match="too large for the sparse kernel"):
         OPS.masked_conv2d(x, torch.ones(p.nnz), None, *pattern_tensors(p), p.shape, [1, 1], [2, 2], [0, 0], [1, 1], 1)
+
+
+def test_tensors_at_odd_addresses_are_errors():
+    def misaligned(*sizes, dtype=torch.float32):
+        memory = torch.zeros(8 * math.prod(sizes) + 1, dtype=torch.uint8).numpy()
+        return torch.frombuffer(memory, dtype=dtype, offset=1, count=math.prod(sizes)).view(sizes)
+
+    p = pattern()
+    index = [misaligned(len(p["crow"]), dtype=torch.int32), *list(p.values())[1:]]
+    rest = ([24, 20], [1, 1])
+    for x, weight, bias, tensors in (
+        (misaligned(3, 20), torch.ones(144), None, p.values()),
+        (torch.ones(3, 20), misaligned(144), None, p.values()),
+        (torch.ones(3, 20), torch.ones(144), misaligned(24), p.values()),
+        (torch.ones(3, 20), torch.ones(144), None, index),
+    ):
+        with pytest.raises(ValueError, match=r"in the middle of bytes; clone\(\) it"):
+            OPS.masked_linear(x, weight, bias, *tensors, *rest)

@@ -1,11 +1,15 @@
 """Damaged plans of serve_run are refused before anything is written, at the first call and after a right one."""
 
+import json
+import random
+
 import pytest
 import torch
 from torch import nn
 
 import uasparse_kernels as ua
 from uasparse_kernels import _library
+from uasparse_kernels.inference import files
 from uasparse_kernels.inference.plan import AFFINE, CONV, LOAD, POOL, ROWS, STORE
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
@@ -183,6 +187,14 @@ def test_written_tensors_share_no_memory(images):
             run(given)
 
 
+@pytest.mark.parametrize("size", [(32, 30), (13, 7)])  # of the first, planes would be 4 KiB apart
+def test_nothing_is_read_that_was_not_written(size):
+    torch.manual_seed(0)
+    arguments, right, _ = call_of(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1)), torch.randn(1, 3, *size))
+    assert bool(arguments[0].isnan().all()) and not right.isnan().any()
+    assert torch.equal(run(arguments), right)
+
+
 def test_plans_of_a_model_are_checked_once():
     """Their tensors have a version, also where the model is called under inference mode."""
     x = torch.randn(2, 20)
@@ -192,3 +204,38 @@ def test_plans_of_a_model_are_checked_once():
         plan = model._plan([x])
     tensors = [plan.ints, plan.values, *(call.program for call in plan.merged if call.program is not None)]
     assert len(tensors) > 2 and not any(t.is_inference() for t in tensors)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_files_of_damaged_graphs(tmp_path, seed):
+    """With the right hash: what comes of it is an exception, or a result."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 4, 3, stride=2), nn.Flatten()]
+    x = torch.randn(2, 3, 12, 12)
+    model = ua.optimize_for_inference(prune(nn.Sequential(*layers, nn.Linear(16, 5))), x)
+    wanted = model(x)
+    model.save(tmp_path / "a")
+    tensors, content = files.read(tmp_path / "a")
+    refused = 0
+    for _ in range(40):
+        damaged = json.loads(json.dumps(content))
+        places = list(numbers_in(damaged["graph"]["nodes"]))
+        holder, key = random.choice(places)
+        holder[key] = random.choice([-1, 0, 1, 2, 3, 7, 100, {"ref": "input"}])
+        files.write(tmp_path / "b", tensors, damaged)
+        try:
+            assert isinstance(ua.load_optimized(tmp_path / "b")(x), torch.Tensor)
+        except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError):
+            refused += 1
+    assert refused > 5
+    torch.testing.assert_close(ua.load_optimized(tmp_path / "a")(x), wanted)
+
+
+def numbers_in(value):
+    """Where numbers and references are, in nested lists and dictionaries."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(inner, int) or (isinstance(inner, dict) and "ref" in inner):
+            yield value, key
+        elif isinstance(inner, list | dict):
+            yield from numbers_in(inner)

@@ -153,7 +153,8 @@ class SparsityPattern(nn.Module):
     @property
     def density(self) -> float:
         """Share of active weights."""
-        return self.nnz / math.prod(self.shape) if math.prod(self.shape) else 1.0
+        total = math.prod(self.shape)
+        return self.nnz / total if total else 1.0
 
     @property
     def device(self) -> torch.device:

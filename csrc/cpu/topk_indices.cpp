@@ -375,11 +375,12 @@ at::Tensor growth_indices(const at::Tensor& dense, int64_t k, const at::Tensor& 
   verify_rows(crow, col, columns);
   const int64_t* const out = dropped.const_data_ptr<int64_t>();
   const Kept kept{crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), columns, out, out + dropped.size(0)};
-  at::Tensor indices = at::empty({std::max<int64_t>(k, 0)}, at::kLong);
+  TORCH_CHECK_VALUE(k >= 0 && k <= n, "growth_indices: expected k in [0, ", n, "], got ", k, ".");
+  at::Tensor indices = at::empty({k}, at::kLong);
   AT_DISPATCH_FLOATING_TYPES(dense.scalar_type(), "growth_indices", [&] {
     Selection<scalar_t> selection(dense.const_data_ptr<scalar_t>(), n, {true, true});
     selection.exclude(kept);
-    TORCH_CHECK_VALUE(k >= 0 && k <= selection.candidates(), "growth_indices: expected k in [0, ", selection.candidates(),
+    TORCH_CHECK_VALUE(k <= selection.candidates(), "growth_indices: expected k in [0, ", selection.candidates(),
                       "], the inactive or dropped blocks, got ", k, ".");
     if (k > 0) selection.run(k, indices.mutable_data_ptr<int64_t>());
   });

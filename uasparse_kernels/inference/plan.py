@@ -65,13 +65,13 @@ class Space:
     @property
     def gap(self) -> int:
         root = self.root()
-        return _up(root.reach_y * root.pitch + root.reach_x)
+        gap = _up(root.reach_y * root.pitch + root.reach_x)
+        # Planes a multiple of 4 KiB apart would meet in a few lines of the cache. All between them is zero.
+        return gap + 16 if (self.body + gap) % 1024 == 0 else gap
 
     @property
     def plane(self) -> int:
-        plane = self.body + self.gap
-        # Planes a multiple of 4 KiB apart would meet in a few lines of the cache.
-        return plane + 16 if plane % 1024 == 0 else plane
+        return self.body + self.gap
 
 
 @dataclasses.dataclass(eq=False)

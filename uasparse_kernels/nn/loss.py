@@ -99,7 +99,7 @@ class UnknownAwareLoss(nn.Module):
         self.unknown_weight, self.reduction = unknown_weight, reduction
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
         self.epoch = 0
-        # NaN until the first step.
+        # Not finite until the first step whose threshold is.
         self.register_buffer("average", torch.tensor(float("nan")))
         self.register_buffer("alpha_start", torch.tensor(0.0))
         self.register_buffer("alpha", torch.tensor(0.0))
@@ -130,13 +130,11 @@ class UnknownAwareLoss(nn.Module):
             weight=self.weight,
         )
         if is_step:
-            with torch.no_grad():
-                # Few calls: on a small batch they cost as much as the loss.
-                threshold = threshold.to(self.average.dtype)
-                before = torch.where(self.average == self.average, self.average, threshold)
-                running = torch.lerp(before, threshold, 0.05)
-                # A threshold is no less than 0: below infinity, it is finite.
-                self.average.copy_(torch.where(threshold < math.inf, running, self.average))
+            # Few calls, as on a small batch they cost as much as the loss. A threshold is no less than 0 and has no
+            # gradient. Where the running mean is not finite, one of the two is not: the other stands for it.
+            average, threshold = self.average, threshold.to(self.average.dtype)
+            running = torch.lerp(average, threshold, 0.05)
+            average.copy_(torch.where(running < math.inf, running, torch.fmin(average, threshold)))
         return loss
 
     @torch.no_grad()
@@ -150,7 +148,7 @@ class UnknownAwareLoss(nn.Module):
             return
         if after_warmup == 0:
             # No step before the warm-up's end leaves nothing to start from: alpha stays 0.
-            self.alpha_start.copy_((self.average / self.rho).nan_to_num(0.0))
+            self.alpha_start.copy_((self.average / self.rho).nan_to_num(0.0, 0.0))
         share = min(1.0, after_warmup / max(1, self.total_epochs - 1 - self.warmup_epochs))
         self.alpha.copy_(torch.lerp(self.alpha_start, torch.full_like(self.alpha, self.alpha_final), share))
 
@@ -160,7 +158,7 @@ class UnknownAwareLoss(nn.Module):
         assert self.total_steps is not None and self.warmup_steps is not None
         after_warmup = self.steps - self.warmup_steps
         self.alpha_start.copy_(
-            torch.where(after_warmup == 0, (self.average / self.rho).nan_to_num(0.0), self.alpha_start)
+            torch.where(after_warmup == 0, (self.average / self.rho).nan_to_num(0.0, 0.0), self.alpha_start)
         )
         share = (after_warmup / max(1, self.total_steps - 1 - self.warmup_steps)).clamp(0, 1).to(self.alpha.dtype)
         alpha = torch.lerp(self.alpha_start, torch.full_like(self.alpha, self.alpha_final), share)

@@ -164,9 +164,9 @@ def autocast(*tensors: Any) -> Any:
 
 def check_tensors(op: str, input: Tensor, weight: Tensor) -> None:
     """Raises for what is no dense tensor."""
-    for name, given in (("input", input), ("weight", weight)):
-        if not isinstance(given, Tensor):
-            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}.")
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
+        name, given = ("weight", weight) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}.")
     if input.layout is not torch.strided or input.is_nested:
         raise TypeError(
             f"{op}: expected a dense (strided) input, got a nested or sparse tensor; pad it, or make it dense."
@@ -175,25 +175,27 @@ def check_tensors(op: str, input: Tensor, weight: Tensor) -> None:
 
 def check_layer_arguments(
     op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None
-) -> None:
-    """Raises where input, weight, pattern and bias differ in dtype or device, or weight or bias have a wrong shape."""
-    pattern.is_packed(weight)
+) -> bool:
+    """Whether the weight is packed. Raises where input, weight, pattern and bias differ in dtype or device, or weight
+    or bias have a wrong shape."""
+    packed, dtype, device = pattern.is_packed(weight), input.dtype, input.device
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != input.dtype:
-            raise TypeError(f"{op}: expected input and {name} of one dtype, got {input.dtype} and {tensor.dtype}.")
-        if tensor.device != input.device:
-            raise ValueError(f"{op}: expected input and {name} on one device, got {input.device} and {tensor.device}.")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: expected input and {name} of one dtype, got {dtype} and {tensor.dtype}.")
+        if tensor.device != device:
+            raise ValueError(f"{op}: expected input and {name} on one device, got {device} and {tensor.device}.")
     if not input.is_floating_point():
         raise TypeError(f"{op}: expected a floating-point input, got {input.dtype}.")
-    if pattern.device != input.device:
+    if pattern.device != device:
         raise ValueError(
-            f"{op}: expected input and pattern on one device, got {input.device} and {pattern.device}; "
-            f"move the pattern with pattern.to({str(input.device)!r})."
+            f"{op}: expected input and pattern on one device, got {device} and {pattern.device}; "
+            f"move the pattern with pattern.to({str(device)!r})."
         )
     if bias is not None and tuple(bias.shape) != pattern.shape[:1]:
         raise ValueError(f"{op}: expected a bias of shape {pattern.shape[:1]}, got {tuple(bias.shape)}.")
+    return packed
 
 
 @torch.no_grad()

@@ -56,11 +56,9 @@ def masked_linear(
     """
     check_tensors("masked_linear", input, weight)
     input, weight, bias = autocast(input, weight, bias)
-    _check(input, weight, pattern, bias)
+    packed = _check(input, weight, pattern, bias)
     crow, col, *transposed = pattern_tensors(pattern)
-    choice = transformed() or choose(
-        input.shape, input.dtype, input.device.type, pattern, packed=pattern.is_packed(weight)
-    )
+    choice = transformed() or choose(input.shape, input.dtype, input.device.type, pattern, packed=packed)
     kernel = announce("masked_linear", choice)
     if kernel == "reference":
         return masked_linear_reference(input, weight, pattern, bias)
@@ -131,7 +129,7 @@ def _short_columns(pattern: SparsityPattern, col: Tensor) -> Tensor:
     return short
 
 
-def _check(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> None:
+def _check(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor | None) -> bool:
     if len(pattern.shape) != 2:
         raise ValueError(f"masked_linear: expected a pattern of shape [out, in], got {pattern.shape}.")
     if input.dim() < 1 or input.shape[-1] != pattern.shape[1]:
@@ -139,7 +137,7 @@ def _check(input: Tensor, weight: Tensor, pattern: SparsityPattern, bias: Tensor
             f"masked_linear: expected an input [..., {pattern.shape[1]}] for a weight of shape {pattern.shape}, "
             f"got {tuple(input.shape)}."
         )
-    check_layer_arguments("masked_linear", input, weight, pattern, bias)
+    return check_layer_arguments("masked_linear", input, weight, pattern, bias)
 
 
 @_library.register_fake("masked_linear")

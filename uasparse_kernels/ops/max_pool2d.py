@@ -49,6 +49,8 @@ def _pair(value: IntPair) -> tuple[int, int]:
 
 @_library.register_fake("max_pool2d")
 def _fake(input, kernel, stride, padding):
+    if min(*kernel, *stride) < 1:
+        raise ValueError(f"max_pool2d: expected kernel and stride of at least one, got {kernel} and {stride}.")
     size = [(input.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in range(2)]
     shape = (*input.shape[:2], *size)
     return input.new_empty(shape), input.new_empty(shape, dtype=torch.int64)

@@ -137,7 +137,7 @@ def unknown_aware_loss_reference(
     w = torch.where(cross_entropy.isinf(), w.detach(), w)
     losses = (t * w * cross_entropy).sum(1)
     known = t[:, :-1].detach()
-    threshold = ((1 - u) * known * wanted[:, :-1]).detach().sum()
+    threshold = torch.where(known > 0, (1 - u) * known * wanted[:, :-1], 0).detach().sum()  # an unknown's may be nan
     share = known.sum()
     threshold = torch.where(share > 0, threshold / torch.where(share > 0, share, 1), 0)
     return _reduce(losses, count, reduction, shape), threshold
