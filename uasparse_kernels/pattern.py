@@ -17,6 +17,11 @@ from uasparse_kernels import _library
 _INDEX_LIMIT = 2**31 - 1
 _SIGNATURE = 8  # numbers of a signature; 4 bits of the hash each
 _SAVED = ("layout", "crow", "col")
+_ANOTHERS = (
+    "Expected weights of this sparsity pattern, got some that came with another (its signature differs): they were "
+    "averaged, copied or broadcast while the topology differed between models or processes. Load weight and pattern "
+    "together with load_state_dict(), average only once the topology is frozen, and give every process the same pattern."
+)
 
 Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # crow, col, ccol, row, perm
 
@@ -181,9 +186,11 @@ class SparsityPattern(nn.Module):
 
         Raises:
             RuntimeError: if the signature beside the weight is another pattern's. On a GPU, where reading it waits, it
-                is read when its version has changed; inside ``torch.compile`` it is not.
+                is read when its version has changed; in a graph of ``torch.compile`` for a GPU it is not.
         """
-        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+        if torch.compiler.is_compiling():
+            self._check_in_graph()
+        elif torch._C._get_tracing_state() is None:
             self._check_signature()
         return self._served
 
@@ -347,13 +354,16 @@ class SparsityPattern(nn.Module):
             self._code = self._code.to(signature.device)
             self._numbers = self._code.tolist() if self._code.device.type == "cpu" else None
         if not self._is_mine(signature):
-            raise RuntimeError(
-                "Expected weights of this sparsity pattern, got some that came with another (its signature differs): "
-                "they were averaged, copied or broadcast while the topology differed between models or processes. Load "
-                "weight and pattern together with load_state_dict(), average only once the topology is frozen, and "
-                "give every process the same pattern."
-            )
+            raise RuntimeError(_ANOTHERS)
         self._seen = (signature, _version(signature))
+
+    def _check_in_graph(self) -> None:
+        """The same as an assertion in the graph. Not for a GPU, whose context does not survive one; an exported program
+        has weight and pattern of its own."""
+        transformed = torch._C._are_functorch_transforms_active()
+        if not (torch.compiler.is_exporting() or transformed or self.signature.device.type != "cpu"):
+            error = (self.signature.to(torch.float64) - self._code).abs()
+            torch._assert_async((error <= 1e-6 * self._code).all(), _ANOTHERS)
 
     def _is_mine(self, signature: Tensor) -> bool:
         """Whether a signature is this pattern's, up to the rounding of an average; of a batch (vmap), each one."""

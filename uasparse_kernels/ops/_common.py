@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -144,11 +145,17 @@ def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
 def transformed() -> Choice | None:
     """Inside a ``torch.func`` transform or forward-mode AD the reference serves: it has every derivative and batch
     rule, and a compiled op that has none would drop a tangent."""
-    if torch.compiler.is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Choice("reference", "inside a torch.func transform or forward-mode AD")
     return None
+
+
+def surely(condition: Any) -> bool:
+    """Of sizes, inside ``torch.compile``: whether it holds for all that a graph serves. To ask a symbol itself would
+    make a graph for each answer, and a free batch of an export a constant."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return statically_known_true(condition)
 
 
 def autocast(*tensors: Any) -> Any:
@@ -201,6 +208,16 @@ def replace_data_(tensor: Tensor, data: Tensor) -> None:
     """Gives a leaf tensor data of another size; the object stays. Autograd is made to forget the old size."""
     # A graph of an earlier step may live on (in the loss that a loop keeps) and with it the node that accumulates the
     # gradient, made for the old size. Assigning data drops it only where the dtype changes: so it does, for a moment.
+    _free_sizes_in_graphs()
     tensor.data = tensor.new_empty(0, dtype=torch.float32 if tensor.dtype == torch.float64 else torch.float64)
     tensor.data = data
     torch.autograd.graph.increment_version(tensor)
+
+
+def _free_sizes_in_graphs() -> None:
+    """torch.compile takes the sizes of parameters for constants, and would compile anew at every change until it gives
+    up. From now on sizes that have changed are symbols."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.config.force_parameter_static_shapes = False
+        dynamo.config.force_nn_module_property_static_shapes = False

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from uasparse_kernels import _library
+from uasparse_kernels.ops._common import transformed
+from uasparse_kernels.ops._second import register_recomputed
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _LARGEST_UNKNOWN = 1 - 1e-7
@@ -46,7 +48,7 @@ def unknown_aware_loss(
         IndexError: if a target is out of range (on a GPU: a device-side assertion).
     """
     _check(logits, target, alpha, unknown_weight, reduction)
-    if not _library.has_kernel("unknown_aware_loss", logits):
+    if not _library.has_kernel("unknown_aware_loss", logits) or transformed() is not None:
         return unknown_aware_loss_reference(logits, target, alpha, unknown_weight=unknown_weight, reduction=reduction)
     dtype = _acc_dtype(logits)
     if isinstance(alpha, Tensor):
@@ -127,3 +129,14 @@ def _fake(logits, target, alpha, unknown_weight, reduction):
 @_library.register_fake("unknown_aware_loss_backward")
 def _backward_fake(grad_loss, logits, target, alpha, saved, unknown_weight, reduction):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _gradients(grad_loss, logits, target, alpha, saved, unknown_weight, reduction):
+    """What unknown_aware_loss_backward gives, in differentiable torch."""
+    name = next(name for name, number in _REDUCTIONS.items() if number == reduction)
+    options = {"unknown_weight": unknown_weight, "reduction": name}
+    loss, _ = unknown_aware_loss_reference(logits, target, alpha, **options)
+    return torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+
+
+register_recomputed("unknown_aware_loss_backward", _gradients)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uasparse_kernels import _library
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer
 
 # A tile's size in entries (4 MiB of float32 on the CPU, 64 MiB on a GPU): a small part of any layer that is worth it,
 # large enough for a matmul.
 _TILE_ENTRIES = 1 << 20
 _GPU_TILES = 16
+
+_keys = itertools.count()
+_captures: weakref.WeakValueDictionary[int, GradientCapture] = weakref.WeakValueDictionary()
 
 Pair = tuple[Tensor, Tensor]  # a layer's input and the gradient of its output
 
@@ -38,6 +44,8 @@ class GradientCapture:
     Confirmed pairs that take more memory than the dense gradient are folded into it, so that a layer never holds more
     than the larger of one pass and its dense gradient.
 
+    In a graph of ``torch.compile``, which takes no hooks of tensors, an op in the backward pass hands over the pairs.
+
     It is a forward hook of the layer (``with_kwargs=True``); a copy or a pickle of the layer carries an idle one.
     """
 
@@ -48,6 +56,8 @@ class GradientCapture:
         self.ran = False  # whether the layer's forward was ever called, outside of compiled graphs
         self.removed = False
         self.pairs: list[Pair] = []  # confirmed
+        self.mark = torch.tensor(next(_keys), device="cpu")  # names it in compiled graphs
+        _captures[int(self.mark)] = self
         self._reset()
 
     def _reset(self) -> None:
@@ -97,11 +107,18 @@ class GradientCapture:
         """Whether anybody but backward passes wrote to ``weight.grad``."""
         return self._weight is not None and _place(self._weight.grad) != self._standing
 
-    def __call__(self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    def __call__(self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not torch.compiler.is_compiling():
             self.ran = True
-        if self.armed:
-            self._watch(module, args[0] if args else kwargs["input"], output)
+        if not self.armed:
+            return None
+        input = args[0] if args else kwargs["input"]
+        if torch.compiler.is_compiling() and _library.compiled is not None:
+            if torch.compiler.is_exporting() or not (module.weight.requires_grad and output.requires_grad):
+                return None
+            return torch.ops.uasparse.watch(output, input.detach(), self.mark)
+        self._watch(module, input, output)
+        return None
 
     @torch._disable_dynamo  # what follows belongs to autograd: a compiled graph is cut here while armed
     def _watch(self, layer: SparseLayer, input: Tensor, output: Tensor) -> None:
@@ -115,6 +132,15 @@ class GradientCapture:
         if self._hook is None:
             self._hook = weight.register_post_accumulate_grad_hook(self._confirm)
         output.register_hook(partial(self._pair, input.detach()))
+
+    def pair_in_graph(self, input: Tensor, grad: Tensor) -> None:
+        """What an op of a compiled backward pass saw, whose memory the compiler may use again."""
+        if not self.armed:
+            return
+        assert self._weight is not None
+        if self._hook is None:
+            self._hook = self._weight.register_post_accumulate_grad_hook(self._confirm)
+        self._pair(input.clone(), grad.clone())
 
     def _pair(self, input: Tensor, grad: Tensor) -> None:
         if not self.armed:
@@ -213,3 +239,17 @@ def _weight_gradient(layer: SparseLayer, input: Tensor, grad: Tensor, first: int
             )[1]
         )
     return torch.cat(parts)
+
+
+def _capture(mark: Tensor, input: Tensor, grad_output: Tensor) -> None:
+    capture = _captures.get(int(mark))
+    if capture is not None:
+        capture.pair_in_graph(input, grad_output)
+
+
+_library.implement("capture_", _capture)
+
+
+@_library.register_fake("capture_")
+def _fake(mark, input, grad_output):
+    return None
