@@ -11,7 +11,10 @@ import uasparse_kernels as ua
 @pytest.fixture(autouse=True)
 def _fresh(one_thread):
     torch.compiler.reset()
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # torch.export refuses what conftest.py says of it alone
     yield
+    torch.backends.cudnn.conv.fp32_precision = before
     torch.compiler.reset()
     # What a method that changes sizes has set (ops/_common.py).
     torch._dynamo.config.force_parameter_static_shapes = True

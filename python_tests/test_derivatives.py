@@ -43,7 +43,7 @@ def test_second_derivatives_of_a_convolution(block, packed):
     groups = 2 if block == (2, 2) else 3
     out, inp = block[0] * groups, block[1] * int(torch.randint(1, 3, ()))
     pattern = ua.SparsityPattern.random((out, inp, 2, 3), 0.6, block=block)
-    height, width = (int(torch.randint(4, 7, ())) for _ in range(2))
+    height, width = (int(torch.randint(5, 8, ())) for _ in range(2))
     inputs = random(2, inp * groups, height, width), random_weight(pattern, packed), random(out)
 
     def call(x, w, b):
