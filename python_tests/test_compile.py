@@ -16,7 +16,7 @@ def _fresh(one_thread):
     yield
     torch.backends.cudnn.conv.fp32_precision = before
     torch.compiler.reset()
-    # What a method that changes sizes has set (ops/_common.py).
+    # What a method that changes sizes has set (pattern.py).
     torch._dynamo.config.force_parameter_static_shapes = True
     torch._dynamo.config.force_nn_module_property_static_shapes = True
 
@@ -126,6 +126,7 @@ def train(method, storage, backend=None, *, attach="before", steps=16):
         ("rigl", "packed", "after", 3),  # and one of the model before
         ("set", "packed", "before", 2),
         ("gmp", "packed", "before", 4),  # sizes that change become symbols; dense at first
+        ("gmp", "dense", "before", 4),
         ("granet", "packed", "before", 6),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -319,6 +320,7 @@ class SparsityPattern(nn.Module):
             for mine, theirs in zip(self._held, new, strict=True):
                 mine.copy_(theirs)
         else:
+            _free_sizes_in_graphs()
             self._take(new)
         return self.changed_()
 
@@ -449,6 +451,7 @@ class SparsityPattern(nn.Module):
         if other.num_blocks == self.num_blocks:
             return self.assign_(other)
         device = self._held[0].device
+        _free_sizes_in_graphs()
         self._take(_to(other._held, device, copy=True))
         return self.changed_()
 
@@ -475,6 +478,15 @@ def sample_indices(total: int, count: int, generator: torch.Generator | None = N
                 0, inverse, torch.arange(drawn.numel(), device="cpu"), "amin"
             )
             return values[first.argsort()[:count]].sort().values
+
+
+def _free_sizes_in_graphs() -> None:
+    """torch.compile takes the sizes of a module's tensors for constants, and would compile anew at every change until it
+    gives up. Once a pattern has changed its size, sizes that change are symbols."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.config.force_parameter_static_shapes = False
+        dynamo.config.force_nn_module_property_static_shapes = False
 
 
 def check_block(block: Sequence[int]) -> None:

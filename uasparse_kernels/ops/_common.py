@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -208,16 +207,6 @@ def replace_data_(tensor: Tensor, data: Tensor) -> None:
     """Gives a leaf tensor data of another size; the object stays. Autograd is made to forget the old size."""
     # A graph of an earlier step may live on (in the loss that a loop keeps) and with it the node that accumulates the
     # gradient, made for the old size. Assigning data drops it only where the dtype changes: so it does, for a moment.
-    _free_sizes_in_graphs()
     tensor.data = tensor.new_empty(0, dtype=torch.float32 if tensor.dtype == torch.float64 else torch.float64)
     tensor.data = data
     torch.autograd.graph.increment_version(tensor)
-
-
-def _free_sizes_in_graphs() -> None:
-    """torch.compile takes the sizes of parameters for constants, and would compile anew at every change until it gives
-    up. From now on sizes that have changed are symbols."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.config.force_parameter_static_shapes = False
-        dynamo.config.force_nn_module_property_static_shapes = False
