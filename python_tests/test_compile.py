@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and AOTInductor: one graph for all sizes, topology updates, and what is noticed inside."""
+"""torch.compile, torch.export and AOTInductor: one graph for all sizes, topology updates, what is noticed inside."""
 
 import pytest
 import torch

@@ -21,7 +21,8 @@ _SAVED = ("layout", "crow", "col")
 _ANOTHERS = (
     "Expected weights of this sparsity pattern, got some that came with another (its signature differs): they were "
     "averaged, copied or broadcast while the topology differed between models or processes. Load weight and pattern "
-    "together with load_state_dict(), average only once the topology is frozen, and give every process the same pattern."
+    "together with load_state_dict(), average only once the topology is frozen, and give every process the same "
+    "pattern."
 )
 
 Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # crow, col, ccol, row, perm
@@ -481,8 +482,8 @@ def sample_indices(total: int, count: int, generator: torch.Generator | None = N
 
 
 def _free_sizes_in_graphs() -> None:
-    """torch.compile takes the sizes of a module's tensors for constants, and would compile anew at every change until it
-    gives up. Once a pattern has changed its size, sizes that change are symbols."""
+    """torch.compile takes the sizes of a module's tensors for constants, and would compile anew at every change until
+    it gives up. Once a pattern has changed its size, sizes that change are symbols."""
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is not None:
         dynamo.config.force_parameter_static_shapes = False

@@ -15,7 +15,7 @@ from uasparse_kernels import _library
 
 
 def register_bilinear(op: str, channel: int) -> None:
-    """Of a product ``y = op(x, w, bias, ...)``, linear in x and in w, whose backward op gives ``dy^T``-products of them.
+    """Of a product ``y = op(x, w, bias, ...)``, linear in x and in w.
 
     Its derivatives are the same three products again. With cotangents X, W, B of the gradients of x, w and the bias:
     that of dy is ``op(X, w) + op(x, W) + B``, that of x the input's gradient for dy and W, that of w the weight's
