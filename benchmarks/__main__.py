@@ -23,6 +23,7 @@ SUITES = {
     "conv": "bench_masked_conv2d",
     "step": "bench_step",
     "networks": "bench_networks",
+    "compile": "bench_compile",
     "memory": "bench_memory",
     "threads": "bench_threads",
     "prune-grow": "bench_prune_grow",
