@@ -28,6 +28,7 @@ from training.demo import demo
 from training.errors import TrainingError
 from training.evaluate import evaluate_checkpoint
 from training.mixture import REGIONS, mixture
+from training.processes import joined
 from training.run import fit, pick_device
 from training.scores import SCORES
 from training.study import judge, read_study
@@ -102,11 +103,16 @@ def fit_command(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Train one network, evaluate it, and draw the figures."""
+    """Train one network, evaluate it, and draw the figures. On several processes:
+
+    torchrun --nproc-per-node N -m training fit ...
+    """
     _set_threads(threads)
-    results = fit(config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console)
-    _print_results(results, config.arm)
-    console.print(f"Run folder: {out}", soft_wrap=True)
+    with joined(device) as device:
+        results = fit(config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console)
+    if results:  # of the first process
+        _print_results(results, config.arm)
+        console.print(f"Run folder: {out}", soft_wrap=True)
 
 
 @app.command("evaluate")

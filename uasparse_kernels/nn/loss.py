@@ -31,6 +31,8 @@ class UnknownAwareLoss(nn.Module):
         rho: divisor of the first alpha.
         unknown_weight: weight of samples with target K.
         reduction: "mean", "sum" or "none".
+        process_group: of processes that train one model, each on its part of a batch. The running mean is then of the
+            threshold over all of them, as if one process had the whole batch; without, each process has its own alpha.
 
     Shapes: logits ``[N, K+1]`` of any floating-point dtype, target ``[N]`` int64 -> scalar, or ``[N]`` for "none".
     """
@@ -49,6 +51,7 @@ class UnknownAwareLoss(nn.Module):
         rho: float = 64.0,
         unknown_weight: float = 1.0,
         reduction: str = "mean",
+        process_group: Any = None,
     ):
         super().__init__()
         if num_classes < 1:
@@ -62,6 +65,7 @@ class UnknownAwareLoss(nn.Module):
         self.num_classes, self.warmup_epochs, self.total_epochs = num_classes, warmup_epochs, total_epochs
         self.alpha_final, self.rho = alpha_final, rho
         self.unknown_weight, self.reduction = unknown_weight, reduction
+        self.process_group = process_group
         self.epoch = 0
         # NaN until the first step.
         self.register_buffer("average", torch.tensor(float("nan")))
@@ -80,10 +84,19 @@ class UnknownAwareLoss(nn.Module):
         if self.training and torch.is_grad_enabled() and logits.requires_grad:
             with torch.no_grad():
                 threshold = threshold.to(self.average.dtype)
+                if self.process_group is not None:
+                    threshold = self._of_all_processes(threshold, target)
                 running = torch.lerp(self.average, threshold, 0.05)
                 running = torch.where(self.average.isnan(), threshold, running)
                 self.average.copy_(torch.where(threshold.isfinite(), running, self.average))
         return loss
+
+    def _of_all_processes(self, threshold: Tensor, target: Tensor) -> Tensor:
+        """The mean over the known samples of all processes; 0 where there are none, as for one process."""
+        known = (target < self.num_classes).sum().to(threshold)
+        sums = torch.stack([threshold * known, known])
+        torch.distributed.all_reduce(sums, group=self.process_group)
+        return sums[0] / sums[1].clamp(min=1)
 
     @torch.no_grad()
     def step_epoch(self) -> None:
