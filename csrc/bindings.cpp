@@ -17,6 +17,14 @@
 #define UASPARSE_CUDA_ARCHS ""
 #endif
 
+// A program without Python loads this file for its ops (examples/serve_cpp): what Python gives may be missing.
+#pragma weak PyErr_SetString
+#pragma weak PyExc_RuntimeError
+#pragma weak PyModule_AddStringConstant
+#pragma weak PyModule_Create2
+#pragma weak PyUnicode_FromString
+#pragma weak _Py_Dealloc
+
 #define PATTERN "Tensor crow, Tensor col, Tensor ccol, Tensor row, Tensor perm, int[] shape, int[] block"
 #define CONVOLUTION "int[] stride, int[] padding, int[] dilation, int groups"
 

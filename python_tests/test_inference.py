@@ -8,6 +8,8 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils import prune as prunes
 from torch.utils import _pytree as pytree
 from torchvision.models.convnext import CNBlockConfig
 
@@ -242,7 +244,8 @@ def test_sparse_layers_and_their_files(tmp_path):
     x = torch.randn(3, 3, 64, 64)
     assert torch.equal(again(x), optimized(x))
     dense = sum(t.nbytes for t in ua.densify(copy.deepcopy(model)).state_dict().values())
-    assert (tmp_path / "net.safetensors").stat().st_size < 0.16 * dense
+    ua.save_sparse(model, tmp_path / "weights.safetensors")
+    assert all(file.stat().st_size < 0.16 * dense for file in tmp_path.iterdir())
     layers = ua.explain(optimized, x)
     assert abs(sum(layer.share for layer in layers) - 1) < 1e-6
     found = {layer.layer: layer for layer in layers if layer.density is not None}
@@ -306,6 +309,121 @@ def test_refusals():
     fixed = ua.optimize_for_inference(model, x, dynamic_batch=False)
     with pytest.raises(ValueError, match=r"of shape \[2, 3, 8, 8\]"):
         fixed(x[:1])
+    model[1].train()
+    with pytest.raises(ValueError, match=r"got '1' in training mode"):
+        ua.optimize_for_inference(model, x)
+    model.eval()
+    for odd in (x[0], x[:0], x[..., None], torch.randn(2, 4, 8, 8), "images", None):
+        with pytest.raises(ValueError, match=r"Expected (x|input)"):
+            optimized(odd)
+    for odd in ((), "images", {"x": x}):
+        with pytest.raises(ValueError, match="at least one tensor" if not isinstance(odd, dict) else "export"):
+            ua.optimize_for_inference(model, odd)
+    with pytest.raises(ValueError, match="a batch of at least 1"):
+        ua.optimize_for_inference(model, x[:0])
+    with pytest.raises(ValueError, match=r"Expected everything on the CPU, got 0\.weight on meta"):
+        ua.optimize_for_inference(copy.deepcopy(model).to("meta"), x)
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class Pairing(nn.Module):
+    def forward(self, x):
+        return x[:2] + x[2:]
+
+
+class Unseen(nn.Module):
+    def forward(self, x):
+        return torch.from_numpy(x.numpy() + 1)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (Counting(), "changes no buffer"),
+        (Pairing(), r"torch\.export could not capture.*dynamic_batch=False"),
+        (Unseen(), r"torch\.export could not capture"),
+    ],
+    ids=["a buffer that changes", "a batch that cannot vary", "numpy"],
+)
+def test_graphs_that_cannot_be_taken(model, message):
+    with pytest.raises(ValueError, match=message):
+        ua.optimize_for_inference(model.eval(), torch.randn(4, 3))
+
+
+def test_torch_compile_leaves_an_optimised_model_as_it_is():
+    optimized = ua.optimize_for_inference(prune(nn.Sequential(nn.Linear(70, 9))), torch.randn(1, 70))
+    x = torch.randn(3, 70)
+    torch.testing.assert_close(torch.compile(lambda x: optimized(x).relu(), backend="eager")(x), optimized(x).relu())
+
+
+class Mask(nn.Module):
+    """A parametrisation as libraries of sparse training have it."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.register_buffer("mask", torch.rand(shape) < 0.1)
+
+    def forward(self, weight):
+        return weight * self.mask
+
+
+PRUNED = {
+    "masks on": lambda layer: prunes.l1_unstructured(layer, "weight", 0.9),
+    "twice": lambda layer: prunes.l1_unstructured(prunes.random_structured(layer, "weight", 0.5, 0), "weight", 0.8),
+    "permanent": lambda layer: prunes.remove(prunes.l1_unstructured(layer, "weight", 0.9), "weight"),
+    "parametrised": lambda layer: parametrize.register_parametrization(layer, "weight", Mask(layer.weight.shape)),
+    "rows of blocks": lambda layer: layer.weight.data.view(-1, 4, *layer.weight.shape[1:])[::3].zero_(),
+    "blocks": lambda layer: layer.weight.data.mul_(
+        (torch.rand(layer.weight.shape[0] // 4, *layer.weight.shape[1:]) < 0.1).repeat_interleave(4, 0)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", PRUNED)
+def test_networks_that_others_pruned(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8),
+    )  # fmt: skip
+    layers = [model[i] for i in (0, 3, 7, 9)]
+    for layer in layers:
+        PRUNED[how](layer)
+    model.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for _ in range(2):  # before and after a call, which leaves computed weights in the layers
+        optimized = ua.optimize_for_inference(model, torch.randn(1, 4, 9, 11))
+        for batch in (1, 3, 20):
+            x = torch.randn(batch, 4, 9, 11)
+            with torch.no_grad():
+                torch.testing.assert_close(optimized(x), model(x), rtol=1e-5, atol=1e-6)
+        found = {step.layer: step for step in optimized.explain(x[:2]) if step.density is not None}
+        for name, layer in zip(("0", "3", "7", "9"), layers, strict=True):
+            assert found[name].density == pytest.approx((layer.weight != 0).double().mean().item())
+            assert found[name].kernel != "torch" or found[name].density > 0.35
+        model(x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert hasattr(layers[0], "weight_mask") == (how in ("masks on", "twice"))
+
+
+def test_a_dense_layer_stays_dense():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        model[2].weight[torch.rand(64, 64) < 0.9] = 0
+    steps = {
+        step.layer: step for step in ua.optimize_for_inference(model, torch.randn(1, 64)).explain(torch.randn(1, 64))
+    }
+    assert steps["0"].kernel == "torch" and "density 1.00 above" in steps["0"].reason
+    assert steps["2"].kernel.startswith("sparse")
 
 
 class Odd(nn.Module):

@@ -1,6 +1,9 @@
 """Files of sparse models: read back as written, small, and refused where damaged."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -85,6 +88,147 @@ def test_damaged_files_are_refused(tmp_path):
         with pytest.raises(ValueError):
             ua.load_sparse(target, path)
     assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    """A file of weights and one of an optimised model, as bytes."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("files")
+    source = model()
+    ua.save_sparse(source, folder / "sparse")
+    ua.optimize_for_inference(source, torch.randn(1, 3, 5, 5)).save(folder / "optimized")
+    return {name: (folder / name).read_bytes() for name in ("sparse", "optimized")}
+
+
+@pytest.mark.parametrize("kind", ["sparse", "optimized"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_flipped_bit_or_a_cut_anywhere_is_refused(tmp_path, whole_files, kind, seed):
+    whole = whole_files[kind]
+    generator = torch.Generator().manual_seed(seed)
+    length = 8 + int.from_bytes(whole[:8], "little")
+    target = model()
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+
+    def draw(stop):
+        return int(torch.randint(stop, (), generator=generator))
+
+    damaged = []
+    # The length of the header, the header, and all.
+    for stop in (*range(seed, 64, 8), *[8 * length] * 40, *[8 * len(whole)] * 20):
+        bit = stop if stop < 64 else draw(stop)
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        damaged.append(bytes(flipped))
+    damaged += [whole[: draw(len(whole))] for _ in range(10)]
+    damaged += [whole[: (at := draw(len(whole)))] + whole[at + 8 :], whole + whole[:8], whole[8:]]
+    for data in damaged:
+        (tmp_path / "a").write_bytes(data)
+        with pytest.raises(ValueError, match=r"a: expected a whole safetensors file of this version, got"):
+            ua.load_sparse(target, tmp_path / "a") if kind == "sparse" else ua.load_optimized(tmp_path / "a")
+    assert all(torch.equal(v, before[k]) for k, v in target.state_dict().items())
+
+
+def plain(header, body=b""):
+    """A file of any header, which says nothing of us and has no hash."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (1 << 63).to_bytes(8, "little") + b"{}",
+        plain(b"[" * 100_000),
+        plain(b'{"a":' * 100_000),
+        plain(b"9" * 10_000),
+        plain([]),
+        plain({"a": 5}),
+        plain({"a": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 0]}}),
+        plain({"a": {"dtype": "F32", "shape": [0] * 100_000, "data_offsets": [0, 0]}}),
+        plain({"a": {"dtype": "F32", "shape": [0, 1 << 63], "data_offsets": [0, 0]}}),
+        plain({"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}}, b"1234"),
+        plain({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4.0]}}, b"1234"),
+        plain({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}}, b"1234"),
+        plain({"a": {"dtype": "F32", "shape": "1", "data_offsets": [0, 4]}}, b"1234"),
+        plain({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"1234"),
+        plain({n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in "ab"}, b"1234"),
+        plain({"__metadata__": 3}),
+        plain({"__metadata__": {"format": 3}}),
+        plain({"__metadata__": {"format": files.FORMAT}}),
+        plain({"__metadata__": {"sha256": 3}}),
+        plain({"__metadata__": {"sparse": "[]"}}),
+        plain({"__metadata__": {"sparse": "[" * 100_000}}),
+        plain({"__metadata__": {"sparse": '{"a": {"shape": 3}}'}}),
+        plain({"__metadata__": {"content": "[]"}}),
+        *[
+            plain(
+                {
+                    "a#values": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
+                    "a#" + place: {
+                        "dtype": "I32" if place == "indices" else "U8",
+                        "shape": [0],
+                        "data_offsets": [0, 0],
+                    },
+                    "__metadata__": {"sparse": json.dumps({"a": {"shape": [1 << 28, 1 << 28]}})},
+                }
+            )
+            for place in ("indices", "bitmask", "nothing")
+        ],
+    ],
+    ids=range(26),
+)
+def test_headers_that_are_bombs_or_nonsense_are_refused(tmp_path, data):
+    (tmp_path / "a").write_bytes(data)
+    for load in (ua.load_optimized, lambda path: ua.load_sparse(nn.Linear(1, 1), path)):
+        with pytest.raises(ValueError, match="expected a whole safetensors file of this version"):
+            load(tmp_path / "a")
+
+
+def test_another_version_is_named(tmp_path):
+    (tmp_path / "a").write_bytes(plain({"__metadata__": {"format": "uasparse_kernels sparse 1"}}))
+    with pytest.raises(ValueError, match="format 'uasparse_kernels sparse 1', where this version writes 'uasparse_"):
+        ua.load_optimized(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda g: g.pop("nodes"),
+        lambda g: g.update(more=1),
+        lambda g: g["nodes"].append(["x", "aten.from_file.default", ["/etc/passwd"], {"map": {}}]),
+        lambda g: g["nodes"].append(["x", "uasparse.serve_run.default", [], {"map": {}}]),
+        lambda g: g["nodes"].append(["x", "builtins.eval", ["1"], {"map": {}}]),
+        lambda g: g["nodes"].append(["x", "aten.nothing.default", [], {"map": {}}]),
+        lambda g: g["nodes"].append(["x", "operator.add", [{"ref": "nothing"}, 1], {"map": {}}]),
+        lambda g: g["nodes"].append(["x", "operator.add", [{"torch": "load"}, 1], {"map": {}}]),
+        lambda g: g["nodes"][0].pop(),
+        lambda g: g.update(in_spec="[1"),
+        lambda g: g.update(names=3),
+    ],
+)
+def test_graphs_that_are_none_are_refused(tmp_path, edit):
+    """Rightly hashed, so written by somebody on purpose."""
+    optimized = ua.optimize_for_inference(model(), torch.randn(1, 3, 5, 5))
+    content = {"kind": "optimized", "graph": files.graph_to_json(optimized._graph)}
+    edit(content["graph"])
+    files.write(tmp_path / "a", optimized._graph.constants, content)
+    with pytest.raises(ValueError, match="is damaged: its graph cannot be run"):
+        ua.load_optimized(tmp_path / "a")
+
+
+def test_a_file_serves_machines_with_other_instructions(tmp_path):
+    optimized = ua.optimize_for_inference(model(), torch.randn(1, 3, 5, 5))
+    optimized.save(tmp_path / "a")
+    program = "import sys, torch, uasparse_kernels as ua; from uasparse_kernels import _library\n"
+    program += "assert _library.compiled.cpu_isa() == 'portable'\n"
+    program += "print(ua.load_optimized(sys.argv[1])(torch.arange(150.).cos().view(2, 3, 5, 5)).flatten().tolist())"
+    environment = os.environ | {"UASPARSE_CPU_ISA": "portable"}
+    command = [sys.executable, "-c", program, tmp_path / "a"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert done.returncode == 0, done.stderr
+    x = torch.arange(150.0).cos().view(2, 3, 5, 5)
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)).view(2, 12), optimized(x))
 
 
 def test_files_of_other_models(tmp_path):

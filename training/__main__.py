@@ -1,4 +1,4 @@
-"""Command line: python -m training fit | evaluate | compare | report-study | mixture | demo."""
+"""Command line: python -m training fit | evaluate | export | predict | compare | report-study | mixture | demo."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from training.data import UNKNOWN_HELP
 from training.demo import demo
 from training.errors import TrainingError
 from training.evaluate import evaluate_checkpoint
+from training.export import export_run
 from training.mixture import REGIONS, mixture
+from training.predict import SCORES as EXPORT_SCORES
+from training.predict import load_export
 from training.processes import joined
 from training.run import fit, pick_device
 from training.scores import SCORES
@@ -133,6 +136,51 @@ def evaluate_command(
         write_json(out / "evaluation.json", judged.results)
         paths = report.draw_run(out, (), judged)
         console.print(f"Written: {', '.join(map(str, [out / 'evaluation.json', *paths]))}", soft_wrap=True)
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A run folder, or the model.pt in it.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the export; default RUN/export.")] = None,
+    score: Annotated[
+        str,
+        typer.Option(
+            help=f"What tells unknown images: {', '.join(EXPORT_SCORES)}. Default: u after synthetic unknowns, else "
+            "energy."
+        ),
+    ] = "",
+    onnx: Annotated[bool, typer.Option(help="Write an ONNX file too.")] = True,
+    data_dir: Annotated[str, typer.Option(help="Folder of downloaded data sets; default that of the run.")] = "",
+    threads: Threads = 0,
+) -> None:
+    """Write a trained network for use: optimised, as safetensors, as ONNX, and what turns its outputs into answers."""
+    _set_threads(threads)
+    folder, about = export_run(run, out, score=score, onnx=onnx, data_dir=data_dir)
+    console.print(
+        f"{about.accuracy:.1%} of {about.known_images} test images right, {about.known_accepted:.1%} accepted as known "
+        f"by {about.score}; temperature {about.temperature:.3g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"Written: {folder}", soft_wrap=True)
+
+
+@app.command("predict")
+def predict_command(
+    run: Annotated[Path, typer.Argument(help="The folder of an export, or of the run that has one.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, scores included.")] = False,
+    threads: Threads = 0,
+) -> None:
+    """Print file, class, confidence and "unknown" for image files, by a network that export wrote."""
+    _set_threads(threads)
+    rows = load_export(run).files(images)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        unknown = ["unknown"] if row["unknown"] else []
+        print(row["file"], row["class"], f"{row['confidence']:.3f}", *unknown, sep="\t")
 
 
 @app.command("compare")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,35 +10,10 @@ from torch.nn import functional as F
 
 from training.data import ImageSet
 from training.errors import TrainingError
+from training.normalise import Normalise
 from training.unknowns import PatchShuffle
 
 AUGMENTATIONS = ("auto", "none", "crop", "crop-flip")
-
-
-@dataclass(frozen=True)
-class Normalise:
-    """(pixel / 255 - mean) / std a channel. Called on uint8 [N, C, H, W], gives float32."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def of(cls, images: Tensor) -> Normalise:
-        """Takes the statistics of uint8 images [N, C, H, W]; a channel that is constant gets std 1."""
-        counts = torch.stack(
-            [torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]
-        ).double()
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        weights = counts / counts.sum(1, keepdim=True)
-        mean = weights @ levels
-        std = (weights @ levels.square() - mean.square()).clamp(min=0).sqrt()
-        std = torch.where(std < 1e-6, torch.ones_like(std), std)
-        return cls(tuple(mean.tolist()), tuple(std.tolist()))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=images.device).mul(255).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).mul(255).view(1, -1, 1, 1)
-        return images.float().sub_(mean).div_(std)
 
 
 class Batches:

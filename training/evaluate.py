@@ -173,15 +173,33 @@ def evaluate_checkpoint(
     scores: Sequence[str] | None = None,
 ) -> Evaluation:
     """Evaluates a saved network against the OOD sets named by their specs."""
+    run = load_run(path, data_dir=data_dir, device=device)
+    sets = load_unknown_sets(unknowns, run.data, data_dir=data_dir or run.config.data_dir or None)
+    return evaluate(run.model, run.data, sets, normalise=run.normalise, device=device, scores=scores)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained network with the data that it was trained on."""
+
+    model: nn.Module
+    config: FitConfig
+    data: TrainTest
+    normalise: Normalise
+
+
+def load_run(path: Path, *, data_dir: str = "", device: torch.device | str = "cpu") -> Run:
+    """A saved network (see `load_model`) and its data. Raises CheckpointError for data of other classes or sizes."""
     model, config, state = load_model(path, device)
     data = load_data(config, data_dir)
-    if data.train.classes != tuple(state["classes"]):
+    images = data.test.images
+    said = (tuple(state["classes"]), state["in_channels"], state["image_size"])
+    if said != (data.train.classes, images.shape[1], images.shape[-1]):
         raise CheckpointError(
-            f"{path} was trained on the classes {state['classes']}, {config.data} has {data.train.classes}."
+            f"{path} was trained on {said[1]} channels, {said[2]} pixels a side, and the classes {state['classes']}; "
+            f"{config.data} has {images.shape[1]}, {images.shape[-1]}, and {data.train.classes}."
         )
-    sets = load_unknown_sets(unknowns, data, data_dir=data_dir or config.data_dir or None)
-    normalise = Normalise(tuple(state["mean"]), tuple(state["std"]))
-    return evaluate(model, data, sets, normalise=normalise, device=device, scores=scores)
+    return Run(model, config, data, Normalise(tuple(state["mean"]), tuple(state["std"])))
 
 
 def load_data(config: FitConfig, data_dir: str = "") -> TrainTest:

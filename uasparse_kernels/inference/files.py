@@ -3,7 +3,7 @@
 The layout is that of safetensors (8 bytes with the header's length, the header, the tensors), so its readers read the
 parts; a tensor with zeros enough is held as two of them, its values and either a bitmask (1 bit an entry) or the
 ascending indices of its nonzeros (int32), whichever is smaller. The header's metadata says which, and has a hash of all
-bytes that follow the header.
+other bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.pattern import SparsityPattern
 
-FORMAT = "uasparse_kernels sparse 1"
+FORMAT = "uasparse_kernels sparse 2"
+_NO_DIGEST = b"0" * 64
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -57,11 +59,9 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
         sparse[name] = {"shape": list(flat.shape)}
     header: dict[str, Any] = {}
     offset = 0
-    digest = hashlib.sha256()
     blocks = []
     for name, tensor in parts.items():
         data: Any = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
-        digest.update(data)
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -72,11 +72,12 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
     header["__metadata__"] = {
         "format": FORMAT,
         "sparse": json.dumps(sparse),
-        "sha256": digest.hexdigest(),
+        "sha256": _NO_DIGEST.decode(),
         "content": json.dumps(metadata),
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    text = text.replace(_NO_DIGEST, _digest(text, blocks))
     temporary = Path(path).with_name(Path(path).name + ".part")
     with open(temporary, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -89,63 +90,83 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     """Tensors and metadata of a file of :func:`write`; a plain safetensors file is read too.
 
     Raises:
-        ValueError: for a file that is cut, damaged or of another kind.
+        ValueError: for a file that is cut, damaged or of another kind: no bit of it can change unseen.
     """
     data = np.fromfile(path, np.uint8)
-
-    def check(good: bool, what: str) -> None:
-        if not good:
-            raise ValueError(f"{os.fspath(path)}: expected a safetensors file of uasparse_kernels, got {what}.")
-
-    check(len(data) >= 8, "too few bytes")
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    check(length <= min(len(data) - 8, _MOST_HEADER), "a header that is longer than the file")
     try:
-        header = json.loads(data[8 : 8 + length].tobytes())
-        metadata = header.pop("__metadata__", {})
-        sparse = json.loads(metadata.get("sparse", "{}"))
-        content = json.loads(metadata.get("content", "{}"))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{os.fspath(path)}: its header is no JSON object as expected: {error}.") from error
-    if "format" in metadata:
-        check(metadata["format"] == FORMAT or "uasparse" not in metadata["format"], f"format {metadata['format']!r}")
-    body = data[8 + length :]
-    if "sha256" in metadata:
-        check(hashlib.sha256(body.tobytes()).hexdigest() == metadata["sha256"], "bytes that do not match their hash")
+        return _parse(data)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, MemoryError) as error:
+        said = str(error) if isinstance(error, _DamagedError) else f"something else ({error!r:.200})"
+        raise ValueError(
+            f"{os.fspath(path)}: expected a whole safetensors file of this version, got {said}."
+        ) from error
+
+
+class _DamagedError(ValueError):
+    pass
+
+
+def _check(good: Any, what: str) -> None:
+    if not good:
+        raise _DamagedError(what)
+
+
+def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    _check(len(data) >= 8, "too few bytes")
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    _check(length <= min(len(data) - 8, _MOST_HEADER), "a header that is longer than the file")
+    text, body = data[8 : 8 + length].tobytes(), data[8 + length :]
+    header = json.loads(text)
+    metadata = header.pop("__metadata__", {})
+    found = metadata.get("format", "")
+    _check(found == FORMAT or "uasparse" not in found, f"one of format {found!r}, where this version writes {FORMAT!r}")
+    if found == FORMAT or "sha256" in metadata:
+        told = metadata["sha256"].encode()
+        _check(_digest(text.replace(told, _NO_DIGEST), [body]) == told, "bytes that do not match their hash")
     parts: dict[str, Tensor] = {}
     expected = 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1].get("data_offsets", [0])):
-        try:
-            dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            sizes = all(isinstance(s, int) and s >= 0 for s in [*shape, begin, end])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: the entry of {name!r} is damaged: {error!r}.") from error
-        check(sizes and begin == expected and end <= len(body), f"offsets of {name!r} that do not fit")
-        check(end - begin == math.prod(shape) * dtype.itemsize, f"a size of {name!r} that does not fit its shape")
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        _check(_are_sizes([*shape, begin, end]) and begin == expected and end <= len(body), f"odd offsets of {name!r}")
+        _check(end - begin == math.prod(shape) * dtype.itemsize, f"a size of {name!r} that does not fit its shape")
         expected = end
         parts[name] = torch.empty(shape, dtype=dtype)
         if end > begin:
             parts[name].view(-1).view(torch.uint8).numpy()[:] = body[begin:end]
-    check(expected == len(body), "bytes that no tensor owns")
-    for name, entry in sparse.items():
-        shape = entry.get("shape")
-        check(isinstance(shape, list) and name + "#values" in parts, f"no values of {name!r}")
+    _check(expected == len(body), "bytes that no tensor owns")
+    for name, entry in json.loads(metadata.get("sparse", "{}")).items():
+        shape = entry["shape"]
+        _check(_are_sizes(shape) and name + "#values" in parts, f"no values of {name!r}")
         values, numel = parts.pop(name + "#values"), math.prod(shape)
         bitmask, indices = parts.pop(name + "#bitmask", None), parts.pop(name + "#indices", None)
         if bitmask is not None:
-            check(bitmask.numel() == -(-numel // 8), f"a bitmask of {name!r} of another size")
+            _check(bitmask.numel() == -(-numel // 8), f"a bitmask of {name!r} of another size")
             place = torch.from_numpy(np.unpackbits(bitmask.numpy(), count=numel, bitorder="little")).nonzero().view(-1)
         else:
-            check(indices is not None, f"neither bitmask nor indices of {name!r}")
+            _check(indices is not None and numel <= 1 << 31, f"neither bitmask nor indices of {name!r}")
             assert indices is not None
             place = indices.long()
             inside = bool((place[1:] > place[:-1]).all()) and (not len(place) or (place[0] >= 0 and place[-1] < numel))
-            check(bool(inside), f"indices of {name!r} that do not ascend or fit")
-        check(len(place) == values.numel(), f"{values.numel()} values for {len(place)} nonzeros of {name!r}")
+            _check(bool(inside), f"indices of {name!r} that do not ascend or fit")
+        _check(len(place) == values.numel(), f"{values.numel()} values for {len(place)} nonzeros of {name!r}")
         dense = values.new_zeros(numel)
         dense[place] = values
         parts[name] = dense.view(shape)
+    content = json.loads(metadata.get("content", "{}"))
+    _check(isinstance(content, dict), "a content that is no object")
     return parts, content
+
+
+def _are_sizes(numbers: Any) -> bool:
+    return isinstance(numbers, list) and len(numbers) <= 64 and all(type(n) is int and n >= 0 for n in numbers)
+
+
+def _digest(text: bytes, blocks: Iterable[Any]) -> bytes:
+    """The hash of header and tensors, the place of the hash itself left empty."""
+    digest = hashlib.sha256(text)
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest().encode()
 
 
 def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -219,20 +240,17 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
 
 
 def graph_from_json(fields: dict[str, Any], constants: dict[str, Tensor]) -> Graph:
-    """The graph; ValueError where it refers to what is not there, or calls anything but ops."""
-    try:
-        fields = dict(fields)
-        fields["nodes"] = [Node(n, t, _decode(a), _decode(k)) for n, t, a, k in fields["nodes"]]
-        fields["outputs"], fields["input_dtypes"] = _decode(fields["outputs"]), _decode(fields["input_dtypes"])
-        graph = Graph(constants=constants, **fields)
-        known = {*graph.inputs, *graph.constants}
-        for node in graph.nodes:
-            resolve(node.target)
-            if unknown := set(node.refs()) - known:
-                raise ValueError(f"{node.name} reads {sorted(unknown)}, which nothing makes")
-            known.add(node.name)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The file's graph is damaged: {error!r}.") from error
+    """The graph. Raises ValueError (and what else Python makes of it) where it is none, or calls anything but ops."""
+    fields = dict(fields)
+    fields["nodes"] = [Node(n, t, _decode(a), _decode(k)) for n, t, a, k in fields["nodes"]]
+    fields["outputs"], fields["input_dtypes"] = _decode(fields["outputs"]), _decode(fields["input_dtypes"])
+    graph = Graph(constants=constants, **fields)
+    known = {*graph.inputs, *graph.constants}
+    for node in graph.nodes:
+        resolve(node.target)
+        if unknown := set(node.refs()) - known:
+            raise ValueError(f"{node.name} reads {sorted(unknown)}, which nothing makes")
+        known.add(node.name)
     return graph
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels.convert import densify
@@ -67,11 +68,12 @@ def resolve(target: str) -> Callable[..., Any]:
     space, *path = target.split(".")
     if space == "operator" and len(path) == 1 and path[0] in _OPERATORS:
         return getattr(operator, path[0])
-    if space in ("aten", "uasparse") and len(path) == 2:
+    if space in ("aten", "uasparse") and len(path) == 2 and path[0] not in _REFUSED:
         return getattr(getattr(getattr(torch.ops, space), path[0]), path[1])
     raise ValueError(f"Expected an aten op or an operator, got {target!r}.")
 
 
+_REFUSED = {"from_file", "serve_run"}  # a model's file opens no other, and runs no plan but ours
 _OPERATORS = {"getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge"}
 
 
@@ -86,7 +88,7 @@ def fill(argument: Any, env: dict[str, Any]) -> Any:
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bool) -> Graph:
     """The eval graph of a densified copy of ``model``, by torch.export."""
-    dense = densify(copy.deepcopy(model)).eval()
+    dense = densify(_settled(model)).eval()
     flat = [t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor)]
     dynamic: Any = None
     batch = flat[0].shape[0] if flat and flat[0].dim() else 0
@@ -114,6 +116,26 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bo
         hint = " If the model's batch cannot vary, pass dynamic_batch=False." if dynamic_batch else ""
         raise ValueError(f"torch.export could not capture the model.{hint} It said: {error}") from error
     return _convert(program, dynamic_batch, batch)
+
+
+def _settled(model: nn.Module) -> nn.Module:
+    """A copy whose weights are parameters: with the masks of torch.nn.utils.prune, and parametrisations, applied."""
+    # What a hook computed and put in a parameter's place refuses to be copied.
+    computed = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf]
+    model = copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, prune.BasePruningMethod):
+                prune.remove(module, hook._tensor_name)
+        if parametrize.is_parametrized(module):
+            # By hand: the copy has the model's own class, from which remove_parametrizations would take the property.
+            parametrized: Any = module.parametrizations
+            weights = {name: getattr(module, name).detach() for name in parametrized}
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module.parametrizations
+            for name, weight in weights.items():
+                module.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    return model
 
 
 @contextlib.contextmanager

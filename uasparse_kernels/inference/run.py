@@ -16,10 +16,15 @@ from uasparse_kernels import _library
 from uasparse_kernels.inference import files
 from uasparse_kernels.inference.fuse import by_sample, fuse
 from uasparse_kernels.inference.graph import Graph, Ref, capture, fill
+from uasparse_kernels.inference.package import package
 from uasparse_kernels.inference.plan import Call, Plan, Planner, fill_all, shapes_of
 
 _PLANS = 8  # sizes of the input whose plans are kept
 _NEAR_BYTES = 8 << 20
+_NO_EXPORT = (
+    "An optimised model has steps of its own, which torch.export cannot see: its package() compiles it for C++, and "
+    "other engines take the model that it was made from, by torch.onnx.export(densify(copy.deepcopy(model)), ...)."
+)
 
 
 class LayerTime(NamedTuple):
@@ -98,18 +103,24 @@ class OptimizedModel(nn.Module):
             raise ValueError("An optimised model has no training mode; train the model that it was made from.")
         return self
 
+    @torch.compiler.disable  # its steps are compiled already
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise RuntimeError(_NO_EXPORT)
         inputs = self._inputs(args, kwargs)
         with torch.inference_mode():
-            part = self._part(inputs)
-            if part is None:
-                return self._run(self._plan(inputs), inputs, None)
-            results = []
-            for start in range(0, inputs[0].shape[0], part):
-                some = [t[start : start + part] for t in inputs]
-                results.append(pytree.tree_leaves(self._run(self._plan(some), some, None)))
-            whole = [torch.cat(tensors) for tensors in zip(*results, strict=True)]
-            return pytree.tree_unflatten(whole, self._out_spec)
+            return self._run_parts(inputs)
+
+    def _run_parts(self, inputs: list[Tensor]) -> Any:
+        part = self._part(inputs)
+        if part is None:
+            return self._run(self._plan(inputs), inputs, None)
+        results = []
+        for start in range(0, inputs[0].shape[0], part):
+            some = [t[start : start + part] for t in inputs]
+            results.append(pytree.tree_leaves(self._run(self._plan(some), some, None)))
+        whole = [torch.cat(tensors) for tensors in zip(*results, strict=True)]
+        return pytree.tree_unflatten(whole, self._out_spec)
 
     def _part(self, inputs: list[Tensor]) -> int | None:
         """Samples that run together where a batch can be parted: so many that their maps stay in a near cache."""
@@ -216,6 +227,19 @@ class OptimizedModel(nn.Module):
         content = {"kind": "optimized", "graph": files.graph_to_json(self._graph)}
         files.write(path, self._graph.constants, content)
 
+    def package(self, path: str | os.PathLike[str], batch: int = 1) -> None:
+        """Compiles the model by AOTInductor to a ``.pt2`` package, which C++ programs run without Python.
+
+        It takes inputs of the captured sizes and this batch, contiguous ones, and gives the outputs as a flat list. It
+        needs this package's compiled part (``_C.abi3.so``) to be loaded, and serves machines that have this one's
+        instruction sets. Source of the format: torch.export and AOTInductor (examples/serve_cpp is a program for it).
+
+        Raises:
+            ValueError: for a path that does not end in ``.pt2``, or a batch below 1.
+            RuntimeError: where there is no C++ compiler.
+        """
+        package(OptimizedModel(self._graph), path, batch)
+
     def explain(self, *args: Any, **kwargs: Any) -> list[LayerTime]:
         """Runs the model a few times, step by step: kernel, density, what is fused, and share of the time of each."""
         inputs = self._inputs(args, kwargs)
@@ -243,4 +267,7 @@ def load_optimized(path: str | os.PathLike[str]) -> OptimizedModel:
     tensors, content = files.read(path)
     if content.get("kind") != "optimized":
         raise ValueError(f"{os.fspath(path)} holds no optimised model; read weights with load_sparse(model, path).")
-    return OptimizedModel(files.graph_from_json(content["graph"], tensors))
+    try:
+        return OptimizedModel(files.graph_from_json(content["graph"], tensors))
+    except Exception as error:  # a graph can be wrong in every way
+        raise ValueError(f"{os.fspath(path)} is damaged: its graph cannot be run: {error!r:.300}.") from error

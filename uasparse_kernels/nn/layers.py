@@ -26,7 +26,15 @@ _NO_PARAMETRIZATION = (
     "of numbers to it, and of a dense-stored one it would train entries outside of the pattern. Leave the layer dense "
     "(sparsify(..., exempt=[...])), or call densify(model) first."
 )
-_NO_EXPORT = "{}: call uasparse_kernels.densify(copy.deepcopy(model)) and take the result."
+_NO_EXPORT = (
+    "{}: call uasparse_kernels.densify(copy.deepcopy(model)) and take the result. On a CPU, "
+    "uasparse_kernels.optimize_for_inference(model, x) runs the model fast as it is, and its package() without Python."
+)
+
+
+@torch.compiler.assume_constant_result
+def _is_in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()  # Dynamo, the exporter's second try, takes it for False
 
 
 def as_leaf(module: nn.Module, input: Proxy) -> Any:
@@ -169,7 +177,7 @@ class SparseLayer(nn.Module):
         return self.weight
 
     def _refuse_export(self) -> None:
-        if torch.onnx.is_in_onnx_export():
+        if _is_in_onnx_export():
             raise RuntimeError(_NO_EXPORT.format("ONNX has no operator for a sparse layer"))
 
     def __delattr__(self, name: str) -> None:

@@ -1,0 +1,54 @@
+"""An optimised model as a package of AOTInductor, which a C++ program runs without Python (examples/serve_cpp)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from uasparse_kernels._library import register_fake
+from uasparse_kernels.inference.graph import one_cudnn_precision
+
+if TYPE_CHECKING:
+    from uasparse_kernels.inference.run import OptimizedModel
+
+
+@register_fake("serve_run")
+def _(arena, program, ints, values, inputs, outputs) -> None:
+    pass
+
+
+class _Planned(nn.Module):
+    """Calls an optimised model's steps one by one, as torch.export wants to see them."""
+
+    def __init__(self, model: OptimizedModel):
+        super().__init__()
+        self._model = [model]  # no submodule: its tensors are the plan's, constants of the graph
+        self.eval()
+
+    def forward(self, *args: Any) -> Any:
+        (model,) = self._model
+        model._arenas.clear()  # one of another trace is no tensor
+        return model._run_parts(pytree.tree_leaves(args))
+
+
+def package(model: OptimizedModel, path: str | os.PathLike[str], batch: int) -> None:
+    """See ``OptimizedModel.package``; ``model`` is one that nobody else calls."""
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"Expected a path that ends in .pt2, got {os.fspath(path)!r}.")
+    if batch < 1:
+        raise ValueError(f"Expected a batch of at least 1, got {batch}.")
+    graph = model._graph
+    sizes = [[batch if size is None else size for size in shape] for shape in graph.input_shapes]
+    inputs = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, graph.input_dtypes, strict=True)]
+    with torch.no_grad(), one_cudnn_precision():
+        model._run_parts(inputs)  # makes the plans
+        program = torch.export.export(_Planned(model), pytree.tree_unflatten(inputs, model._in_spec)[0], strict=False)
+        try:
+            torch._inductor.aoti_compile_and_package(program, package_path=os.fspath(path))
+        except torch._inductor.exc.InvalidCxxCompiler as error:
+            raise RuntimeError(f"A package is compiled: it needs a C++ compiler ($CXX, else g++). {error}") from error
