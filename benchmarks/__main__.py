@@ -32,6 +32,7 @@ SUITES = {
     "recipe": "bench_recipe",
     "serve": "bench_serve",
     "init": "bench_init",
+    "distributed": "bench_distributed",
 }
 
 
