@@ -37,13 +37,10 @@ class UnknownAwareLoss(nn.Module):
         rho: divisor of the first alpha.
         unknown_weight: weight of samples with target K.
         reduction: "mean", "sum" or "none".
-<<<<<<< HEAD
         label_smoothing, ignore_index, weight: as for the op, and for ``nn.CrossEntropyLoss`` (but no index is ignored
             unless it is named); ``weight`` is a buffer.
-=======
         process_group: of processes that train one model, each on its part of a batch. The running mean is then of the
             threshold over all of them, as if one process had the whole batch; without, each process has its own alpha.
->>>>>>> loops
 
     Shapes: logits ``[N, K+1]`` or ``[N, K+1, d1, ...]`` of any floating-point dtype; target int64 ``[N]`` or
         ``[N, d1, ...]``, or probabilities of the logits' shape -> scalar, or one loss a target for "none".
@@ -67,13 +64,10 @@ class UnknownAwareLoss(nn.Module):
         rho: float = 64.0,
         unknown_weight: float = 1.0,
         reduction: str = "mean",
-<<<<<<< HEAD
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,
         weight: Tensor | None = None,
-=======
         process_group: Any = None,
->>>>>>> loops
     ):
         super().__init__()
         if num_classes < 1:
@@ -106,11 +100,8 @@ class UnknownAwareLoss(nn.Module):
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
         self.alpha_final, self.rho = alpha_final, rho
         self.unknown_weight, self.reduction = unknown_weight, reduction
-<<<<<<< HEAD
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
-=======
         self.process_group = process_group
->>>>>>> loops
         self.epoch = 0
         # Not finite until the first step whose threshold is.
         self.register_buffer("average", torch.tensor(float("nan")))
@@ -142,28 +133,26 @@ class UnknownAwareLoss(nn.Module):
             ignore_index=self.ignore_index,
             weight=self.weight,
         )
-<<<<<<< HEAD
         if is_step:
             # Few calls, as on a small batch they cost as much as the loss. A threshold is no less than 0 and has no
             # gradient. Where the running mean is not finite, one of the two is not: the other stands for it.
             average, threshold = self.average, threshold.to(self.average.dtype)
+            if self.process_group is not None:
+                threshold = self._of_all_processes(threshold, target)
             running = torch.lerp(average, threshold, 0.05)
             average.copy_(torch.where(running < math.inf, running, torch.fmin(average, threshold)))
-=======
-        if self.training and torch.is_grad_enabled() and logits.requires_grad:
-            with torch.no_grad():
-                threshold = threshold.to(self.average.dtype)
-                if self.process_group is not None:
-                    threshold = self._of_all_processes(threshold, target)
-                running = torch.lerp(self.average, threshold, 0.05)
-                running = torch.where(self.average.isnan(), threshold, running)
-                self.average.copy_(torch.where(threshold.isfinite(), running, self.average))
->>>>>>> loops
         return loss
 
+    @torch.no_grad()
     def _of_all_processes(self, threshold: Tensor, target: Tensor) -> Tensor:
         """The mean over the known samples of all processes; 0 where there are none, as for one process."""
-        known = (target < self.num_classes).sum().to(threshold)
+        if target.is_floating_point():
+            known = target[:, : self.num_classes].sum().to(threshold)
+        else:
+            counts = target < self.num_classes
+            if self.ignore_index is not None:
+                counts = counts & (target != self.ignore_index)
+            known = counts.sum().to(threshold)
         sums = torch.stack([threshold * known, known])
         torch.distributed.all_reduce(sums, group=self.process_group)
         return sums[0] / sums[1].clamp(min=1)

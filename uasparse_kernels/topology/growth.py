@@ -129,17 +129,9 @@ class GradientCapture:
     @torch._disable_dynamo  # what follows belongs to autograd: a compiled graph is cut here while armed
     def _watch(self, layer: SparseLayer, input: Tensor, output: Tensor) -> None:
         weight, mine = layer.weight, self._weight
-<<<<<<< HEAD
-        if (
-            (weight is not mine and (mine is None or not is_sharded(mine)))
-            or not weight.requires_grad
-            or not output.requires_grad
-        ):
-=======
         if mine is None or (weight is not mine and not is_sharded(mine)):
             return
         if not weight.requires_grad or not output.requires_grad:
->>>>>>> loops
             return
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
