@@ -12,6 +12,7 @@ from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.norm import BatchNorm2d
+from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.pattern import check_block
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m, structured_pattern
@@ -20,6 +21,8 @@ logger = logging.getLogger("uasparse_kernels")
 
 DenseLayer = nn.Linear | nn.Conv2d
 _LAYERS: dict[type, Any] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+# What stands between: the same objects, values and gradients, by other kernels.
+_BETWEEN: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
 
 
 def sparsify(
@@ -47,9 +50,9 @@ def sparsify(
     Weights are scaled up to what a random pattern leaves of each output's inputs, so that outputs keep their variance
     and deep networks without normalisation train. A layer with a ``pattern`` of its own keeps its values.
 
-    An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
-    for contiguous maps in training. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which reads
-    weights.
+    ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
+    forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
+    reads weights.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
@@ -141,7 +144,7 @@ def sparsify(
         logger.warning(
             "No layer was made sparse: %s", "; ".join(f"{n or 'the layer'}: {r}" for n, r in skipped.items())
         )
-    _turn(model, nn.BatchNorm2d, BatchNorm2d)
+    _turn(model, _BETWEEN)
     model = _replace(model, layers)
     _leave_fused_evaluation(model)
     return model
@@ -150,10 +153,10 @@ def sparsify(
 def densify(model: nn.Module) -> nn.Module:
     """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned).
 
-    Its batch norms are torch's again.
+    Its batch norms and pooling are torch's again.
     """
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-    _turn(model, BatchNorm2d, nn.BatchNorm2d)
+    _turn(model, {ours: torchs for torchs, ours in _BETWEEN.items()})
     for module in model.modules():
         if _FUSED in module.__dict__:
             module.__dict__.update(module.__dict__.pop(_FUSED))
@@ -199,10 +202,10 @@ def _misfit(module: DenseLayer, block: Sequence[int], structure: str | None) -> 
     return ""
 
 
-def _turn(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Gives the modules of exactly one class another class; attributes, hooks and whoever holds them stay."""
+def _turn(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Gives the modules of exactly these classes others; attributes, hooks and whoever holds them stay."""
     for module in model.modules():
-        if type(module) is old:
+        if (new := classes.get(type(module))) is not None:
             module.__class__ = new
 
 

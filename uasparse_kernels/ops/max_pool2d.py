@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uasparse_kernels import _library
+from uasparse_kernels.ops._common import transformed
 
 IntPair = int | tuple[int, int]
 
@@ -36,6 +37,7 @@ def max_pool2d(
         and input.is_contiguous()
         and spread == (1, 1)
         and not ceil_mode
+        and transformed() is None
         and _library.has_kernel("max_pool2d", input)
     )
     if not ours:
