@@ -48,8 +48,9 @@ template <typename T>
 void quad_product(const ConvQuadProduct<T>& p) {
   constexpr int L = kLanes<T>;
   const int64_t step = p.out_channel * p.phases;  // from a channel of the quad to the next
-  // A row is cut into tiles of one size, so that none is small.
-  const int64_t tiles = (p.vectors + kQuadVectors<T> - 1) / kQuadVectors<T>, tile = (p.vectors + tiles - 1) / tiles;
+  // Tiles of a row differ by at most a vector, and the last is no smaller: where its last vector overlaps the one before,
+  // both are in one tile.
+  const int64_t tiles = (p.vectors + kQuadVectors<T> - 1) / kQuadVectors<T>;
   for (int64_t key = p.begin; key < p.end; ++key) {
     const ConvQuadEntry<T>* const entry = p.entries + p.first[key];
     const ConvQuadEntry<T>* const end = p.entries + p.first[key + 1];
@@ -59,9 +60,9 @@ void quad_product(const ConvQuadProduct<T>& p) {
     T bias[4] = {};
     if (p.bias != nullptr) __builtin_memcpy(bias, p.bias + 4 * quad, sizeof bias);
     for (int r = 0; r < p.rows; ++r)
-      for (int64_t v = 0; v < p.vectors; v += tile) {
-        const int64_t vectors = v + tile < p.vectors ? tile : p.vectors - v;
-        const int64_t last = v + vectors < p.vectors ? (vectors - 1) * L : p.last - v * L;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t v = p.vectors * t / tiles, vectors = p.vectors * (t + 1) / tiles - v;
+        const int64_t last = t + 1 < tiles ? (vectors - 1) * L : p.last - v * L;
         quad_tile_of<T>(vectors, entry, end, p.source + r * p.source_row + v * L, out + r * p.out_row + v * L, step, last,
                         p.start, bias);
       }
