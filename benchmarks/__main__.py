@@ -48,7 +48,7 @@ def main(
     # As `python -m training` does, for the rivals too: else new pages can cost as much as a kernel.
     ua.keep_freed_memory()
     for suite in suites or SUITES:
-        _pin(None if suite == "threads" else threads)
+        _pin(None if suite in ("threads", "networks") else threads)  # these use both cores
         torch.set_num_threads(threads)
         print(f"\n{suite}, {threads} thread{'s' if threads > 1 else ''}", flush=True)
         roofs = {"matmul_gflops": harness.matmul_roof(), "copy_gb_per_s": harness.copy_roof()}

@@ -15,6 +15,7 @@ from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
+from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.pattern import check_block
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m
@@ -23,6 +24,8 @@ logger = logging.getLogger("uasparse_kernels")
 
 DenseLayer = nn.Linear | nn.Conv2d
 _LAYERS: dict[type, Any] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+# What stands between: the same objects, values and gradients, by other kernels.
+_BETWEEN: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
 
 
 def sparsify(
@@ -64,9 +67,9 @@ def sparsify(
     and parameters stay the same objects, and blocks as they are; packed weights take another size, for which
     optimisers with state (momentum) have to be made anew.
 
-    An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
-    for contiguous maps in training. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which reads
-    weights.
+    ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
+    forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
+    reads weights.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
@@ -190,7 +193,7 @@ def sparsify(
     else:
         reasons = "; ".join(f"{name or 'the layer'}: {reason}" for name, reason in skipped.items())
         logger.warning("No layer was made sparse: %s", reasons)
-    _turn(model, nn.BatchNorm2d, BatchNorm2d)
+    _turn(model, _BETWEEN)
     warn_of_resized(change.layer.weight for change in changes if change.apply())
     model = _replace(model, made)
     _leave_fused_evaluation(model)
@@ -233,11 +236,11 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
 def densify(model: nn.Module) -> nn.Module:
     """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned).
 
-    Its batch norms are torch's again, and sparse deltas are merged into their layers.
+    Its batch norms and pooling are torch's again, and sparse deltas are merged into their layers.
     """
     model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-    _turn(model, BatchNorm2d, nn.BatchNorm2d)
+    _turn(model, {ours: torchs for torchs, ours in _BETWEEN.items()})
     for module in model.modules():
         if _FUSED in module.__dict__:
             module.__dict__.update(module.__dict__.pop(_FUSED))
@@ -283,10 +286,10 @@ def _misfit(module: DenseLayer | SparseLayer, block: Sequence[int], structure: s
     return ""
 
 
-def _turn(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Gives the modules of exactly one class another class; attributes, hooks and whoever holds them stay."""
+def _turn(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Gives the modules of exactly these classes others; attributes, hooks and whoever holds them stay."""
     for module in model.modules():
-        if type(module) is old:
+        if (new := classes.get(type(module))) is not None:
             module.__class__ = new
 
 

@@ -37,6 +37,7 @@ def max_pool2d(
         and input.is_contiguous()
         and spread == (1, 1)
         and not ceil_mode
+        and transformed() is None
         and _library.has_kernel("max_pool2d", input)
         and transformed() is None
     )
