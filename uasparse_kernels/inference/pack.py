@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 GROUP = 4  # kRowGroup: output channels that share offsets
+WINDOW = 64  # kRowWindow: output channels that are sorted by their nonzeros in a block
 
 
 @dataclasses.dataclass
@@ -21,7 +22,8 @@ class PackedConv:
     values: np.ndarray  # [entries * group]
     plane: np.ndarray  # int32 [entries]
     tap: np.ndarray  # uint8 [entries], into dy and dx
-    ptr: np.ndarray  # int32 [blocks, rows / group + 1]
+    order: np.ndarray  # int32 [blocks, rows]: rows by windows, those with most nonzeros in the block first
+    ptr: np.ndarray  # int32 [blocks, rows / group + 1], by the order
     dy: np.ndarray  # int32 [taps]
     dx: np.ndarray
     phases: np.ndarray  # int32: y * stride_w + x
@@ -65,15 +67,22 @@ def pack_conv(
     channel = c + (o * group) // (out // groups) * per_group
     block = channel // (channel_block or channels)
     blocks = -(-channels // (channel_block or channels))
-    order = np.argsort(block * (out // group) + o, kind="stable")
-    counts = np.bincount(block * (out // group) + o, minlength=blocks * (out // group))
+    rows = out // group
+    counts = np.bincount(block * rows + o, minlength=blocks * rows)
+    row = np.arange(rows)
+    by_count = np.stack([np.lexsort((-c, row // WINDOW)) if group == 1 else row for c in counts.reshape(blocks, rows)])
+    rank = np.empty_like(by_count)
+    np.put_along_axis(rank, by_count, row[None], axis=1)
+    order = np.argsort(block * rows + rank[block, o], kind="stable")
+    counts = np.take_along_axis(counts.reshape(blocks, rows), by_count, axis=1).reshape(-1)
     ends = np.concatenate([[0], np.cumsum(counts)])
-    ptr = np.stack([ends[b * (out // group) : (b + 1) * (out // group) + 1] for b in range(blocks)])
+    ptr = np.stack([ends[b * rows : (b + 1) * rows + 1] for b in range(blocks)])
     plane = channel * len(phases) + phase_index[y, x]
     return PackedConv(
         values=np.ascontiguousarray(values[order]).reshape(-1),
         plane=plane[order].astype(np.int32),
         tap=(y * kw + x)[order].astype(np.uint8 if kh * kw <= 256 else np.int32),
+        order=by_count.astype(np.int32),
         ptr=ptr.astype(np.int32),
         dy=dy,
         dx=dx,

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from uasparse_kernels._library import compiled
 from uasparse_kernels.inference.fuse import ACTIVATIONS, Activation, Affine, Layer, Step, activation_of
 from uasparse_kernels.inference.graph import Graph, Node, Ref, fill, resolve
-from uasparse_kernels.inference.pack import GROUP, pack_conv, pack_rows
+from uasparse_kernels.inference.pack import GROUP, WINDOW, pack_conv, pack_rows
 
 FEW_ROWS = 8  # the kernel for a few rows of a linear layer serves so many
 # Densities below which the kernels beat torch's dense ones (benchmarks/bench_serve.py).
@@ -374,17 +374,17 @@ class Planner:
         )
         residual = self.residual(layer, result)
         bias = self.put_values(np.zeros(packed.rows) if layer.bias is None else layer.bias.numpy())
-        values, ptr = self.put_values(packed.values), self.put_ints(packed.ptr)
+        values, ptr, order = self.put_values(packed.values), self.put_ints(packed.ptr), self.put_ints(packed.order)
         kind, parameters = self.put_activation(layer.act)
 
         def emit(*_: Any) -> list[int]:
             space = inputs.space
             offsets = self.put_ints(packed.offsets(space.plane, space.root().pitch))
             tile = self.tile(packed, space.body)
-            chunk = max(8, _up(384 * 1024 // (tile * self.lanes * 4), GROUP))
+            chunk = _up(384 * 1024 // (tile * self.lanes * 4), WINDOW)
             return [CONV, inputs.body, result.body, residual.body if residual else -1, space.plane, space.plane,
                     space.body, space.gap, tile, packed.group, packed.rows, packed.blocks, chunk,
-                    ptr, offsets, values, bias, self.mask(result), kind, parameters]  # fmt: skip
+                    order, ptr, offsets, values, bias, self.mask(result), kind, parameters]  # fmt: skip
 
         self.add(entry, emit, [inputs, *([residual] if residual else [])], [result])
         self.maps[layer.name] = result
