@@ -139,7 +139,8 @@ def make_conv(rng):
     padding = [rng.choice([0, 1, 1, 2, 4]) for _ in range(2)]
     dilation = [rng.choice([1, 1, 1, 2]) for _ in range(2)]
     sizes = [
-        max(shape[2 + i] * dilation[i] - 2 * padding[i], 1) + rng.choice([0, 1, 3, 7, 8, 15, 16]) for i in range(2)
+        max(shape[2 + i] * dilation[i] - 2 * padding[i], rng.choice([0, 1, 1, 1])) + rng.choice([0, 1, 3, 7, 8, 15, 16])
+        for i in range(2)
     ]
     input = numbers(rng, rng.choice([0, 1, 1, 2, 4, 5, 17]), inp * groups, *sizes, dtype=dtype)
     if rng.random() < 0.3:

@@ -23,7 +23,9 @@ import tempfile
 import time
 
 import fuzz_arguments as arguments
+import fuzz_maps as maps
 import fuzz_references as references
+import fuzz_serve
 import sanitized
 import torch
 from fuzz_arguments import copies, is_freed, make_damaged, make_wrong, tensors_of
@@ -208,6 +210,7 @@ def run_call(name: str, kind: str, seed: int, verbose: bool = False) -> tuple[st
 
 def judge(results, expected, told) -> tuple[str, str]:
     """Each of the expected is a tensor (equal) or a pair: values in float64, and how far off they may be."""
+    results = [result if isinstance(result, torch.Tensor) else torch.tensor(result) for result in results]
     if len(results) != len(expected):
         return "wrong", f"{told}: {len(results)} results, expected {len(expected)}"
     for i, (result, want) in enumerate(zip(results, expected, strict=True)):
@@ -267,6 +270,13 @@ OPS = {
     "prune_grow_": (arguments.make_prune_grow, references.prune_grow_reference, (0, 1, 2, 3, 4, 5, 6)),
     "batch_norm": (arguments.make_batch_norm, references.batch_norm_reference, ()),
     "batch_norm_backward": (arguments.make_batch_norm_backward, references.batch_norm_backward_reference, ()),
+    "batch_norm_relu": (maps.make_batch_norm_relu, maps.batch_norm_relu_reference, ()),
+    "batch_norm_relu_backward": (maps.make_batch_norm_relu_backward, maps.batch_norm_relu_backward_reference, ()),
+    "max_pool2d": (maps.make_max_pool, maps.max_pool_reference, ()),
+    "growth_scores": (maps.make_growth, maps.growth_reference, ()),
+    "mask_": (maps.make_mask, maps.mask_reference, (0,)),
+    "is_masked": (maps.make_is_masked, maps.is_masked_reference, ()),
+    "serve_run": (fuzz_serve.make_serve, fuzz_serve.serve_reference, (0, 5)),
     "unknown_aware_loss": (arguments.make_loss, references.loss_reference, ()),
     "unknown_aware_loss_backward": (arguments.make_loss_backward, references.loss_backward_reference, ()),
 }

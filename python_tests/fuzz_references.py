@@ -160,6 +160,12 @@ def linear_backward_reference(grad, input, weight, crow, col, ccol, row, perm, s
     return [g if wanted else (nothing, nothing) for g, wanted in zip((dx, dw, db), mask, strict=True)]
 
 
+def convolve(x, w, b, stride, padding, dilation, groups):
+    if 0 in x.shape[2:]:  # torch wants pixels
+        x, padding = torch.nn.functional.pad(x, [padding[1], padding[1], padding[0], padding[0]]), [0, 0]
+    return torch.nn.functional.conv2d(x, w, b, stride, padding, dilation, groups)
+
+
 def conv_reference(input, weight, bias, crow, col, ccol, row, perm, shape, block, stride, padding, dilation, groups):
     served(input, weight, bias)
     index = index_of(crow, col, shape, block)
@@ -169,8 +175,8 @@ def conv_reference(input, weight, bias, crow, col, ccol, row, perm, shape, block
     refuse(b is not None and list(b.shape) != shape[:1], "bias")
     refuse(groups < 1 or shape[0] % groups or shape[0] // groups % block[0], "groups")
     rest = (stride, padding, dilation, groups)
-    size = torch.nn.functional.conv2d(x.abs(), w.abs(), None if b is None else b.abs(), *rest)
-    return [within(torch.nn.functional.conv2d(x, w, b, *rest), size, input.dtype, w[0].numel())]
+    size = convolve(x.abs(), w.abs(), None if b is None else b.abs(), *rest)
+    return [within(convolve(x, w, b, *rest), size, input.dtype, w[0].numel())]
 
 
 def conv_backward_reference(
@@ -186,7 +192,7 @@ def conv_backward_reference(
 
     def gradients(x, w, dy):
         x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
-        torch.nn.functional.conv2d(x, w, None, stride, padding, dilation, groups).backward(dy)
+        convolve(x, w, None, stride, padding, dilation, groups).backward(dy)
         return x.grad, w.grad, dy.sum((0, 2, 3))
 
     values = gradients(input.double(), w, grad.double())

@@ -345,3 +345,42 @@ def test_random_calls():
         outcomes = server.run(0, 10 * len(fuzz_ops.OPS) * len(fuzz_ops.KINDS), "")
     bad = [outcome for outcome in outcomes if outcome["result"] not in ("right", "raised")]
     assert outcomes and not bad, bad[0]
+
+
+def test_every_op_is_fuzzed():
+    """Those with a kernel for CPUs."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("uasparse::")]
+    served = {n.split("::")[1] for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU")}
+    assert len(served) > 20 and served == fuzz_ops.OPS.keys()
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 0, 4), (1, 2, 4, 0), (1, 0, 4, 4), (0, 2, 0, 4)])
+def test_max_pool2d_wants_pixels(sizes):
+    with pytest.raises(ValueError, match="at least one channel and pixel"):
+        OPS.max_pool2d(torch.zeros(sizes), [2, 2], [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("sizes", [(2, 0, 0), (2, 0, 3), (2, 3, 0), (0, 0, 3), (0, 3, 3)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
+def test_convolutions_of_nothing_but_padding(sizes, kernel, form):
+    """The output is the bias; no weight has a gradient."""
+    pattern_ = SparsityPattern.random((4, 3, *kernel), 0.5)
+    weight, bias = torch.randn(pattern_.packed_shape), torch.randn(4)
+    rest = (*pattern_tensors(pattern_), [4, 3, *kernel], [1, 1], [2, 1], [2, 1], [1, 1], 1)
+    x = torch.zeros(sizes[0], 3, *sizes[1:]).contiguous(memory_format=form)
+    y = OPS.masked_conv2d(x, weight, bias, *rest)
+    if sizes[1] * sizes[2] == 0:
+        assert torch.equal(y, bias.view(1, 4, 1, 1).expand_as(y))
+    dy = torch.randn(y.shape)
+    dx, dw, db = OPS.masked_conv2d_backward(dy, x, weight, *rest, [True, True, True])
+    assert dx.shape == x.shape and dw.shape == weight.shape and not dw.any()
+    torch.testing.assert_close(db, dy.sum((0, 2, 3)))
+
+
+def test_sizes_beyond_what_is_served_are_errors():
+    """Maps that take no memory, being expanded, but whose copies would."""
+    p = SparsityPattern.random((1, 2**20, 1, 1), 1e-5)
+    x = torch.zeros(1, 1, 1, 1).expand(2**4, 2**20, 2**24, 2**6)
+    with pytest.raises(ValueError, match="too large for the sparse kernel"):
+        OPS.masked_conv2d(x, torch.ones(p.nnz), None, *pattern_tensors(p), p.shape, [1, 1], [2, 2], [0, 0], [1, 1], 1)

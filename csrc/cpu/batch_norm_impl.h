@@ -126,13 +126,13 @@ UASPARSE_INLINE void add_products(const float* x, const float* dy, const float* 
       rows,
       [&](int u, int64_t at) UASPARSE_LAMBDA {
         const Vec<float> g = gradient<gate>(dy, y, load(x + at), forward, at);
-        if (dz != nullptr) store(dz + at, g);
+        if (gate != Gate::none && dz != nullptr) store(dz + at, g);
         plain[u] += g;
         mixed[u] += g * (load(x + at) - center);
       },
       [&](int64_t at, int32_t skip) UASPARSE_LAMBDA {
         const Vec<float> g = gradient<gate>(dy, y, load(x + at), forward, at);
-        if (dz != nullptr) store(dz + at, g);
+        if (gate != Gate::none && dz != nullptr) store(dz + at, g);
         plain[0] += without_first(g, skip);
         mixed[0] += without_first(g * (load(x + at) - center), skip);
       });
@@ -237,6 +237,18 @@ UASPARSE_INLINE Affine finish(const BatchNormBackward& p, int64_t c, double sum,
           static_cast<float>(of_dy)};
 }
 
+// What is to be done with a row is chosen outside of the loop: rows are a few vectors.
+template <bool relu, bool residual>
+UASPARSE_INLINE void write_output(const BatchNormForward& p, int64_t first, int64_t last, const Affine* affine) {
+  for (int64_t n = 0; n < p.batch; ++n) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t at = (n * p.channels + c) * p.pixels;
+      write_rows<relu, residual>(p.x + at, residual ? p.residual + at : nullptr, Rows{1, 0, p.pixels}, affine[c - first],
+                                 p.y + at);
+    }
+  }
+}
+
 void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, float* scratch) {
   if (p.pixels < kVector) {
     const BatchNormProblem gathered{1, 1, p.batch * p.pixels, nullptr, nullptr};
@@ -260,13 +272,11 @@ void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, 
   });
   Affine affine[kMaxChannels];
   for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, moments[c - first]);
-  for (int64_t n = 0; n < p.batch; ++n) {
-    for (int64_t c = first; c < last; ++c) {
-      const int64_t at = (n * p.channels + c) * p.pixels;
-      write_rows(p, p.x + at, p.residual != nullptr ? p.residual + at : nullptr, Rows{1, 0, p.pixels}, affine[c - first],
-                 p.y + at);
-    }
-  }
+  if (!p.relu)
+    write_output<false, false>(p, first, last, affine);
+  else
+    p.residual != nullptr ? write_output<true, true>(p, first, last, affine)
+                          : write_output<true, false>(p, first, last, affine);
 }
 
 // What the gate lets pass of a gathered row dy, in place.
@@ -284,8 +294,9 @@ template <Gate gate>
 UASPARSE_INLINE void backward_rows(const BatchNormBackward& p, int64_t first, int64_t last) {
   double sum[kMaxChannels] = {}, product[kMaxChannels] = {};
   Affine forward[kMaxChannels] = {}, affine[kMaxChannels];
-  for (int64_t c = first; c < last; ++c)
-    forward[c - first] = forward_affine(p, p.bias, c, p.saved[c], p.saved[p.channels + c]);
+  if (gate == Gate::by_x)
+    for (int64_t c = first; c < last; ++c)
+      forward[c - first] = forward_affine(p, p.bias, c, p.saved[c], p.saved[p.channels + c]);
   const auto from = [](const auto* t, int64_t at) UASPARSE_LAMBDA { return t != nullptr ? t + at : t; };
   for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows) UASPARSE_LAMBDA {
     add_products<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c], rows, static_cast<float>(p.saved[first + c]),
@@ -297,7 +308,7 @@ UASPARSE_INLINE void backward_rows(const BatchNormBackward& p, int64_t first, in
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = (n * p.channels + c) * p.pixels;
       const Rows rows{1, 0, p.pixels};
-      if (p.dresidual != nullptr)
+      if (gate != Gate::none && p.dresidual != nullptr)
         write_gradient<Gate::none>(p.x + at, p.dresidual + at, nullptr, Affine{}, rows, affine[c - first], p.dx + at);
       else
         write_gradient<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c - first], rows, affine[c - first], p.dx + at);

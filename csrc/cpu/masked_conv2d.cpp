@@ -54,12 +54,15 @@ Geometry check(const at::Tensor& input, const at::Tensor& weight, const at::Tens
   check_storage(input, "input");
   check_like(weight, "weight", input, "masked_conv2d");
   check_weight(weight, col, shape, block, "masked_conv2d");
-  int64_t numbers = std::max(shape[0], input.size(1));
-  const bool fits = multiply_below(numbers, shape[2] * shape[3], kMaxNumbers) &&
+  int64_t numbers = std::max(shape[0], input.size(1)), maps = numbers, nonzeros = col.size(0);
+  const bool fits = multiply_below(maps, input.size(0), kMaxNumbers) && multiply_below(maps, input.size(2), kMaxNumbers) &&
+                    multiply_below(maps, input.size(3), kMaxNumbers) &&
+                    multiply_below(nonzeros, block[0], kIndexLimit) && multiply_below(nonzeros, block[1], kIndexLimit) &&
+                    multiply_below(numbers, shape[2] * shape[3], kMaxNumbers) &&
                     multiply_below(numbers, stride[0], kMaxNumbers) && input.size(2) <= kIndexLimit &&
                     input.size(3) <= kIndexLimit &&
                     multiply_below(numbers, input.size(3) + 2 * padding[1] + stride[1], kMaxNumbers);
-  TORCH_CHECK_VALUE(fits, "masked_conv2d: an image of ", input.sizes(), " with stride ", stride, " and padding ", padding,
+  TORCH_CHECK_VALUE(fits, "masked_conv2d: an input of ", input.sizes(), " with stride ", stride, " and padding ", padding,
                     " is too large for the sparse kernel.");
   Geometry g{input.size(0), input.size(1), input.size(2), input.size(3), shape[0], 0, 0, shape[2], shape[3],
              groups,        stride,        padding,       dilation};
@@ -138,6 +141,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
   if (output_mask[0]) gradients.input = at::empty(input.sizes(), input.options(), input.suggest_memory_format());
   if (output_mask[1]) gradients.weight = w.packed ? at::empty(weight.sizes(), plain) : at::zeros(weight.sizes(), plain);
   if (output_mask[2]) gradients.bias = at::empty({g.out}, plain);
+  const auto or_empty = [&](const at::Tensor& t) { return t.defined() ? t : at::empty({0}, plain); };
+  if (input.numel() == 0) {  // no image, or one that is all padding
+    if (output_mask[1]) gradients.weight.zero_();
+    if (output_mask[2]) gradients.bias = grad_output.sum(at::IntArrayRef({0, 2, 3}));
+    return {or_empty(gradients.input), or_empty(gradients.weight), or_empty(gradients.bias)};
+  }
   dispatch(input.scalar_type(), [&]<typename T, typename S>() {
     // What is not asked for has no say in how the rest is computed.
     ConvGradients rest = gradients;
@@ -164,7 +173,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
     if (rest.input.defined() || rest.weight.defined() || rest.bias.defined())
       backward_by_batch<T, S>(g, w, grad_output, input, values, rest);
   });
-  const auto or_empty = [&](const at::Tensor& t) { return t.defined() ? t : at::empty({0}, plain); };
   return {or_empty(gradients.input), or_empty(gradients.weight), or_empty(gradients.bias)};
 }
 

@@ -34,6 +34,8 @@ std::tuple<at::Tensor, at::Tensor> max_pool2d(const at::Tensor& input, at::IntAr
                     "max_pool2d: expected an input [N, C, H, W] and pairs of kernel, stride and padding, got sizes ",
                     input.sizes(), ", ", kernel, ", ", stride, " and ", padding, ".");
   check_storage(input, "input");
+  TORCH_CHECK_VALUE(input.size(1) >= 1 && input.size(2) >= 1 && input.size(3) >= 1,
+                    "max_pool2d: expected maps of at least one channel and pixel, got sizes ", input.sizes(), ".");
   constexpr int64_t limit = 1 << 20;  // of sizes that are added and multiplied below
   for (int i = 0; i < 2; ++i)
     TORCH_CHECK_VALUE(kernel[i] >= 1 && stride[i] >= 1 && kernel[i] <= limit && stride[i] <= limit && padding[i] >= 0 &&

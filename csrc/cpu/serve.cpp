@@ -1,7 +1,7 @@
 // Inference on the CPU: runs a plan, a flat list of steps over an arena of feature maps (serve.h), made by
 // uasparse_kernels/inference. A step is its code and its fields, all int64, in the order that the readers below take
 // them in. Positions are in numbers: in the arena, in `values` (weights, biases), in `ints` (offsets, masks), or in one of
-// the tensors. What a plan says is trusted but for the bounds of the arena and the tensors.
+// the tensors. A plan is checked before it runs (serve_checks.cpp), once.
 //
 // Every number is computed by one task in a fixed order: results do not depend on the number of threads.
 
@@ -14,6 +14,7 @@
 #include <algorithm>
 
 #include "cpu/isa.h"
+#include "cpu/serve_checks.h"
 #include "cpu/workspace.h"
 
 namespace uasparse {
@@ -372,14 +373,8 @@ class Plan {
 // Runs the steps of `program`.
 void serve_run(const at::Tensor& arena, const at::Tensor& program, const at::Tensor& ints, const at::Tensor& values,
                at::TensorList inputs, at::TensorList outputs) {
-  TORCH_CHECK_TYPE(program.scalar_type() == at::kLong && ints.scalar_type() == at::kInt &&
-                       values.scalar_type() == arena.scalar_type(),
-                   "serve_run: expected an int64 program, int32 offsets, and values of the arena's dtype.");
-  TORCH_CHECK(arena.is_contiguous() && program.is_contiguous() && ints.is_contiguous() && values.is_contiguous(),
-              "serve_run: expected contiguous tensors.");
+  check_serve(arena, program, ints, values, inputs, outputs);
   if (arena.scalar_type() == at::kDouble) return Plan<double>(arena, program, ints, values, inputs, outputs).run();
-  TORCH_CHECK_TYPE(arena.scalar_type() == at::kFloat, "serve_run: expected float32 or float64, got ",
-                   arena.scalar_type(), ".");
   Plan<float>(arena, program, ints, values, inputs, outputs).run();
 }
 

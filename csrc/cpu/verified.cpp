@@ -3,105 +3,24 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <memory>
-#include <mutex>
-#include <unordered_map>
+
+#include "cpu/remembered.h"
 
 namespace uasparse {
 namespace {
 
-constexpr int64_t kSamples = 4;
 constexpr int64_t kGrain = 1 << 15;  // blocks that a thread checks at least
 
-// A mix of a few entries.
-uint64_t sample(const at::Tensor& tensor) {
-  const int64_t n = tensor.numel();
-  const auto mix = [n](const auto* data) {
-    uint64_t sum = 0;
-    if (n > 0)
-      for (int64_t i = 0; i < kSamples; ++i)
-        sum = (sum ^ static_cast<uint64_t>(data[(n - 1) * (2 * i + 1) / (2 * kSamples)])) * 0x9e3779b97f4a7c15u;
-    return sum;
-  };
-  switch (tensor.element_size()) {
-    case 2: return mix(static_cast<const uint16_t*>(tensor.const_data_ptr()));
-    case 4: return mix(static_cast<const uint32_t*>(tensor.const_data_ptr()));
-    default: return mix(static_cast<const uint64_t*>(tensor.const_data_ptr()));
-  }
-}
-
-// A tensor as it was when it was checked.
-struct Seen {
-  c10::weak_intrusive_ptr<c10::TensorImpl> impl;
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const void* data;
-  int64_t size;
-  uint32_t version;
-  uint64_t entries;
-
-  explicit Seen(const at::Tensor& tensor)
-      : impl(tensor.getIntrusivePtr()), storage(tensor.storage().getWeakStorageImpl()), data(tensor.const_data_ptr()),
-        size(tensor.numel()), version(tensor.unsafeGetTensorImpl()->version_counter().current_version()),
-        entries(sample(tensor)) {}
-
-  bool is(const at::Tensor& tensor) const {
-    const c10::TensorImpl* now = tensor.unsafeGetTensorImpl();
-    return impl._unsafe_get_target() == now && now->version_counter().current_version() == version &&
-           storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl() &&
-           tensor.const_data_ptr() == data && tensor.numel() == size && sample(tensor) == entries;
-  }
-};
-
-template <size_t N>
-using Tensors = std::array<const at::Tensor*, N>;
-
-// Tensors that passed a check together, by the first of them.
-template <size_t N>
-class Verified {
-  struct Entry {
-    std::array<Seen, N> seen;
-    int64_t limit;
-  };
-
- public:
-  bool knows(const Tensors<N>& tensors, int64_t limit) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = entries_.find(tensors[0]->unsafeGetTensorImpl());
-    if (found == entries_.end() || found->second.limit != limit) return false;
-    for (size_t i = 0; i < N; ++i)
-      if (!found->second.seen[i].is(*tensors[i])) return false;
-    return true;
-  }
-
-  void add(const Tensors<N>& tensors, int64_t limit) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (entries_.size() >= room_) {  // those whose tensor is gone leave
-      std::erase_if(entries_, [](const auto& entry) { return entry.second.seen[0].impl.expired(); });
-      room_ = 2 * entries_.size() + 64;
-    }
-    entries_.insert_or_assign(tensors[0]->unsafeGetTensorImpl(), Entry{seen(tensors, std::make_index_sequence<N>()), limit});
-  }
-
- private:
-  template <size_t... I>
-  static std::array<Seen, N> seen(const Tensors<N>& tensors, std::index_sequence<I...>) {
-    return {Seen(*tensors[I])...};
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<const c10::TensorImpl*, Entry> entries_;
-  size_t room_ = 64;
-};
+struct Good {};
 
 // Runs `check`, unless these very tensors passed it before.
 template <size_t N, typename Check>
-void once(Verified<N>& verified, const Tensors<N>& tensors, int64_t limit, Check check) {
-  const bool versioned = std::none_of(tensors.begin(), tensors.end(), [](const auto* t) { return t->is_inference(); });
-  if (versioned && verified.knows(tensors, limit)) return;
-  check();
-  if (versioned) verified.add(tensors, limit);
+void once(Remembered<N, Good>& verified, const Tensors<N>& tensors, int64_t limit, Check check) {
+  verified.get(tensors, limit, [&] {
+    check();
+    return Good{};
+  });
 }
 
 // Offsets [n + 1] rise from 0 to `blocks`.
@@ -170,7 +89,7 @@ void check_columns(const at::Tensor& crow_, const at::Tensor& col_, const at::Te
 // The caches are never destroyed: a thread may still run an op when the process exits.
 
 void verify_rows(const at::Tensor& crow, const at::Tensor& col, int64_t columns) {
-  static auto* const verified = new Verified<2>;
+  static auto* const verified = new Remembered<2, Good>;
   once<2>(*verified, {&col, &crow}, columns, [&] {
     if (col.scalar_type() == at::kShort)
       check_rows<uint16_t>(crow, col, columns);
@@ -181,7 +100,7 @@ void verify_rows(const at::Tensor& crow, const at::Tensor& col, int64_t columns)
 
 void verify_both(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol, const at::Tensor& row,
                  const at::Tensor& perm) {
-  static auto* const verified = new Verified<5>;
+  static auto* const verified = new Remembered<5, Good>;
   const int64_t columns = ccol.size(0) - 1;
   once<5>(*verified, {&col, &crow, &ccol, &row, &perm}, columns, [&] {
     verify_rows(crow, col, columns);
@@ -190,7 +109,7 @@ void verify_both(const at::Tensor& crow, const at::Tensor& col, const at::Tensor
 }
 
 void verify_blocks(const at::Tensor& blocks, const char* name, int64_t total) {
-  static auto* const verified = new Verified<1>;
+  static auto* const verified = new Remembered<1, Good>;
   once<1>(*verified, {&blocks}, total, [&] {
     const int64_t* index = blocks.const_data_ptr<int64_t>();
     for (int64_t j = 0; j < blocks.size(0); ++j)

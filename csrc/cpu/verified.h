@@ -1,9 +1,8 @@
 // What pattern tensors hold, checked before a kernel trusts it: once, and again when it changed.
 //
-// A check is a pass over the active blocks. That a tensor was checked is remembered by the tensor itself (held weakly, so
-// that another one at a reused address is never taken for it), its version, storage, address, size and the grid. What
-// raises no version (numpy, `.data`, DLPack, collectives) would be missed: so a few entries of each tensor are compared
-// too, which notices a pattern that was replaced as a whole. A write of single entries past the version is the caller's
+// A check is a pass over the active blocks, done once for each version of the tensors (remembered.h). What raises no
+// version (numpy, `.data`, DLPack, collectives) would be missed: so a few entries of each tensor are compared too, which
+// notices a pattern that was replaced as a whole. A write of single entries past the version is the caller's
 // risk, as everywhere in torch; torch.autograd.graph.increment_version() after it has them checked. Inference tensors have
 // no version and are checked each time. Safe to call from any thread.
 #pragma once

@@ -147,9 +147,11 @@ class OptimizedModel(nn.Module):
         with self._lock:
             plan = self._plans.get(key)
             if plan is None:
-                shapes = shapes_of(self._graph, self._steps, inputs)
-                plan = Planner(self._graph, self._steps, shapes, self._dtype).plan()
-                self._merge(plan)
+                # So that a plan's tensors have a version: without one the kernels check them at each call.
+                with torch.inference_mode(False), torch.no_grad():
+                    shapes = shapes_of(self._graph, self._steps, inputs)
+                    plan = Planner(self._graph, self._steps, shapes, self._dtype).plan()
+                    self._merge(plan)
                 self._plans[key] = plan
                 while len(self._plans) > _PLANS:
                     self._plans.popitem(last=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -79,10 +80,12 @@ class UnknownAwareLoss(nn.Module):
         )
         if self.training and torch.is_grad_enabled() and logits.requires_grad:
             with torch.no_grad():
+                # Few calls: on a small batch they cost as much as the loss.
                 threshold = threshold.to(self.average.dtype)
-                running = torch.lerp(self.average, threshold, 0.05)
-                running = torch.where(self.average.isnan(), threshold, running)
-                self.average.copy_(torch.where(threshold.isfinite(), running, self.average))
+                before = torch.where(self.average == self.average, self.average, threshold)
+                running = torch.lerp(before, threshold, 0.05)
+                # A threshold is no less than 0: below infinity, it is finite.
+                self.average.copy_(torch.where(threshold < math.inf, running, self.average))
         return loss
 
     @torch.no_grad()

@@ -1,0 +1,150 @@
+"""Arguments and references of the raw ops over feature maps, masks and dense scores (fuzz_ops.py)."""
+
+import torch
+from fuzz_arguments import (
+    any_numbers,
+    draw,
+    laid_out,
+    make_batch_norm,
+    make_batch_norm_backward,
+    make_pattern,
+)
+from fuzz_references import (
+    active_blocks,
+    batch_norm_backward_reference,
+    batch_norm_reference,
+    check_blocks,
+    refuse,
+)
+
+
+def make_batch_norm_relu(rng):
+    x, weight, bias, eps = make_batch_norm(rng)
+    residual = laid_out(rng, torch.randn(x.shape)) if rng.random() < 0.5 else None
+    return [x, weight, bias, residual, eps]
+
+
+def batch_norm_relu_reference(input, weight, bias, residual, eps):
+    (y, bound), *rest = batch_norm_reference(input, weight, bias, eps)
+    refuse(residual is not None and (residual.dtype != torch.float32 or residual.shape != input.shape), "residual")
+    if residual is not None:
+        y, bound = y + residual.double(), bound + 2e-7 * (y.abs() + residual.double().abs())
+    return [(y.relu(), bound), *rest]
+
+
+def make_batch_norm_relu_backward(rng):
+    dy, x, weight, saved, mask = make_batch_norm_backward(rng)
+    bias = torch.randn(x.shape[1]) if rng.random() < 0.7 else None
+    output = laid_out(rng, torch.randn(x.shape).relu()) if rng.random() < 0.5 else None
+    return [dy, x, weight, bias, output, saved, [*mask, rng.random() < 0.7]]
+
+
+def batch_norm_relu_backward_reference(grad, input, weight, bias, output, saved, mask):
+    refuse(len(mask) != 4 or any(t.dtype != torch.float32 for t in (grad, input)) or input.dim() < 2, "dtype")
+    refuse(grad.shape != input.shape or list(saved.shape) != [2, input.shape[1]], "shapes")
+    refuse(saved.dtype != torch.float64, "saved")
+    for p in (weight, bias):
+        refuse(p is not None and (p.dtype != torch.float32 or list(p.shape) != [input.shape[1]]), "parameter")
+    refuse(output is not None and (output.dtype != torch.float32 or output.shape != input.shape), "output")
+    dims, shape = [d for d in range(input.dim()) if d != 1], [1, -1] + [1] * (input.dim() - 2)
+    x, (mean, rstd) = input.double(), saved
+    unsure = torch.zeros(x.shape, dtype=torch.bool)
+    if output is not None:
+        gate = ~(output <= 0)
+    else:  # from x, rounded: near zero either will do
+        w = (rstd if weight is None else weight.double() * rstd).view(shape)
+        z = (x - mean.view(shape)) * w + (0 if bias is None else bias.double().view(shape))
+        size = (x.abs() + mean.abs().view(shape)) * w.abs() + (0 if bias is None else bias.double().abs().view(shape))
+        gate, unsure = ~(z <= 0), ~(z.abs() > 1e-6 * size)
+    dy = torch.where(gate, grad, torch.zeros_like(grad))
+    pairs = batch_norm_backward_reference(dy, input, weight, saved, [True] * 3)
+    n, hat = x.numel() // x.shape[1], (x - mean.view(shape)).abs() * rstd.abs().view(shape)
+    off = grad.double().abs() * unsure
+    db, dw = off.sum(dims), (off * hat).sum(dims)
+    w = rstd.abs() if weight is None else weight.double().abs() * rstd.abs()
+    dx = w.view(shape) * (off + db.view(shape) / n + hat * dw.view(shape) / n)
+    nothing = torch.zeros(0, dtype=torch.float64)
+    results = [(value, bound + more) for (value, bound), more in zip(pairs, (dx, dw, db), strict=True)]
+    results.append((dy.double(), off))
+    return [pair if wanted else (nothing, nothing) for pair, wanted in zip(results, mask, strict=True)]
+
+
+def make_max_pool(rng):
+    sizes = [
+        rng.choice([0, 1, 2, 3]),
+        rng.choice([1, 2, 5]),
+        rng.choice([1, 2, 7, 14, 33]),
+        rng.choice([1, 2, 7, 15, 40]),
+    ]
+    x = torch.randn(sizes)
+    if rng.random() < 0.4:
+        x = x.round()  # ties
+    if rng.random() < 0.2 and x.numel():
+        for _ in range(3):
+            x.view(-1)[rng.randrange(x.numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
+    kernel = [rng.randint(1, 5) for _ in range(2)]
+    padding = [rng.randint(0, k // 2) for k in kernel]
+    kernel = [min(k, n + 2 * p) for k, n, p in zip(kernel, sizes[2:], padding, strict=True)]
+    padding = [min(p, k // 2) for p, k in zip(padding, kernel, strict=True)]
+    kernel = [min(k, n + 2 * p) for k, n, p in zip(kernel, sizes[2:], padding, strict=True)]
+    return [laid_out(rng, x), kernel, [rng.choice([1, 2, 2, 3, 9]) for _ in range(2)], padding]
+
+
+def max_pool_reference(input, kernel, stride, padding):
+    refuse(input.dtype != torch.float32 or input.dim() != 4, "input")
+    refuse(any(len(v) != 2 for v in (kernel, stride, padding)), "pairs")
+    return list(torch.nn.functional.max_pool2d(input, kernel, stride, padding, return_indices=True))
+
+
+def make_growth(rng):
+    rows, columns = rng.randint(1, 40), rng.randint(1, 60)
+    crow, col, *_ = make_pattern(rng, [rows, columns], [1, 1])
+    active = active_blocks(crow, col, rows, columns)
+    dropped = active[draw(rng, len(active), rng.randint(0, len(active)))]
+    dense = torch.randn(rows, columns, dtype=rng.choice([torch.float32, torch.float64]))
+    if rng.random() < 0.3:
+        dense.view(-1)[rng.randrange(rows * columns)] = rng.choice([float("nan"), float("inf"), -0.0])
+    return [dense, crow, col, dropped]
+
+
+def growth_reference(dense, crow, col, dropped):
+    rows = len(crow) - 1
+    refuse(rows < 1 or dense.numel() % rows or not dense.numel(), "rows")
+    active = active_blocks(crow, col, rows, dense.numel() // rows)
+    check_blocks(dropped, dense.numel())
+    scores = dense.abs().reshape(-1)
+    scores = scores.where(~scores.isnan(), -torch.inf)
+    scores[active[~torch.isin(active, dropped)]] = torch.nan
+    return [(scores, 0)]
+
+
+def make_mask(rng):
+    sizes = [rng.choice([0, 1, 3, 16, 65]) for _ in range(rng.randint(1, 3))]
+    sizes = rng.choice([sizes, [3000], [7, 700]])
+    mask = torch.rand(sizes) < rng.choice([0.0, 0.1, 0.5, 1.0])
+    return [any_numbers(rng, *sizes), mask]
+
+
+def masked(dense, mask):
+    refuse(mask.dtype != torch.bool or mask.shape != dense.shape or dense.element_size() > 8, "mask")
+    return torch.where(mask, dense, torch.zeros_like(dense))
+
+
+def mask_reference(dense, mask):
+    return [masked(dense, mask)]
+
+
+def make_is_masked(rng):
+    dense, mask = make_mask(rng)
+    if rng.random() < 0.6:
+        dense = masked(dense, mask)
+        if rng.random() < 0.5 and dense.numel():
+            dense.view(-1)[rng.randrange(dense.numel())] = 1
+    return [dense, mask, rng.random() < 0.5]
+
+
+def is_masked_reference(dense, mask, sampled):
+    """In bits: -0.0 counts as written."""
+    flat = [t.reshape(-1).clone(memory_format=torch.contiguous_format) for t in (dense, masked(dense, mask))]
+    clean = torch.equal(*(t.view(torch.uint8) for t in flat))
+    return [None if sampled and not clean and dense.numel() > 64 else torch.tensor(clean)]
