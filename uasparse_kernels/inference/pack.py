@@ -120,3 +120,41 @@ def pack_rows(weight: np.ndarray) -> PackedRows:
     row, column = np.nonzero(weight)
     ptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
     return PackedRows(weight[row, column], column.astype(np.uint16), ptr.astype(np.int32), weight.shape[0], len(row))
+
+
+LOOKUP = 128  # kLookupRows: rows and columns of a tile
+_LANES = 16
+
+
+@dataclasses.dataclass
+class PackedLookup:
+    """A linear layer's weight for the kernel that looks numbers up in registers (ServeLookup)."""
+
+    values: np.ndarray  # [slots, 16]
+    index: np.ndarray  # uint8 [slots, 16]
+    place: np.ndarray  # uint8 [windows, blocks, 128]
+    ptr: np.ndarray  # int32 [windows * blocks * 8 + 1]
+
+
+def pack_lookup(weight: np.ndarray) -> PackedLookup:
+    """Packs ``weight [out, in]``. Slots that no nonzero needs hold a zero and look up the block's first number."""
+    windows, blocks = (-(-size // LOOKUP) for size in weight.shape)
+    row, column = np.nonzero(weight)
+    tile = row // LOOKUP * blocks + column // LOOKUP
+    order = np.lexsort((row, tile))
+    row, column, tile = row[order], column[order], tile[order]
+    cell = tile * LOOKUP + row % LOOKUP
+    counts = np.bincount(cell, minlength=windows * blocks * LOOKUP)
+    number = np.arange(len(row)) - (np.cumsum(counts) - counts)[cell]  # of a nonzero in its row of the tile
+    counts = counts.reshape(-1, LOOKUP)
+    sorted_rows = np.argsort(-counts, axis=1, kind="stable")
+    place = np.empty_like(sorted_rows)
+    np.put_along_axis(place, sorted_rows, np.arange(LOOKUP)[None], axis=1)
+    most = np.take_along_axis(counts, sorted_rows, axis=1)[:, ::_LANES].reshape(-1)  # slots of each 16 rows
+    ptr = np.concatenate([[0], np.cumsum(most)])
+    at = place.reshape(-1)[cell]
+    slot = ptr[tile * (LOOKUP // _LANES) + at // _LANES] + number
+    values, index = np.zeros((ptr[-1], _LANES), weight.dtype), np.zeros((ptr[-1], _LANES), np.uint8)
+    values[slot, at % _LANES] = weight[row, column]
+    index[slot, at % _LANES] = column % LOOKUP
+    return PackedLookup(values, index, place.astype(np.uint8), ptr.astype(np.int32))
