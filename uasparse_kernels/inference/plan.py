@@ -491,7 +491,7 @@ class Planner:
         packed = pack_rows(layer.weight.numpy())
         entry.kernel, entry.reason = "sparse, few rows", f"{rows} rows"
         shape = self.shapes[layer.input]
-        looked_up = self.isa == "avx512" and self.dtype == torch.float32
+        looked_up = self.isa == "avx512" and self.dtype == torch.float32 and min(layer.weight.shape) >= 64
         table = pack_lookup(layer.weight.numpy()) if looked_up else None
         if table is not None and table.values.size > 2 * packed.nnz + 4096:
             table = None
