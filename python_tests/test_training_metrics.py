@@ -9,8 +9,10 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("pytorch_ood")
 
 import torch
+from pytorch_ood.detector import RMD, fDBD
 from torch import nn
 
+import uasparse_kernels as ua
 from training.batches import Normalise
 from training.errors import TrainingError
 from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
@@ -168,6 +170,53 @@ def test_feature_scores():
     torch.testing.assert_close(SCORES["react"].make(judge)(outputs), expected)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_scores_of_features_and_head(sparse):
+    judge, images = _judge(num_outputs=4, num_classes=3)
+    if sparse:
+        judge.model[3] = ua.SparseLinear.from_dense(judge.model[3], sparsity=0.4)
+        judge.fit = judge.outputs(images)
+    outputs = judge.outputs(images)
+    z, k, fit = outputs.features.double(), outputs.logits[:, :3], judge.fit.features.double()
+    head = judge.model[3]
+    weight = (head.dense_weight() if sparse else head.weight).detach()[:3]
+    as_linear = nn.Linear(8, 3)
+    as_linear.load_state_dict({"weight": weight, "bias": head.bias.detach()[:3]})
+
+    p = k.softmax(1)
+    torch.testing.assert_close(SCORES["gen"].make(judge)(outputs), (p * (1 - p)).pow(0.1).mean(1))
+
+    detector = fDBD(None, as_linear).fit_features(judge.fit.features)
+    expected = detector.predict_features(outputs.features).double()
+    torch.testing.assert_close(SCORES["fdbd"].make(judge)(outputs), expected, atol=1e-5, rtol=1e-4)
+
+    origin = -torch.linalg.pinv(weight.double()) @ head.bias.detach()[:3].double()
+    rest = torch.linalg.eigh((fit - origin).T @ (fit - origin)).eigenvectors[:, :4]
+    norms = (fit - origin) @ rest
+    alpha = judge.fit.logits[:, :3].amax(1).mean() / norms.norm(dim=1).mean()
+    expected = alpha * ((z - origin) @ rest).norm(dim=1) - k.logsumexp(1)
+    torch.testing.assert_close(SCORES["vim"].make(judge)(outputs).double(), expected, atol=1e-3, rtol=1e-3)
+
+    shaped = []
+    for row in z:  # of eight features the largest three are kept
+        kept = row * (row >= row.sort(descending=True).values[2])
+        shaped.append(kept * (row.sum() / kept.sum()).exp())
+    expected = -(torch.stack(shaped).nan_to_num() @ weight.double().T + head.bias.detach()[:3]).logsumexp(1)
+    torch.testing.assert_close(SCORES["ash"].make(judge)(outputs), expected, atol=1e-4, rtol=1e-4)
+
+    detector = RMD(None).fit_features(judge.fit.features, judge.fit_labels)
+    expected = detector.predict_features(outputs.features).double() / 2
+    score = SCORES["relative-mahalanobis"].make(judge)(outputs).double()
+    assert torch.corrcoef(torch.stack([score, expected]))[0, 1] > 0.999
+
+
+def test_a_class_with_the_weights_of_another_has_no_boundary():
+    judge, images = _judge(num_outputs=3, num_classes=3)
+    with torch.no_grad():
+        judge.model[3].weight[1] = judge.model[3].weight[0]
+    assert SCORES["fdbd"].make(judge)(judge.outputs(images)).isfinite().all()
+
+
 @pytest.mark.parametrize("num_outputs", [3, 4])
 def test_combined_scores_are_the_largest_of_standardised_ones(num_outputs):
     judge, images = _judge(num_outputs, num_classes=3)
@@ -241,7 +290,9 @@ def test_a_feature_that_was_dead_in_fitting_counts_nothing():
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 0, 2, 2], [0, 1, 2, 2, 2], [0, 1, 2, 3, 4]])
-@pytest.mark.parametrize("name", ["mahalanobis", "knn", "react", "combined-all"])
+@pytest.mark.parametrize(
+    "name", [name for name, score in SCORES.items() if score.takes == "outputs" and not score.needs_unknown_output]
+)
 def test_scores_are_fitted_on_classes_with_one_image_or_none(name, labels):
     judge, images = _judge(3, 3)
     outputs = collect(judge.model, images, judge.normalise, judge.device)

@@ -20,7 +20,7 @@ from training.compare import compare
 from training.config import ARM_PARTS, FitConfig, with_arm
 from training.errors import TrainingError
 from training.scores import SCORES
-from training.study import Row, interval, judge, quantities, read_study
+from training.study import Row, judge, quantities, read_study, t_test
 from training.study_report import claims_table, far_table, known_table, write_study
 from training.suites import Suite
 
@@ -73,7 +73,7 @@ def write_pairs(folder, differences, spread=0.02):
 def test_verdicts(tmp_path, differences, verdict):
     write_pairs(tmp_path, differences)
     write_run(tmp_path, "set", auroc={"mnist": {"msp": 0.5}})  # of no consequence
-    judgement = judge(GAIN, read_study(tmp_path).rows)
+    (judgement,) = judge([GAIN], read_study(tmp_path).rows)
     assert judgement.verdict == verdict and judgement.pairs == len(differences)
     if len(differences) > 4:
         assert judgement.mean == pytest.approx(100 * np.mean(differences))
@@ -84,17 +84,35 @@ def test_a_claim_about_a_number(tmp_path):
     write_pairs(tmp_path, [0.2] * 6, spread=0.001)
     rows = read_study(tmp_path).rows
     claim = Claim("at least 85", "moon+vote", None, score="moon", sets=("mnist", "kmnist"), above=85.0)  # no kmnist
-    assert judge(claim, rows).verdict == "holds"
-    assert judge(replace(claim, above=95.0), rows).verdict == "does not hold"
+    assert [j.verdict for j in judge([claim, replace(claim, above=95.0)], rows)] == ["holds", "does not hold"]
 
 
-def test_interval_is_that_of_the_mean():
+def test_interval_and_p_are_those_of_the_mean():
     values = np.random.RandomState(1).normal(3, 2, 400).tolist()
-    low, high = interval(values)
+    low, high, p = t_test(values, np.mean(values) - 1.96 * np.std(values) / math.sqrt(400))
     half = 1.96 * np.std(values) / math.sqrt(400)
-    assert low == pytest.approx(np.mean(values) - half, abs=0.05)
-    assert high == pytest.approx(np.mean(values) + half, abs=0.05)
-    assert interval([2.0, 2.0]) == (2.0, 2.0)
+    assert low == pytest.approx(np.mean(values) - half, abs=0.01)
+    assert high == pytest.approx(np.mean(values) + half, abs=0.01)
+    assert p == pytest.approx(0.05, abs=0.002)
+    # Of three values 1, 2, 3: t = 2 / (1 / sqrt 3), two degrees of freedom.
+    assert t_test([1.0, 2.0, 3.0], 0.0)[2] == pytest.approx(0.0742, abs=1e-4)
+    assert t_test([2.0, 2.0], 1.0) == (2.0, 2.0, 0.0) and t_test([2.0, 2.0], 2.0) == (2.0, 2.0, 1.0)
+
+
+def test_many_claims_need_more(tmp_path):
+    write_pairs(tmp_path, [0.03, 0.05, 0.00, 0.06, 0.02, 0.04])
+    rows = read_study(tmp_path).rows
+    (alone,) = judge([GAIN], rows)
+    assert alone.verdict == "holds" and alone.p_holm == alone.p
+    unknown = replace(GAIN, arm="moon")  # has no pair: it does not count
+    others = [replace(GAIN, above=3.3 + at / 100) for at in range(9)]
+    family = judge([GAIN, unknown, *others], rows)
+    assert family[0].verdict == "not decided" and family[0].p_holm == pytest.approx(10 * alone.p)
+    assert family[0].low == alone.low > 0
+    assert math.isnan(family[1].p_holm)
+    # Holm's second smallest is multiplied by one less, and never below the first.
+    two = judge([GAIN, replace(GAIN, above=-0.001)], rows)
+    assert two[1].p_holm == pytest.approx(2 * two[1].p) and two[0].p_holm == max(two[1].p_holm, two[0].p)
 
 
 def test_pairs_share_method_sparsity_seed_and_split(tmp_path):
@@ -117,13 +135,13 @@ def test_a_table_shows_each_sparsity_and_what_has_no_pair(tmp_path):
         write_run(tmp_path, "set+vote", sparsity=sparsity, auroc={"noise": {"msp": 0.5}})
         write_run(tmp_path, "set+moon+vote", sparsity=sparsity, auroc={"noise": {"moon": 0.5 + gain}})
     rows = read_study(tmp_path).rows
-    judgement = judge(GAIN, rows)
+    judgement, other = judge([GAIN, replace(GAIN, text="of another arm", arm="moon")], rows)
     assert judgement.by_sparsity == pytest.approx({0.8: 10, 0.99: -30})
-    table = claims_table([judgement, judge(replace(GAIN, text="of another arm", arm="moon"), rows)])
+    table = claims_table([judgement, other])
     assert "| at 80 / 99 % |" in table and "| 10.00 / -30.00 |" in table
     assert "| of another arm |" not in table and "No runs for a pair here: of another arm." in table
-    one = claims_table([judge(GAIN, [row for row in rows if row.sparsity == 0.8])])
-    assert "at 80" not in one and one.splitlines()[0].count("|") == one.splitlines()[-1].count("|") == 7
+    one = claims_table(judge([GAIN], [row for row in rows if row.sparsity == 0.8]))
+    assert "at 80" not in one and one.splitlines()[0].count("|") == one.splitlines()[-1].count("|") == 8
 
 
 def test_a_mean_of_some_of_the_runs_says_so(tmp_path):
@@ -147,7 +165,7 @@ def test_far_ood_by_arm_and_score(tmp_path):
     write_run(tmp_path, "set+vote", sparsity=0.99, auroc={"mnist": {"msp": 0.5}, "noise": {"msp": 0.5}, "icons": {}})
     write_run(tmp_path, "set+vote", seed=5, holdout="1,2", auroc={"mnist": {"msp": 0.0}, "noise": {"msp": 0.0}})
     table = far_table(read_study(tmp_path).rows)
-    assert table.startswith("### Far-OOD at 90 / 99 %: AUROC, mean over mnist, noise\n")
+    assert table.startswith("## Far-OOD at 90 / 99 %: AUROC, mean over mnist, noise\n")
     assert "| vote | 75.0 / 50.0 |  | 85.0 (1) / - |" in table
 
 
@@ -176,14 +194,18 @@ def test_orientation_and_seed_noise(tmp_path):
         write_run(tmp_path, "rigl+vote", seed=seed, accuracy=0.9 + noise, ece=0.02, seconds=10.0)
         write_run(tmp_path, "rigl+moon+vote", seed=seed, accuracy=0.895 + noise, ece=0.05, seconds=10.2)
     rows = read_study(tmp_path).rows
-    judgement = judge(ACCURACY, rows)  # half a point lower, where seeds differ by a standard deviation of 1.1
-    assert judgement.threshold == pytest.approx(-math.sqrt(1.2)) and judgement.verdict == "holds"
-    assert judgement.mean == pytest.approx(-0.5)
-    assert judge(replace(ACCURACY, above=0.0), rows).verdict == "does not hold"
-    assert judge(replace(ACCURACY, metric="ece", above=0.0), rows).mean == pytest.approx(-3.0)
-    assert judge(replace(ACCURACY, metric="step_time", above=-3.0), rows).mean == pytest.approx(-2.0)
-    assert judge(replace(ACCURACY, metric="step_time", above=-3.0), rows).verdict == "holds"
-    assert judge(replace(ACCURACY, metric="memory", above=-3.0), rows).mean == 0.0
+    changed = [
+        {}, {"above": 0.0}, {"metric": "ece", "above": 0.0}, {"metric": "step_time", "above": -3.0},
+        {"metric": "memory", "above": -3.0},
+    ]  # fmt: skip
+    accurate, zero, ece, step_time, memory = (judge([replace(ACCURACY, **c)], rows)[0] for c in changed)
+    # Half a point lower, where seeds differ by a standard deviation of 1.1.
+    assert accurate.threshold == pytest.approx(-math.sqrt(1.2)) and accurate.verdict == "holds"
+    assert accurate.mean == pytest.approx(-0.5)
+    assert zero.verdict == "does not hold"
+    assert ece.mean == pytest.approx(-3.0)
+    assert step_time.mean == pytest.approx(-2.0) and step_time.verdict == "holds"
+    assert memory.mean == 0.0
 
 
 def test_claims_name_arms_and_scores_that_exist():
@@ -196,33 +218,31 @@ def test_claims_name_arms_and_scores_that_exist():
 
 
 def test_the_page(tmp_path):
-    runs, page = tmp_path / "fashion", tmp_path / "docs" / "evidence.md"
-    page.parent.mkdir()
-    page.write_text("# Mine\n")
+    runs, out = tmp_path / "fashion", tmp_path / "docs"
     write_pairs(runs, [0.03, 0.05, 0.04, 0.06, 0.02, 0.04])
     write_run(runs, "rigl+vote", holdout="1,2", auroc={"holdout": {"msp": 0.6}})
-    written = write_study(runs, page)
+    written = write_study(runs, out)
+    page = out / "fashion.md"
     text = page.read_text()
-    assert text.startswith("# Mine\n") and "<!-- study fashion -->" in text
+    assert text.startswith("# Study: fashion\n")
     claim = next(c for c in PUBLISHED if c.arm == "moon+vote" and c.baseline == "vote" and c.score == "moon")
     assert f"| {claim.text} | **holds** | 4.00 |" in text
     assert "13 runs (0 dense; 90%: 12; 90% with classes held out: 1), seeds 0, 1, 2, 3, 4, 5." in text
     assert "| rigl+vote | 90% | 6 | 90.00 ± 0.00 | 2.00 ± 0.00 | 0.300 ± 0.000 |" in text
     assert "60.0 / 40.0" in text
     assert all(path.is_file() for path in written) and sum(path.suffix == ".png" for path in written) == 2
-    table = (page.parent / "evidence" / "fashion.csv").read_text()
-    assert "rigl+vote,0.9,holdout,msp,auroc,1,0.60000,0.00000" in table
+    assert "rigl+vote,0.9,holdout,msp,auroc,1,0.60000,0.00000" in (out / "fashion.csv").read_text()
 
     # Once more, from the stored file: the same page.
-    stored = page.parent / "evidence" / "fashion.json"
-    write_study(stored, page)
+    stored = out / "fashion.json"
+    write_study(stored, out)
     assert page.read_text() == text
 
     # From a folder with one new run, and one made again: the others stay.
     again = tmp_path / "elsewhere" / "fashion"
     write_run(again, "rigl+vote", seed=6)
     write_run(again, "rigl+vote", seed=5, accuracy=0.5)
-    write_study(again, page)
+    write_study(again, out)
     assert "14 runs" in page.read_text() and len(read_study(stored).rows) == 14
     assert (
         next(row for row in read_study(stored).rows if row.key == ("rigl", "vote", 0.9, 5, "")).known["accuracy"] == 0.5
@@ -230,14 +250,15 @@ def test_the_page(tmp_path):
 
 
 def test_a_stored_study_of_other_settings_is_left_alone(tmp_path):
-    page = tmp_path / "evidence.md"
+    out = tmp_path / "evidence"
+    page = out / "fashion.md"
     write_run(tmp_path / "fashion", "rigl")
-    write_study(tmp_path / "fashion", page)
-    kept = (tmp_path / "evidence" / "fashion.json").read_bytes(), page.read_bytes()
+    write_study(tmp_path / "fashion", out)
+    kept = (out / "fashion.json").read_bytes(), page.read_bytes()
     write_run(tmp_path / "other" / "fashion", "rigl", base=replace(BASE, epochs=20))
     with pytest.raises(TrainingError, match=r"epochs: 20 and there 10"):
-        write_study(tmp_path / "other" / "fashion", page)
-    assert kept == ((tmp_path / "evidence" / "fashion.json").read_bytes(), page.read_bytes())
+        write_study(tmp_path / "other" / "fashion", out)
+    assert kept == ((out / "fashion.json").read_bytes(), page.read_bytes())
     write_run(tmp_path / "fashion", "rigl", seed=1, base=replace(BASE, lr_max=0.2))
     with pytest.raises(TrainingError, match=r"lr_max"):
         read_study(tmp_path / "fashion")
@@ -273,7 +294,7 @@ def test_runs_without_compute_seconds_say_nothing_of_step_times():
 
 def test_compare_leaves_out_what_is_stored(tmp_path):
     write_run(tmp_path / "fashion", "rigl+vote")
-    write_study(tmp_path / "fashion", tmp_path / "evidence.md")
+    write_study(tmp_path / "fashion", tmp_path / "evidence")
     stored, quiet = tmp_path / "evidence" / "fashion.json", Console(quiet=True)
     suite = Suite(BASE, ("rigl+vote",), (), seeds=(0,))
     summary = compare(suite, tmp_path / "runs", console=quiet, stored=stored)
@@ -284,14 +305,13 @@ def test_compare_leaves_out_what_is_stored(tmp_path):
         compare(replace(suite, config=replace(BASE, batch_size=64)), tmp_path / "runs", console=quiet, stored=stored)
 
 
-def test_the_published_page_is_what_its_stored_runs_say(tmp_path):
-    docs = Path(__file__).parents[1] / "docs"
-    (tmp_path / "evidence").mkdir()
-    for name in ("evidence.md", "evidence/fashion.json"):
-        shutil.copy(docs / name, tmp_path / name)
-    write_study(tmp_path / "evidence" / "fashion.json", tmp_path / "evidence.md")
-    for name in ("evidence.md", "evidence/fashion.json", "evidence/fashion.csv"):
-        assert (tmp_path / name).read_text() == (docs / name).read_text()
+@pytest.mark.parametrize("name", ["fashion", "colour"])
+def test_the_published_pages_are_what_their_stored_runs_say(tmp_path, name):
+    docs = Path(__file__).parents[1] / "docs" / "evidence"
+    shutil.copy(docs / f"{name}.json", tmp_path)
+    write_study(tmp_path / f"{name}.json", tmp_path)
+    for file in (f"{name}.md", f"{name}.json", f"{name}.csv"):
+        assert (tmp_path / file).read_text() == (docs / file).read_text()
 
 
 def test_a_study_without_runs(tmp_path):

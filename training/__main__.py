@@ -233,18 +233,15 @@ def _is_given(ctx: typer.Context, name: str) -> bool:
 @app.command("report-study")
 def report_study_command(
     folder: Annotated[Path, typer.Option(help="Folder of the study, or the JSON that this wrote before.")],
-    page: Annotated[Path, typer.Option(help="Markdown page; figures and numbers go beside it.")] = Path(
-        "docs/evidence.md"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of page, figures and numbers.")] = Path("docs/evidence"),
 ) -> None:
     """Verdicts, tables and figures of a study, from its stored runs."""
-    written = write_study(folder, page)
+    written = write_study(folder, out)
     rows = read_study(next(path for path in written if path.suffix == ".json")).rows
     for title, claims in (("The published method", PUBLISHED), ("This project's variant", OURS)):
         console.print(f"[bold]{title}[/bold]")
-        for claim in claims:
-            judgement = judge(claim, rows)
-            console.print(f"  {judgement.verdict:>13}: {claim.text}", highlight=False, soft_wrap=True)
+        for judgement in judge(claims, rows):
+            console.print(f"  {judgement.verdict:>13}: {judgement.claim.text}", highlight=False, soft_wrap=True)
     for path in written:
         console.print(f"Written: {path}", soft_wrap=True)
 

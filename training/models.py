@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torchvision
 from pytorch_ood.model import WideResNet
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
 
 import uasparse_kernels as ua
@@ -101,6 +102,71 @@ def _resnet(factory: Callable[..., nn.Module]) -> Callable[[ModelSpec], nn.Modul
     return build
 
 
+class _SmallResNet(nn.Module):
+    """Residual network for small images (He et al. 2015, section 4.2): three stages of `blocks` basic blocks, which
+    are `width`, 2 `width` and 4 `width` channels wide; shortcuts that change the shape are 1x1 convolutions.
+
+    `stride` of the first convolution: 2 quarters the work of every layer.
+    """
+
+    def __init__(self, spec: ModelSpec, width: int, blocks: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(spec.in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        stages, channels = [], width
+        for outputs in (width, 2 * width, 4 * width):
+            for index in range(blocks):
+                step = 2 if outputs > width and index == 0 else 1
+                shortcut = None
+                if step > 1:
+                    conv = nn.Conv2d(channels, outputs, 1, stride=step, bias=False)
+                    shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+                stages.append(BasicBlock(channels, outputs, step, shortcut))
+                channels = outputs
+        self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(channels, spec.num_outputs)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.pool(x).flatten(1))
+
+
+def _resnet20(spec: ModelSpec) -> nn.Module:
+    """The usual small network for CIFAR-10, 0.27 million weights."""
+    return _SmallResNet(spec, width=16, blocks=3, stride=1)
+
+
+class _ResNet9(nn.Module):
+    """Page's network for quick CIFAR-10 training (DAWNBench 2018): max pooling, two residual pairs of convolutions;
+    here half as wide, 1.6 million weights, which a CPU can train."""
+
+    def __init__(self, spec: ModelSpec, width: int = 32) -> None:
+        super().__init__()
+
+        def conv(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
+            layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
+
+        self.stem = conv(spec.in_channels, width)
+        self.down1 = conv(width, 2 * width, pool=True)
+        self.pair1 = nn.Sequential(conv(2 * width, 2 * width), conv(2 * width, 2 * width))
+        self.down2 = conv(2 * width, 4 * width, pool=True)
+        self.down3 = conv(4 * width, 8 * width, pool=True)
+        self.pair3 = nn.Sequential(conv(8 * width, 8 * width), conv(8 * width, 8 * width))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8 * width, spec.num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down1(self.stem(x))
+        x = self.down3(self.down2(x + self.pair1(x)))
+        return self.fc(self.pool(x + self.pair3(x)).flatten(1))
+
+
 class _WideResNet(WideResNet):
     """pytorch-ood's WRN with a global pooling that takes any image size."""
 
@@ -127,10 +193,12 @@ def _vgg16_bn(spec: ModelSpec) -> nn.Module:
 MODELS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "mlp": _mlp,
     "convnet": _convnet,
+    "resnet20": _resnet20,
+    "resnet9": _ResNet9,
     "resnet18": _resnet(torchvision.models.resnet18),
     "resnet34": _resnet(torchvision.models.resnet34),
     "resnet50": _resnet(torchvision.models.resnet50),
     "wrn-22-2": _wrn_22_2,
     "vgg16-bn": _vgg16_bn,
 }
-MIN_IMAGE_SIZE = {"wrn-22-2": 8, "vgg16-bn": 32}
+MIN_IMAGE_SIZE = {"resnet9": 8, "wrn-22-2": 8, "vgg16-bn": 32}

@@ -1,27 +1,32 @@
 """Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
 
 "combined", "combined-features" and "combined-all" join several. Those on class logits see the first K only. Post-hoc
-detectors are pytorch-ood's (but Mahalanobis, which there cannot do with dead features), with the hyper-parameters of
-their papers: nothing is tuned, and what has to be fitted is fitted on training images.
+detectors are pytorch-ood's (but Mahalanobis, its relative and fDBD, which there cannot do with dead features or equal
+rows of a sparse head), with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted
+on training images.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from pytorch_ood.detector import KNN, ODIN, EnergyBased, Entropy, MaxLogit, MaxSoftmax
+from pytorch_ood.detector import GEN, KNN, ODIN, EnergyBased, Entropy, MaxLogit, MaxSoftmax, ViM
+from pytorch_ood.detector.ash import ash_s
 from torch import Tensor, nn
 
+import uasparse_kernels as ua
 from training.batches import Normalise
 from training.models import head_of
 
 FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
 KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10
 REACT_QUANTILE = 0.9  # of all activations, the paper's choice
+ASH_PRUNED = 0.65  # share of an image's features that ASH-S sets to zero: the least that its paper tries
 DEAD_VARIANCE = 1e-10  # of the largest: below, a direction of the features is one that did not vary in fitting
 
 
@@ -115,16 +120,85 @@ def _mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
     nothing. The study's stored runs were scored with pytorch-ood's inverse of the sum plus 1e-6: equal but for such
     directions, of which a thousandth moved the score by ten thousands.
     """
+    distances = _distances(*_class_means(judge))
+    return lambda outputs: distances(outputs.features).amin(0).float()
+
+
+def _relative_mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
+    """The distance to the nearest class mean less that to the mean of all (Ren et al., arXiv 2106.09022, equation 3).
+
+    Each half squared, by its own scatter, summed and inverted as for Mahalanobis.
+    """
+    features = judge.fit.features.double()
+    to_classes = _distances(*_class_means(judge))
+    to_all = _distances(features - features.mean(0), features.mean(0, keepdim=True))
+    return lambda outputs: (to_classes(outputs.features).amin(0) - to_all(outputs.features)[0]).float()
+
+
+def _class_means(judge: Judge) -> tuple[Tensor, Tensor]:
+    """The fitted features [N, D] about the means of their classes, and the means [classes, D], in float64."""
     features, labels = judge.fit.features.double(), judge.fit_labels
     means = torch.stack([features[labels == k].mean(0) for k in labels.unique()])
-    centred = features - means[labels.unique(return_inverse=True)[1]]
+    return features - means[labels.unique(return_inverse=True)[1]], means
+
+
+def _distances(centred: Tensor, means: Tensor) -> Callable[[Tensor], Tensor]:
+    """Half the squared Mahalanobis distances [means, N] of features [N, D]; `centred` is what the scatter is of."""
     variances, directions = torch.linalg.eigh(centred.T @ centred)
     alive = variances > DEAD_VARIANCE * variances[-1]
     whitening = directions[:, alive] / variances[alive].sqrt()
 
+    def distances(features: Tensor) -> Tensor:
+        white = features.double() @ whitening
+        return torch.stack([(white - mean).square().sum(1) / 2 for mean in means @ whitening])
+
+    return distances
+
+
+def _class_head(judge: Judge) -> tuple[Tensor, Tensor]:
+    """Weight [K, D] and bias [K] of the class outputs."""
+    head = head_of(judge.model)
+    weight = head.dense_weight() if isinstance(head, ua.SparseLinear) else head.weight
+    bias = torch.zeros(len(weight)) if head.bias is None else head.bias
+    return weight[: judge.num_classes].detach().float().cpu(), bias[: judge.num_classes].detach().float().cpu()
+
+
+def _vim(judge: Judge) -> Callable[[Outputs], Tensor]:
+    """Virtual-logit matching (Wang et al., arXiv 2203.10807): the norm of what the principal features leave, scaled to
+    the largest logits, against the energy. Half the dimensions are principal, 512 from 768 on (section 4.3)."""
+    size = judge.fit.features.shape[1]
+    detector = ViM(None, size // 2 if size < 768 else 512, *_class_head(judge))
+    detector.fit_features(judge.fit.features, judge.fit_labels)
+    if not math.isfinite(detector.alpha or 0.0):  # nothing is left over in fitting: no virtual logit
+        detector.alpha = 0.0
+    return lambda outputs: detector.predict_features(outputs.features)
+
+
+def _fdbd(judge: Judge) -> Callable[[Outputs], Tensor]:
+    """Minus the mean distance to the other classes' decision boundaries, over that to the mean of the training
+    features (Liu and Qin, arXiv 2312.11536, equation 7); a class whose weights are the predicted one's has none."""
+    weight, _ = _class_head(judge)
+    gaps = torch.cdist(weight.double(), weight.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    centre = judge.fit.features.double().mean(0)
+
     def score(outputs: Outputs) -> Tensor:
-        white = outputs.features.double() @ whitening
-        return torch.stack([(white - mean).square().sum(1) / 2 for mean in means @ whitening]).amin(0).float()
+        logits = outputs.logits[:, : judge.num_classes]
+        best, predicted = logits.max(1)
+        gap = gaps[predicted]
+        distances = torch.where(gap > 0, (best[:, None] - logits) / gap, 0.0)
+        boundaries = (gap > 0).sum(1).clamp(min=1)
+        return -distances.sum(1) / boundaries / (outputs.features.double() - centre).norm(dim=1).clamp(min=1e-12)
+
+    return score
+
+
+def _ash(judge: Judge) -> Callable[[Outputs], Tensor]:
+    """Energy with an image's smaller features set to zero and the rest sharpened (ASH-S, arXiv 2209.09858)."""
+    energy = _energy_of(judge)
+
+    def score(outputs: Outputs) -> Tensor:
+        shaped = ash_s(outputs.features[:, :, None, None], ASH_PRUNED)[:, :, 0, 0]
+        return energy(torch.nan_to_num(shaped))  # without a feature above zero there is nothing to sharpen
 
     return score
 
@@ -155,14 +229,19 @@ def _combined(names: Sequence[str]) -> Callable[[Judge], Callable[[Outputs], Ten
 def _react(judge: Judge) -> Callable[[Outputs], Tensor]:
     """Energy with penultimate features clipped at a quantile (ReAct, on features that are there already)."""
     threshold = judge.fit.features.flatten().kthvalue(int(REACT_QUANTILE * judge.fit.features.numel())).values
+    energy = _energy_of(judge)
+    return lambda outputs: energy(outputs.features.clamp(max=threshold))
+
+
+def _energy_of(judge: Judge) -> Callable[[Tensor], Tensor]:
+    """The energy of the class logits of features."""
     head = head_of(judge.model)
 
     @torch.no_grad()
-    def score(outputs: Outputs) -> Tensor:
-        clipped = outputs.features.clamp(max=threshold).to(judge.device)
-        return EnergyBased.score(head(clipped)[:, : judge.num_classes].double()).cpu()
+    def energy(features: Tensor) -> Tensor:
+        return EnergyBased.score(head(features.to(judge.device))[:, : judge.num_classes].double()).cpu()
 
-    return score
+    return energy
 
 
 def _odin(judge: Judge) -> Callable[[Tensor], Tensor]:
@@ -207,10 +286,15 @@ SCORES: dict[str, Score] = {
     "maxlogit": Score(_on_class_logits(MaxLogit.score), "MaxLogit"),
     "energy": Score(_on_class_logits(EnergyBased.score), "Energy"),
     "entropy": Score(_on_class_logits(Entropy.score), "Entropy"),
+    "gen": Score(_on_class_logits(GEN.score), "GEN"),
     "odin": Score(_odin, "ODIN", takes="images"),
     "react": Score(_react, "ReAct"),
     "knn": Score(_knn, "KNN"),
     "mahalanobis": Score(_mahalanobis, "Mahalanobis"),
+    "relative-mahalanobis": Score(_relative_mahalanobis, "relative Mahalanobis"),
+    "vim": Score(_vim, "ViM"),
+    "fdbd": Score(_fdbd, "fDBD"),
+    "ash": Score(_ash, "ASH-S"),
     "combined": Score(_combined(("u", "energy")), "max of u, energy", needs_unknown_output=True),
     "combined-features": Score(_combined(("u", "energy", "mahalanobis")), "max of (u,) energy, Mahalanobis"),
     "combined-all": Score(_combined(("u", "energy", "mahalanobis", "knn")), "max of (u,) energy, Mahalanobis, KNN"),

@@ -1,17 +1,17 @@
-"""Statistics of a study: paired differences between arms, bootstrap intervals, and a verdict a claim."""
+"""Statistics of a study: paired differences between arms, their t intervals, and a verdict a claim, Holm-corrected."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import ttest_1samp
 
 from training.checkpoint import read_json, write_atomically
 from training.claims import Claim
@@ -148,7 +148,9 @@ def row_of(results: dict[str, Any]) -> Row:
 class Judgement:
     """Mean and 95 % interval of the claim's quantity over `pairs` pairs; `threshold` is what it must pass.
 
-    `by_sparsity` has the mean of the pairs at each sparsity that has some: one verdict may hide that they differ.
+    `p` is that of the t test against the threshold (two-sided), `p_holm` what Holm's correction for all claims of the
+    family makes of it. `by_sparsity` has the mean of the pairs at each sparsity that has some: one verdict may hide
+    that they differ.
     """
 
     claim: Claim
@@ -158,37 +160,50 @@ class Judgement:
     low: float
     high: float
     threshold: float
+    p: float
+    p_holm: float
     by_sparsity: dict[float, float]
 
 
-def judge(claim: Claim, rows: Sequence[Row]) -> Judgement:
-    """Holds if the whole interval is above the threshold, does not if the whole is below, else it is not decided.
+def judge(claims: Sequence[Claim], rows: Sequence[Row]) -> list[Judgement]:
+    """The verdicts on a family of claims, which share the chance of 5 % that one of them is wrong.
 
-    The interval is a percentile bootstrap over the pairs (same method, sparsity, seed and classes held out), which are
-    taken as independent. Runs with classes held out serve claims on them only.
+    A claim holds if its mean is above the threshold and the corrected p of a paired t test below 0.05, does not hold if
+    the mean is below and p too, else it is not decided; nor is one with fewer than five pairs, which does not count for
+    the correction. Pairs (same method, sparsity, seed and classes held out) are taken as independent. Runs with classes
+    held out serve claims on them only. Correction: Holm (1979), Scandinavian Journal of Statistics 6.
     """
-    values = quantities(claim, rows)
+    judgements = [_judge(claim, rows) for claim in claims]
+    tested = sorted((j.p, at) for at, j in enumerate(judgements) if not math.isnan(j.p))
+    worst = 0.0
+    for rank, (p, at) in enumerate(tested):
+        worst = max(worst, min(1.0, (len(tested) - rank) * p))
+        judgement = judgements[at]
+        decided: Verdict = "holds" if judgement.mean > judgement.threshold else "does not hold"
+        verdict: Verdict = decided if worst < 1 - CONFIDENCE else "not decided"
+        judgements[at] = replace(judgement, verdict=verdict, p_holm=worst)
+    return judgements
+
+
+def _judge(claim: Claim, rows: Sequence[Row]) -> Judgement:
+    values, nan = quantities(claim, rows), float("nan")
     threshold = _seed_noise(claim, rows) if claim.above == "seed noise" else float(claim.above)
     by_sparsity = {}
     for sparsity in sorted({row.sparsity for row in rows if row.method != "dense"}):
         if of_one := quantities(claim, [row for row in rows if row.sparsity == sparsity or row.method == "dense"]):
             by_sparsity[sparsity] = statistics.fmean(of_one)
-    if len(values) < MIN_PAIRS:
-        mean = statistics.fmean(values) if values else float("nan")
-        return Judgement(claim, "not decided", len(values), mean, float("nan"), float("nan"), threshold, by_sparsity)
-    low, high = interval(values)
-    verdict: Verdict = "holds" if low > threshold else "does not hold" if high < threshold else "not decided"
-    return Judgement(claim, verdict, len(values), statistics.fmean(values), low, high, threshold, by_sparsity)
+    mean = statistics.fmean(values) if values else nan
+    low, high, p = t_test(values, threshold) if len(values) >= MIN_PAIRS else (nan, nan, nan)
+    return Judgement(claim, "not decided", len(values), mean, low, high, threshold, p, nan, by_sparsity)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean; the values' own for values that are all the same."""
+def t_test(values: Sequence[float], threshold: float) -> tuple[float, float, float]:
+    """The 95 % interval of the mean, and the two-sided p that it is the threshold; values all the same decide."""
     if max(values) == min(values):
-        return values[0], values[0]
-    result = bootstrap(
-        (np.asarray(values),), np.mean, confidence_level=CONFIDENCE, method="percentile", n_resamples=10_000, rng=0
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+        return values[0], values[0], float(values[0] == threshold)
+    result = ttest_1samp(values, threshold)
+    interval = result.confidence_interval(CONFIDENCE)
+    return float(interval.low), float(interval.high), float(result.pvalue)
 
 
 def quantities(claim: Claim, rows: Sequence[Row]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What a study shows, written into a page: verdicts, tables, figures, and all its numbers beside it."""
+"""What a study shows, written as a page of its own: verdicts, tables, figures, and all its numbers beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from training.checkpoint import write_atomically
 from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
-from training.errors import TrainingError
 from training.report import save_figure
 from training.study import Judgement, Row, judge, read_study, spread_of
 
@@ -24,64 +23,52 @@ DRAWN = (
     ("vote+mixed-shuffle", "u"), ("vote", "combined-all"), (OURS_ARM, "combined-all"),
 )  # fmt: skip
 VERDICT_COLOURS = {"holds": "tab:green", "does not hold": "tab:red", "not decided": "tab:gray"}
-START = """# Evidence
+ABOUT = """# Study: {name}
 
-What the method's claims come to on real data. Everything between the marks is written by
-`python -m training report-study`, from runs of `python -m training compare --suite ...`.
+Written by `python -m training report-study` from runs of `python -m training compare --suite {name}`; what it comes to
+is on [the page on evidence](../evidence.md).
 
-A claim *holds* if the whole 95 % bootstrap interval of its paired difference (same topology method, sparsity, seed and
-classes held out) is on its side of what it needs, *does not hold* if the whole interval is on the other, and is *not
-decided* else. A claim without a pair is only named. Pairs are taken as independent. Differences are in percentage
-points, turned so that more is better. Step times are compute seconds of runs on the same machine. The claims are listed
-in `training/claims.py`, which also says what anything was chosen on.
+A claim *holds* if the mean of its paired differences (same topology method, sparsity, seed and classes held out) is on
+its side of what it needs and a t test says so at 5 % after Holm's correction for all claims of its table, *does not
+hold* if it is on the other side and the test says so, and is *not decided* else. The interval is of that claim alone,
+without the correction. Claims without a pair are only named. Pairs are taken as independent. Differences are in
+percentage points, turned so that more is better. Step times are compute seconds of runs on the same machine. The claims
+are listed in `training/claims.py`, which also says what anything was chosen on.
+
 """
 
 
-def write_study(folder: Path, page: Path) -> list[Path]:
-    """Writes the study of a folder (or of the JSON file that this wrote before) into `page` and the folder beside it.
+def write_study(folder: Path, out: Path) -> list[Path]:
+    """Writes the study of a folder (or of the JSON file that this wrote before) into the folder `out`.
 
-    Returns what was written: the page, figures, a JSON file of all runs and a CSV file of all means. Runs that are in
-    this JSON file only stay in it, so that a study can grow from place to place. The page gets marks for the study if
-    it has none. Raises TrainingError if there are no runs.
+    Returns what was written: a page, figures, a JSON file of all runs and a CSV file of all means, each by the study's
+    name. Runs that are in this JSON file only stay in it, so that a study can grow from place to place. Raises
+    TrainingError if there are no runs.
     """
-    name, beside = folder.stem if folder.is_file() else folder.name, page.with_suffix("")
-    study, stored = read_study(folder), beside / f"{name}.json"
+    name = folder.stem if folder.is_file() else folder.name
+    study, stored, page = read_study(folder), out / f"{name}.json", out / f"{name}.md"
     if stored.is_file():
         study = study.with_stored(stored)
     study.write(stored)
     rows = read_study(stored).rows
-    published, ours = ([judge(claim, rows) for claim in claims] for claims in (PUBLISHED, OURS))
+    published, ours = judge(PUBLISHED, rows), judge(OURS, rows)
     figures = [
-        save_figure(draw_claims(published + ours), beside / f"{name}-claims.png"),
-        save_figure(draw_sparsity(rows), beside / f"{name}-sparsity.png"),
+        save_figure(draw_claims(published + ours), out / f"{name}-claims.png"),
+        save_figure(draw_sparsity(rows), out / f"{name}-sparsity.png"),
     ]
-    write_means(rows, beside / f"{name}.csv")
-    images = "\n".join(f"![{path.stem}]({beside.name}/{path.name})" for path in figures)
+    write_means(rows, out / f"{name}.csv")
+    images = "\n".join(f"![{path.stem}]({path.name})" for path in figures)
     text = "\n".join(
         [
-            _about(rows), "### The published method\n", claims_table(published), "### This project's variant\n",
-            claims_table(ours), "### Known images\n", known_table(rows), far_table(rows), _unknown_section(rows),
-            images,
-            f"\nAll runs: [{name}.json]({beside.name}/{name}.json); mean and spread of every arm, set and score: "
-            f"[{name}.csv]({beside.name}/{name}.csv).\n",
+            ABOUT.format(name=name) + _about(rows), "## The published method\n", claims_table(published),
+            "## This project's variant\n", claims_table(ours), "## Known images\n", known_table(rows), far_table(rows),
+            _unknown_section(rows), images,
+            f"\nAll runs: [{name}.json]({name}.json); mean and spread of every arm, set and score: "
+            f"[{name}.csv]({name}.csv).\n",
         ]
     )  # fmt: skip
-    insert(page, name, text)
-    return [page, *figures, stored, beside / f"{name}.csv"]
-
-
-def insert(page: Path, name: str, text: str) -> None:
-    """Replaces what is between the marks of a study in a page; adds page and marks where there are none."""
-    start, end = f"<!-- study {name} -->\n", f"<!-- end of study {name} -->\n"
-    try:
-        content = page.read_text() if page.is_file() else START
-    except (OSError, ValueError) as error:
-        raise TrainingError(f"Cannot read the page {page}: {error}.") from error
-    if start not in content or end not in content:
-        content += f"\n## Study: {name}\n\n{start}{end}"
-    before, rest = content.split(start, 1)
-    whole = before + start + text + end + rest.split(end, 1)[1]
-    write_atomically(page, lambda file: file.write(whole.encode()))
+    write_atomically(page, lambda file: file.write(text.encode()))
+    return [page, *figures, stored, out / f"{name}.csv"]
 
 
 def _about(rows: Sequence[Row]) -> str:
@@ -102,18 +89,18 @@ def claims_table(judgements: Sequence[Judgement]) -> str:
     several = len(levels) > 1
     by_level = f" at {' / '.join(f'{100 * level:g}' for level in levels)} % |" if several else ""
     lines = [
-        f"| claim | verdict | mean | 95 % interval | needs above | pairs |{by_level}",
-        "|---" * (6 + several) + "|",
+        f"| claim | verdict | mean | 95 % interval | needs above | corrected p | pairs |{by_level}",
+        "|---" * (7 + several) + "|",
     ]
     for j in judgements:
         if j.pairs == 0:
             continue
         digits = 3 if j.claim.metric.startswith("nll") else 2
         cells = [f"{j.mean:.{digits}f}", f"{j.low:.{digits}f} to {j.high:.{digits}f}"]
-        cells = ["" if "nan" in cell else cell for cell in cells]
+        cells = ["" if "nan" in cell else cell for cell in [*cells, f"{j.threshold:.{digits}f}", f"{j.p_holm:.2g}"]]
         means = [f"{j.by_sparsity[level]:.{digits}f}" if level in j.by_sparsity else "-" for level in levels]
         lines.append(
-            f"| {j.claim.text} | **{j.verdict}** | {' | '.join(cells)} | {j.threshold:.{digits}f} | {j.pairs} |"
+            f"| {j.claim.text} | **{j.verdict}** | {' | '.join(cells)} | {j.pairs} |"
             + (f" {' / '.join(means)} |" if several else "")
         )
     without = [j.claim.text for j in judgements if j.pairs == 0]
@@ -159,7 +146,7 @@ def far_table(rows: Sequence[Row]) -> str:
     if not sets or not levels:
         return ""
     listed = " / ".join(f"{100 * level:g}" for level in levels)
-    lines = [f"### Far-OOD at {listed} %: AUROC, mean over {', '.join(sets)}\n"]
+    lines = [f"## Far-OOD at {listed} %: AUROC, mean over {', '.join(sets)}\n"]
     lines += ["| arm | " + " | ".join(SHOWN_SCORES) + " |", "|---" * (len(SHOWN_SCORES) + 1) + "|"]
     for arm in sorted({row.arm for row in rows}):
         cells = []
@@ -183,7 +170,7 @@ def _unknown_section(rows: Sequence[Row]) -> str:
     main = max(sparse, key=lambda sparsity: sparse[sparsity])
     chosen = [row for row in rows if row.sparsity == main or row.method == "dense"]
     sets = list(dict.fromkeys(name for row in chosen for name in row.auroc))
-    lines = [f"### Unknown images at {main:.0%}: AUROC / FPR95 (unknown is positive), %\n"]
+    lines = [f"## Unknown images at {main:.0%}: AUROC / FPR95 (unknown is positive), %\n"]
     lines += ["| arm | score | " + " | ".join(sets) + " |", "|---" * (len(sets) + 2) + "|"]
     for (name, _), group in _groups(chosen).items():
         for score in SHOWN_SCORES:
