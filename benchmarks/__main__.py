@@ -7,7 +7,6 @@ python -m benchmarks linear --folder benchmarks/results/avx2    kept, and shown,
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +22,7 @@ SUITES = {
     "conv": "bench_masked_conv2d",
     "step": "bench_step",
     "networks": "bench_networks",
+    "compile": "bench_compile",
     "memory": "bench_memory",
     "threads": "bench_threads",
     "prune-grow": "bench_prune_grow",
@@ -31,6 +31,7 @@ SUITES = {
     "recipe": "bench_recipe",
     "serve": "bench_serve",
     "init": "bench_init",
+    "distributed": "bench_distributed",
 }
 
 
@@ -46,7 +47,7 @@ def main(
     # As `python -m training` does, for the rivals too: else new pages can cost as much as a kernel.
     ua.keep_freed_memory()
     for suite in suites or SUITES:
-        _pin(None if suite == "threads" else threads)
+        harness.pin(None if suite in ("threads", "networks") else threads)  # these use both cores
         torch.set_num_threads(threads)
         print(f"\n{suite}, {threads} thread{'s' if threads > 1 else ''}", flush=True)
         roofs = {"matmul_gflops": harness.matmul_roof(), "copy_gb_per_s": harness.copy_roof()}
@@ -61,15 +62,6 @@ def main(
             written += [page for page in harness.PAGES if plots.insert(name, plots.markdown(rows), page)]
         print("written:", *written)
 
-
-def _pin(count: int | None) -> None:
-    """Keeps the process on the first cores, where the system lets it choose, so that it is not moved about."""
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(_CORES)
-        os.sched_setaffinity(0, cores[:count])
-
-
-_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 if __name__ == "__main__":
     typer.run(main)

@@ -1,18 +1,24 @@
 """Inference of sparse networks beside engines that run them dense, all with the same weights.
 
 A row's result is compared with the dense network's in the same run. Rivals (pip install onnx onnxruntime openvino):
-ONNX Runtime, OpenVINO, torch in its two layouts; torch.compile too where UASPARSE_SERVE_COMPILE=1, for it takes a
-minute a row. UASPARSE_SERVE_NETWORKS=resnet50,mlp takes some of the networks only.
+ONNX Runtime and OpenVINO; with one thread and batch 1 torch in its two layouts too; and at 90 % torch.compile, of the
+networks that it compiles within a minute. The last row is the peak memory of processes that run a ResNet-50 from a file.
+UASPARSE_SERVE_NETWORKS=resnet50,mlp takes some of the networks only.
 
 Weights are pruned at random, uniformly: all convolutions and linear layers but a network's first convolution and
-depthwise ones; torchvision's ViT keeps its attention's in-projections dense, the encoder of BERT's size has none dense.
+depthwise ones. "dense in-projections" keeps those of the attention, a third of a ViT's work, dense.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +29,8 @@ import uasparse_kernels as ua
 from benchmarks import harness
 
 SPARSITIES = (0.8, 0.9, 0.95)
+DENSE_IN = "vit_b_16, dense in-projections"
+COMPILED = ("mlp",)
 
 
 def bert() -> nn.Module:
@@ -35,11 +43,12 @@ def mlp() -> nn.Module:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
-    "resnet50": (torchvision.models.resnet50, (3, 224, 224), (1, 8)),
+    "resnet50": (torchvision.models.resnet50, (3, 224, 224), (1, 8, 32)),
     "resnet18": (torchvision.models.resnet18, (3, 224, 224), (1,)),
     "mobilenet_v2": (torchvision.models.mobilenet_v2, (3, 224, 224), (1,)),
     "mlp": (mlp, (2048,), (1, 128)),
     "vit_b_16": (torchvision.models.vit_b_16, (3, 224, 224), (1,)),
+    DENSE_IN: (torchvision.models.vit_b_16, (3, 224, 224), (1,)),
     "bert_base_encoder_128": (bert, (128, 768), (1,)),
 }
 
@@ -50,28 +59,46 @@ def run(seconds: float) -> list[dict[str, Any]]:
 
 
 def _rows(seconds: float) -> Iterator[dict[str, Any]]:
-    wanted = os.environ.get("UASPARSE_SERVE_NETWORKS", ",".join(NETWORKS)).split(",")
-    for name in wanted:
-        build, size, batches = NETWORKS[name]
+    wanted = os.environ.get("UASPARSE_SERVE_NETWORKS", "").split(",")
+    for name, (build, size, batches) in NETWORKS.items():
+        if wanted != [""] and name.split(",")[0] not in wanted:
+            continue
         for sparsity in SPARSITIES:
             torch.manual_seed(0)
-            model = prune(build(), sparsity)
+            model = prune(build(), sparsity, in_projections=name != DENSE_IN)
+            optimized = ua.optimize_for_inference(model, torch.randn(1, *size))
             for batch in batches:
+                if batch == 32 and sparsity != 0.9:  # throughput: half a minute a row
+                    continue
                 x = torch.randn(batch, *size)
-                optimized = ua.optimize_for_inference(model, x)
-                variants = {"ours": lambda optimized=optimized, x=x: optimized(x)} | rivals(model, x)
-                with torch.inference_mode():
-                    difference = optimized(x) - (wanted_result := model(x))
-                    error = (difference.norm() / wanted_result.norm()).item()
-                    times = harness.interleave(variants, seconds=seconds, rounds=5)
-                if not error < 1e-5:
-                    raise AssertionError(f"{name}: relative error {error:.1e}")
-                row = {"shape": f"{name}, batch {batch}", "pass": "inference", "sparsity": sparsity, "error": error}
-                yield row | harness.compare(times)
+                for threads in (1, 2):
+                    yield _row(name, model, optimized, x, sparsity, threads, seconds)
+    if wanted == [""] or "resnet50" in wanted:
+        yield memory()
+
+
+def _row(
+    name: str, model: nn.Module, optimized: Callable[..., Any], x: Tensor, sparsity: float, threads: int, seconds: float
+) -> dict[str, Any]:
+    harness.pin(threads)
+    torch.set_num_threads(threads)
+    variants: dict[str, Callable[[], Any]] = {"ours": lambda: optimized(x)}
+    variants |= rivals(model, x, threads == 1 and len(x) == 1, sparsity == 0.9 and name in COMPILED)
+    with torch.inference_mode():
+        difference = optimized(x) - (wanted := model(x))
+        error = (difference.norm() / wanted.norm()).item()
+        times = harness.interleave(variants, seconds=seconds, rounds=5)
+    if not error < 1e-5:
+        raise AssertionError(f"{name}: relative error {error:.1e}")
+    harness.pin(1)
+    torch.set_num_threads(1)
+    shape = f"{name}, batch {len(x)}" + (f", {threads} threads," if threads > 1 else "")
+    row = {"shape": shape, "pass": "inference", "sparsity": sparsity, "threads": threads, "error": error}
+    return row | {"per_second": len(x) / times["ours"]} | harness.compare(times)
 
 
 @torch.no_grad()
-def prune(model: nn.Module, sparsity: float) -> nn.Module:
+def prune(model: nn.Module, sparsity: float, in_projections: bool = True) -> nn.Module:
     first = True
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -83,7 +110,7 @@ def prune(model: nn.Module, sparsity: float) -> nn.Module:
             if not module.weight.any():  # a head that starts at zero
                 module.weight.normal_(0, 0.02)
             _prune_weight(module.weight, sparsity)
-        if isinstance(module, nn.MultiheadAttention) and isinstance(model, nn.TransformerEncoder):
+        if isinstance(module, nn.MultiheadAttention) and in_projections:
             _prune_weight(module.in_proj_weight, sparsity)
     return model.eval()
 
@@ -93,24 +120,27 @@ def _prune_weight(weight: Tensor, sparsity: float) -> None:
     weight.mul_((1 - sparsity) ** -0.5)
 
 
-def rivals(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
+def rivals(
+    model: nn.Module, x: Tensor, torch_too: bool = True, compiled_too: bool = False
+) -> dict[str, Callable[[], Any]]:
     threads = torch.get_num_threads()
-    found: dict[str, Callable[[], Any]] = {"dense torch": lambda: model(x)}
-    if x.dim() == 4:
+    found: dict[str, Callable[[], Any]] = {}
+    if torch_too:
+        found["dense torch"] = lambda: model(x)
+    if torch_too and x.dim() == 4:
         last = x.to(memory_format=torch.channels_last)
         found["dense torch, channels last"] = lambda: model(last)
-    if os.environ.get("UASPARSE_SERVE_COMPILE") == "1":
+    if torch_too and compiled_too:
         compiled = torch.compile(model)
         found["dense torch.compile"] = lambda: compiled(x)
     try:
         import onnxruntime
     except ImportError:
-        return found
-    file = io.BytesIO()
-    torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
+        return found or {"dense torch": lambda: model(x)}
+    file = to_onnx(model, x)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
     found["dense ONNX Runtime"] = lambda: session.run(None, feed)
     try:
@@ -119,6 +149,62 @@ def rivals(model: nn.Module, x: Tensor) -> dict[str, Callable[[], Any]]:
         return found
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     core = openvino.Core()
-    request = core.compile_model(core.read_model(file.getvalue(), b""), "CPU", settings).create_infer_request()
+    request = core.compile_model(core.read_model(file, b""), "CPU", settings).create_infer_request()
     found["dense OpenVINO"] = lambda: request.infer([x.numpy()])
     return found
+
+
+def to_onnx(model: nn.Module, x: Tensor) -> bytes:
+    file = io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
+    return file.getvalue()
+
+
+_OURS = """
+import torch, uasparse_kernels as ua
+torch.set_num_threads(1)
+x = torch.zeros(1, 3, 224, 224)
+(torch.ones(64, 64) @ torch.ones(64, 64)).sum()
+before = status("VmRSS")
+model = ua.load_optimized({path!r})
+for _ in range(3): model(x)
+"""
+_THEIRS = """
+import numpy, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+x = numpy.zeros((1, 3, 224, 224), numpy.float32)
+before = status("VmRSS")
+session = onnxruntime.InferenceSession({path!r}, options, providers=["CPUExecutionProvider"])
+for _ in range(3): session.run(None, {{session.get_inputs()[0].name: x}})
+"""
+_STATUS = """
+import re
+status = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+"""
+
+
+def memory() -> dict[str, Any]:
+    """Peak memory in MiB of a process that loads a 90 % sparse ResNet-50 from a file and runs it three times with batch
+    1, and how much of it came after its imports.
+    """
+    torch.manual_seed(0)
+    model = prune(torchvision.models.resnet50(), 0.9)
+    row: dict[str, Any] = {
+        "shape": "resnet50, batch 1",
+        "pass": "memory",
+        "sparsity": 0.9,
+        "peak_mib": {},
+        "grown_mib": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        ours, theirs = Path(folder, "net.safetensors"), Path(folder, "net.onnx")
+        ua.optimize_for_inference(model, torch.zeros(1, 3, 224, 224)).save(ours)
+        theirs.write_bytes(to_onnx(model, torch.zeros(1, 3, 224, 224)))
+        for name, code, path in (("ours", _OURS, ours), ("ONNX Runtime", _THEIRS, theirs)):
+            code = _STATUS + code.format(path=str(path)) + "print(before, status('VmHWM'))"
+            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+            if result.returncode == 0:
+                before, peak = (float(value) for value in re.findall(r"[\d.]+", result.stdout))
+                row["peak_mib"][name], row["grown_mib"][name] = peak, peak - before
+    return row

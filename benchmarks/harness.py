@@ -32,6 +32,15 @@ def table_name(path: Path) -> str:
     return path.relative_to(RESULTS).with_suffix("").as_posix() if path.is_relative_to(RESULTS) else ""
 
 
+def pin(count: int | None) -> None:
+    """Keeps the process on the first cores, where the system lets it choose, so that it is not moved about."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(_CORES)[:count])
+
+
+_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
 def interleave(
     variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 11
 ) -> dict[str, float]:

@@ -1,9 +1,10 @@
 // The derivatives of batch_norm and batch_norm_relu, for every device. In C++ for the reason that masked_linear's is.
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "autograd.h"
 
 namespace uasparse {
 namespace {
@@ -49,7 +50,8 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     std::array<bool, 3> mask;
     for (int i = 0, edge = 0; i < 3; ++i)  // what was not given has no edge
       mask[i] = given[i] && ctx->needs_input_grad(edge++);
-    auto [grad_input, grad_weight, grad_bias] = call_backward(grads[0], saved[0], weight, saved[2], mask);
+    auto [grad_input, grad_weight, grad_bias] =
+        recorded_if_asked([&] { return call_backward(grads[0], saved[0], weight, saved[2], mask); });
     if (mask[0]) results[0] = std::move(grad_input);
     if (mask[1]) results[1] = std::move(grad_weight);
     if (mask[2]) results[2] = std::move(grad_bias);
@@ -106,8 +108,10 @@ struct BatchNormRelu : torch::autograd::Function<BatchNormRelu> {
     std::array<bool, 4> mask;
     for (int i = 0, edge = 0; i < 4; ++i)  // what was not given has no edge
       mask[i] = saved[i].defined() && ctx->needs_input_grad(edge++);
-    auto [grad_input, grad_weight, grad_bias, grad_residual] = call_relu_backward(
-        grads[0], saved[0], if_defined(saved[1]), if_defined(saved[2]), if_defined(saved[3]), saved[4], mask);
+    auto [grad_input, grad_weight, grad_bias, grad_residual] = recorded_if_asked([&] {
+      return call_relu_backward(grads[0], saved[0], if_defined(saved[1]), if_defined(saved[2]), if_defined(saved[3]),
+                                saved[4], mask);
+    });
     if (mask[0]) results[0] = std::move(grad_input);
     if (mask[1]) results[1] = std::move(grad_weight);
     if (mask[2]) results[2] = std::move(grad_bias);
@@ -128,9 +132,6 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_relu_autograd(const Tensor& input,
 TORCH_LIBRARY_IMPL(uasparse, Autograd, m) {
   m.impl("batch_norm", &batch_norm_autograd);
   m.impl("batch_norm_relu", &batch_norm_relu_autograd);
-  // A second derivative is an error, not silence.
-  m.impl("batch_norm_backward", torch::autograd::autogradNotImplementedFallback());
-  m.impl("batch_norm_relu_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace uasparse

@@ -88,6 +88,11 @@ TORCH_LIBRARY(uasparse, m) {
   // -> output, indices into each plane, as torch's max_pool2d_with_indices.
   m.def("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> (Tensor, Tensor)");
 
+  // The output, in whose backward capture_ (uasparse_kernels/topology/growth.py) is called with input and gradient. It
+  // claims to write to `mark`, which names the GradientCapture, for a compiler leaves out what has no effect.
+  m.def("watch(Tensor(a) output, Tensor input, Tensor mark) -> Tensor(a)");
+  m.def("capture_(Tensor(a!) mark, Tensor input, Tensor grad_output) -> ()");
+
   // reduction: 0 none, 1 mean, 2 sum. -> loss, threshold [], saved [N, 2] for the backward.
   m.def("unknown_aware_loss(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "
         "-> (Tensor, Tensor, Tensor)");

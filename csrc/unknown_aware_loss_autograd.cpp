@@ -2,9 +2,10 @@
 // much as the kernels for a hundred classes.
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "autograd.h"
 
 namespace uasparse {
 namespace {
@@ -46,8 +47,10 @@ struct UnknownAwareLoss : torch::autograd::Function<UnknownAwareLoss> {
     variable_list results(5);
     if (!grads[0].defined() || !ctx->needs_input_grad(0)) return results;
     const variable_list saved = ctx->get_saved_variables();
-    results[0] = call_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
-                               ctx->saved_data["unknown_weight"].toDouble(), ctx->saved_data["reduction"].toInt());
+    results[0] = recorded_if_asked([&] {
+      return call_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
+                           ctx->saved_data["unknown_weight"].toDouble(), ctx->saved_data["reduction"].toInt());
+    });
     return results;
   }
 };
@@ -63,8 +66,6 @@ std::tuple<Tensor, Tensor, Tensor> unknown_aware_loss_autograd(const Tensor& log
 
 TORCH_LIBRARY_IMPL(uasparse, Autograd, m) {
   m.impl("unknown_aware_loss", &unknown_aware_loss_autograd);
-  // A second derivative is an error, not silence.
-  m.impl("unknown_aware_loss_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace uasparse

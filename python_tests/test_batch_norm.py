@@ -196,15 +196,6 @@ def test_opcheck(affine):
 
 
 @needs_kernel
-def test_second_derivative_is_refused():
-    x, *_ = draw((4, 3, 5, 6))
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(kernel(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|not implemented"):
-        grad.sum().backward()
-
-
-@needs_kernel
 def test_choice():
     x, _, *parameters = draw((4, 3, 5, 6))
     statistics = [torch.zeros(3), torch.ones(3)]

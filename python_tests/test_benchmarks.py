@@ -7,6 +7,7 @@ import torch
 
 from benchmarks import (
     bench_batch_norm,
+    bench_distributed,
     bench_masked_conv2d,
     bench_masked_linear,
     bench_step,
@@ -54,6 +55,13 @@ def test_every_variant_of_a_convolution_runs():
 @pytest.mark.parametrize("case", [case for case in bench_step.CASES if case.name.startswith(("MLP", "ViT"))], ids=str)
 def test_steps_run(case):
     assert bench_step.row(case, seconds=0)["ms"].keys() == {"dense", "ours"}
+
+
+@pytest.mark.distributed
+def test_processes_send_the_active_weights_and_no_more():
+    row = bench_distributed.row("MLP 784-1024-1024-11", 0.95, seconds=0, rounds=1)
+    assert row["bytes_sent"]["ours"] == row["bytes_of_active_weights"] < 0.06 * row["bytes_sent"]["dense"]
+    assert row["speedup_over"]["dense"] > 0
 
 
 @pytest.mark.parametrize("which", bench_batch_norm.PASSES)

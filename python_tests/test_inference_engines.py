@@ -28,10 +28,24 @@ def _exporters_precision():
         yield
 
 
+class Block(nn.Module):
+    """A layer between steps of torch whose map is read later: a call of the kernels without tensors in and out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(16, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        z = self.norm(x)
+        y = self.a(x)
+        return y + self.b(z.roll(1, 2))
+
+
 def network():
     """Sparse layers, steps of torch before, between and after them."""
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2),
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), Block(), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2),
         nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
         nn.Softmax(1),
     )  # fmt: skip
@@ -101,6 +115,8 @@ def test_a_package_is_made_of_the_models_own_steps(tmp_path, monkeypatch, near):
         inputs = [t.repeat(batch, *[1] * (t.dim() - 1))[:batch] for t in example]
         got, expected = graphs[-1].module()(*inputs), optimized(*inputs)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        calls = [node for node in graphs[-1].graph.nodes if node.target == torch.ops.uasparse.serve_run.default]
+        assert calls and all(inputs and outputs for *_, inputs, outputs in (call.args for call in calls))
         assert not any(node.target == torch.ops.aten.conv2d.default for node in graphs[-1].graph.nodes)
     with pytest.raises(ValueError, match=r"ends in \.pt2, got 'net\.onnx'"):
         optimized.package("net.onnx")
@@ -122,7 +138,7 @@ def test_the_serving_page_and_its_program_without_python(tmp_path, monkeypatch, 
     for heading, blocks in pages.sections("docs/serving.md"):
         if heading != "A trained run":
             pages.run(blocks, namespace, tmp_path, environment)
-    assert "LayerTime(layer='3'" in capsys.readouterr().out and Path("net.onnx").is_file()
+    assert "LayerTime(layer='4'" in capsys.readouterr().out and Path("net.onnx").is_file()
     got = torch.frombuffer(bytearray(Path("logits.f32").read_bytes()), dtype=torch.float32)
     torch.testing.assert_close(got, namespace["optimized"](namespace["images"][:1])[0], rtol=1e-5, atol=1e-6)
 

@@ -51,7 +51,7 @@ def assert_near(got, expected, terms):
 def draw(seed):
     """A random convolution: pattern, input, weight, bias (float64) and arguments."""
     r = random.Random(seed)
-    block = r.choice([(1, 1), (1, 1), (2, 1), (8, 1), (2, 2), (4, 4)])
+    block = r.choice([(1, 1), (1, 1), (2, 1), (8, 1), (2, 2), (4, 4), (12, 12)])
     groups = r.choice([1, 1, 2, 3])
     size = [r.randint(1, 5) for _ in range(2)]
     stride, dilation = (tuple(r.randint(1, 3) for _ in range(2)) for _ in range(2))
@@ -129,7 +129,11 @@ def test_one_tap(seed, dtype):
     r = random.Random(seed)
     whole = [(32, 32), (16, 16), (8, 8), (4, 4), (4, 2), (3, 16), (13, 8), (56, 56), (5, 40)]
     size = r.choice([*whole, (7, 7), (14, 14), (28, 28), (9, 13), (57, 55), (17, 1), (3, 5)])
-    batch, groups, block = r.choice([1, 2, 5, 9]), r.choice([1, 1, 3]), r.choice([(1, 1), (1, 1), (4, 1), (2, 2)])
+    batch, groups, block = (
+        r.choice([1, 2, 5, 9]),
+        r.choice([1, 1, 3]),
+        r.choice([(1, 1), (1, 1), (4, 1), (2, 2), (4, 4), (8, 8)]),
+    )
     shape = (groups * block[0] * r.randint(1, 9), block[1] * r.randint(1, 40), 1, 1)
     pattern = SparsityPattern.random(shape, r.choice([0.02, 0.3, 1.0]), block=block)
     x = torch.randn(2 * batch, shape[1] * groups + 1, *size, dtype=dtype)[::2, 1:]

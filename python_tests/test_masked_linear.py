@@ -217,17 +217,6 @@ def test_only_wanted_gradients():
             assert torch.equal(part, whole) if wanted else part.numel() == 0
 
 
-def test_second_derivative_is_an_error():
-    pattern = _pattern(12, 10, 0.3)
-    input, weight, bias, _ = _problem(pattern, (5,), torch.float32, True)
-    input.requires_grad_()
-    (gradient,) = torch.autograd.grad(
-        _op(input, weight.requires_grad_(), pattern, bias).sum(), input, create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="not implemented"):
-        gradient.sum().backward()
-
-
 def test_compiles_whole_and_agrees():
     """Traced by torch.compile, forward and backward, without a graph break."""
     pattern = _pattern(64, 32, 0.2)

@@ -1,5 +1,7 @@
 """max_pool2d against torch: values, gradients, which of equal numbers is taken, on random sizes; layer; errors."""
 
+import copy
+import pickle
 import random
 
 import pytest
@@ -60,3 +62,43 @@ def test_bad_sizes():
         max_pool2d(x, 2, padding=2)
     with pytest.raises(ValueError, match="within the padded input"):
         max_pool2d(x, 7)
+
+
+def test_sparsify_turns_it_and_densify_turns_it_back():
+    class Own(nn.MaxPool2d):
+        pass
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(3, 2, 1), nn.Conv2d(8, 8, 3), Own(2), nn.MaxPool2d(2, 2))
+    twin, pool, x = copy.deepcopy(model), model[1], torch.randn(2, 3, 20, 22)
+    ua.sparsify(model, 0.0, include_dense=True)
+    assert [type(m) for m in (model[1], model[3], model[4])] == [ua.nn.MaxPool2d, Own, ua.nn.MaxPool2d]
+    assert model[1] is pool and repr(pool) == repr(twin[1])
+    torch.testing.assert_close(model(x), twin(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), twin(x))
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), twin(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(pool))(x), twin[1](x))
+    ua.densify(model)
+    assert [type(m) for m in model] == [type(m) for m in twin]
+
+
+def test_transforms_are_torchs():
+    x = torch.randn(3, 2, 2, 8, 8)
+    pool = ua.nn.MaxPool2d(2)
+    torch.testing.assert_close(torch.func.vmap(pool)(x), torch.stack([F.max_pool2d(image, 2) for image in x]))
+    ours, torchs = (torch.func.jvp(f, (x[0],), (x[1],)) for f in (pool, lambda t: F.max_pool2d(t, 2)))
+    torch.testing.assert_close(ours, torchs)
+    y = x[0].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda t: pool(t).square(), x[0].double().requires_grad_())
+    (grad,) = torch.autograd.grad(pool(y).pow(3).sum(), y, create_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(grad.sum(), y)[0], torch.where(grad != 0, 6 * y, 0))
+
+
+def test_only_indices_and_integers_are_torchs():
+    x = torch.randn(1, 2, 6, 6)
+    for one, other in zip(
+        ua.nn.MaxPool2d(2, return_indices=True)(x), F.max_pool2d(x, 2, return_indices=True), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert torch.equal(
+        ua.nn.MaxPool2d(2)(torch.arange(16).view(1, 1, 4, 4)), F.max_pool2d(torch.arange(16).view(1, 1, 4, 4), 2)
+    )

@@ -406,6 +406,27 @@ def test_a_dense_checkpoint_in_a_random_pattern_is_warned_of():
         model.load_state_dict(ua.sparsify(dense, 0.75).state_dict())
 
 
+def test_a_model_in_data_parallel_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = mlp(8, 8)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for given in (wrapped, model):
+            name = "module.0" if given is wrapped else "0"
+            for call in (
+                lambda m: ua.sparsify(m, 0.5),
+                lambda m: ua.add_sparse_deltas(m, 0.5),
+                lambda m, name=name: ua.add_unknown_output(m, name),
+                ua.repack,
+            ):
+                with pytest.raises(ValueError, match="wrap it afterwards"):
+                    call(given)
+        assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+        ua.sparsify(mlp(8, 8), 0.5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _quiet(caplog):
     caplog.set_level(logging.WARNING, logger="uasparse_kernels")

@@ -15,7 +15,7 @@ from uasparse_kernels.inference.plan import AFFINE, CONV, LOAD, POOL, ROWS, STOR
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
 
 # Numbers of a step, its code and its fields (csrc/cpu/serve.cpp).
-FIELDS = {LOAD: 21, CONV: 20, ROWS: 18, POOL: 25, AFFINE: 15, STORE: 15}
+FIELDS = {LOAD: 21, CONV: 21, ROWS: 18, POOL: 25, AFFINE: 15, STORE: 15}
 
 
 def prune(model):
@@ -107,10 +107,10 @@ def test_every_field_out_of_range_is_refused(images, rows):
         (LOAD, 2, 40_000), (LOAD, 7, 10**6), (LOAD, 8, 5), (LOAD, 11, 0), (LOAD, 12, 64), (LOAD, 13, 3),
         (LOAD, 14, 900), (LOAD, 15, 2000), (LOAD, 17, 10**6), (CONV, 1, 0), (CONV, 2, 0), (CONV, 6, 17),
         (CONV, 9, 3), (CONV, 10, 10**6), (CONV, 11, 10**7), (CONV, 13, 10**9), (CONV, 14, 10**9), (CONV, 15, 10**9),
-        (CONV, 16, 10**9), (CONV, 17, 10**9), (CONV, 18, 10), (POOL, 2, 10**9), (POOL, 11, 99), (POOL, 12, 99),
+        (CONV, 16, 10**9), (CONV, 17, 10**9), (CONV, 18, 10**9), (CONV, 19, 10), (POOL, 2, 10**9), (POOL, 11, 99), (POOL, 12, 99),
         (POOL, 17, 0), (POOL, 19, 99), (POOL, 21, 2), (POOL, 22, 5), (AFFINE, 4, 10**6), (AFFINE, 8, 8),
         (AFFINE, 12, 10**9), (STORE, 1, 10**6), (STORE, 6, 99), (STORE, 9, -1), (STORE, 9, 1), (STORE, 11, 999),
-        (STORE, 0, 6), (STORE, 0, -1),
+        (STORE, 0, 9), (STORE, 0, -1),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused(images, kind, field, value):
@@ -128,7 +128,10 @@ def test_wrong_fields_of_rows_are_refused(rows, field, value):
 
 
 def test_lists_are_checked(images, rows):
-    ptr, offsets = (int(images[0][1][place(images[2], CONV, field)]) for field in (13, 14))
+    order, ptr, offsets = (int(images[0][1][place(images[2], CONV, field)]) for field in (13, 14, 15))
+    for value in (-1, 64, 2**31 - 1):
+        refused(images, lambda given, value=value: given[2].__setitem__(order, value))
+    refused(images, lambda given: given[2].__setitem__(order, int(given[2][order + 1])))
     for value in (-(2**31), 2**31 - 1, 10**5, -(10**5)):
         refused(images, lambda given, value=value: given[2].__setitem__(offsets, value))
     for value in (-1, 10**6, 2**31 - 1):

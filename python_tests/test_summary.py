@@ -63,7 +63,7 @@ def test_the_table_accounts_for_every_parameter():
         "attention.in_proj_weight": "nn.MultiheadAttention has no sparse form",
         "attention.out_proj": "NonDynamicallyQuantizableLinear may be used",
         "layers.2": "exempt",
-        "position": "Model has no sparse form",
+        "position": "a parameter that Model holds itself",
     }.items():
         assert text in reasons[name]
     text = str(result)

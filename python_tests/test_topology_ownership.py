@@ -147,13 +147,8 @@ def passes(how, model, x, y, optimizer):
 )
 def test_only_what_stands_in_grad_counts(how, storage):
     """The captured dense gradient equals .grad at the active weights, and so is of the same passes."""
-    model = network(0.3 if how == "create_graph" else 0.7, storage=storage)
+    model = network(0.7, storage=storage)
     topology, optimizer = dynamic(model)
-    if how == "create_graph":  # the sparse products have no second derivative, others may
-        for layer in topology.layers.values():
-            layer.forward = lambda x, layer=layer: nn.functional.linear(
-                x, layer.pattern.unpack(layer.pattern.pack(layer.weight) if storage == "dense" else layer.weight)
-            )
     passes(how, model, *data(), optimizer)
     for name, layer in topology.layers.items():
         capture = topology._captures[name]
@@ -218,7 +213,7 @@ def test_gradients_set_to_none_before_step_are_an_error_that_says_so():
     topology, optimizer = dynamic(model)
     loss_of(model, *data()).backward()
     optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match=r"before zero_grad.*torch\.compile"):
+    with pytest.raises(RuntimeError, match="before zero_grad"):
         topology.step()
     assert topology.steps == 0
 
@@ -301,21 +296,6 @@ def test_input_by_keyword_is_seen():
         assert topology.step()
         results.append(layer.pattern.blocks())
     assert torch.equal(*results)
-
-
-def test_hooks_that_a_compiled_model_does_not_see_are_an_error_that_names_it():
-    model = network()
-    compiled = torch.compile(model, backend="eager")
-    x, y = data()
-    loss_of(compiled, x, y).backward()
-    model.zero_grad()
-    topology, _ = dynamic(model)
-    loss_of(compiled, x, y).backward()
-    with pytest.raises(RuntimeError, match=r"torch\.compile"):
-        topology.step()
-    torch._dynamo.reset()
-    loss_of(compiled, x, y).backward()
-    assert topology.step()
 
 
 # ---- gradients that are not finite ----

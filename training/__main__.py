@@ -31,6 +31,7 @@ from training.export import export_run
 from training.mixture import REGIONS, mixture
 from training.predict import SCORES as EXPORT_SCORES
 from training.predict import load_export
+from training.processes import joined
 from training.run import fit, pick_device
 from training.scores import SCORES
 from training.study import judge, read_study
@@ -105,11 +106,16 @@ def fit_command(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Train one network, evaluate it, and draw the figures."""
+    """Train one network, evaluate it, and draw the figures. On several processes:
+
+    torchrun --nproc-per-node N -m training fit ...
+    """
     _set_threads(threads)
-    results = fit(config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console)
-    _print_results(results, config.arm)
-    console.print(f"Run folder: {out}", soft_wrap=True)
+    with joined(device) as device:
+        results = fit(config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console)
+    if results:  # of the first process
+        _print_results(results, config.arm)
+        console.print(f"Run folder: {out}", soft_wrap=True)
 
 
 @app.command("evaluate")

@@ -2,6 +2,10 @@
 
 `Trainer` owns everything that changes during training; its state_dict at the end of an epoch is enough to go on with
 the same result, bit for bit on a CPU.
+
+Several processes (torchrun) train one network, each on its share of every batch: they draw the same batches and take
+their parts, so that the result is that of one process, up to rounding and to batch norm on a CPU, where each process
+has statistics of its part. A checkpoint does not know how many there were.
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import uasparse_kernels as ua
 from training.batches import Batches, Normalise
@@ -23,6 +29,7 @@ from training.data import TrainTest, check_classes
 from training.errors import CheckpointError, NonFiniteLossError, TrainingError
 from training.losses import LOSSES, LossSpec
 from training.models import build_model
+from training.processes import rank_and_world
 from training.unknowns import PatchShuffle
 from training.vote import Vote
 from training.weight_dropout import WeightDropout
@@ -105,7 +112,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         images = data.train.images
         model, loss_fn = build_network(config, data.train.num_classes, images.shape[1], images.shape[-1])
+        self.rank, self.world = rank_and_world()
+        if self.world > 1 and self.device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.loss_fn = model.to(self.device), loss_fn.to(self.device)
+        self.network: nn.Module = self.model  # what the training calls
+        if self.world > 1:
+            self.network = DistributedDataParallel(self.model)
+            if isinstance(self.loss_fn, ua.UnknownAwareLoss):
+                self.loss_fn.process_group = dist.group.WORLD
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr_max,
@@ -116,6 +131,10 @@ class Trainer:
         self.normalise = Normalise.of(images)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.batches = self._make_batches(self.generator)
+        if self.batches.batch_size % self.world:
+            raise TrainingError(
+                f"Expected a batch size that the {self.world} processes can share, got {self.batches.batch_size}."
+            )
         self.total_steps = config.epochs * len(self.batches)
         self.topology = self._make_topology()
         self.vote: Vote | None = None
@@ -141,15 +160,16 @@ class Trainer:
         totals = torch.zeros(2, device=self.device, dtype=torch.float64)
         self.model.train()
         rate = config.lr_max
-        for index, (x, y) in enumerate(self.batches):
+        for index, batch in enumerate(self.batches):
+            x, y = (part[self.rank :: self.world] for part in batch)
             rate = learning_rate(self.step, cosine_steps, config.lr_max, config.lr_min)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.dropout.draw()
             with self.dropout:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    logits = self.model(x)
-                logits = logits.float()
+                    logits = self.network(x)
+                logits = logits if logits.dtype == torch.float64 else logits.float()
                 loss = self.loss_fn(logits, y)
                 self._finite(loss, self.step, self.epoch)
                 loss.backward()
@@ -165,7 +185,9 @@ class Trainer:
                 on_step(index, loss.detach())
         self._finite.raise_if_found(self.epoch)
         self.check_weights()
-        mean_loss, accuracy = (totals / len(self.batches)).tolist()
+        if self.world > 1:
+            dist.all_reduce(totals)
+        mean_loss, accuracy = (totals / len(self.batches) / self.world).tolist()
         record = {"epoch": self.epoch + 1, "train_loss": mean_loss, "train_accuracy": accuracy, "lr": rate}
         if isinstance(alpha := getattr(self.loss_fn, "alpha", None), Tensor):
             record["alpha"] = float(alpha)  # of this epoch; step_epoch sets that of the next
@@ -363,11 +385,11 @@ class Trainer:
             for hook in hooks:
                 hook.remove()
             self.model.train()
-        if self.batches.batch_size == 1 and (alone := [name for name, count in values.items() if count == 1]):
+        if self.batches.batch_size == self.world and (alone := [name for name, count in values.items() if count == 1]):
             raise TrainingError(
-                f"Expected batches of two images at least: batch norm ({alone[0]} of {self.config.model}) has one "
-                f"value a channel to take statistics of, as images are {image.shape[-2]}x{image.shape[-1]}. Give a "
-                "larger --batch-size or --image-size."
+                f"Expected batches of two images a process at least: batch norm ({alone[0]} of {self.config.model}) "
+                f"has one value a channel to take statistics of, as images are {image.shape[-2]}x{image.shape[-1]}. "
+                "Give a larger --batch-size or --image-size."
             )
 
 

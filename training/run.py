@@ -38,6 +38,7 @@ from training.data import TrainTest, load_unknown_sets
 from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
 from training.evaluate import Evaluation, check_scores, config_in, evaluate, load_data, read_results
 from training.metrics import classification_metrics
+from training.processes import is_first, wait_for_all
 from training.recipe import Trainer
 from training.scores import collect
 
@@ -72,16 +73,21 @@ def fit(
     With `resume`, goes on from run_dir/last.pt if there is one. Without, a folder that holds a run is an error.
     `data` saves loading it again. Once `deadline` (of time.time()) is over, stops after the epoch: OutOfTimeError.
     `lean` leaves out figures and raw scores, and last.pt once the run is finished. Raises TrainingError;
-    NonFiniteLossError leaves the last good checkpoint.
+    NonFiniteLossError leaves the last good checkpoint. Of several processes all train, and the first does the rest; the
+    others return nothing.
     """
-    console = console or Console()
+    console = (console or Console()) if is_first() else Console(quiet=True)
     ua.keep_freed_memory()
     data = data or load_data(config)
     unknown_sets = load_unknown_sets(unknowns, data, data_dir=config.data_dir or None)
     check_scores(scores)
     last = run_dir / "last.pt"
+    if not is_first():
+        _train_along(config, run_dir, data, resume, device, console, deadline)
+        return {}
     with locked(run_dir):
         state = _check_folder(config, run_dir, resume)
+        wait_for_all()  # until they have read it, too
         history: list[dict[str, Any]] = []
         with _log_to(run_dir / "fit.log"):
             trainer = Trainer(config, data, pick_device(device))
@@ -120,6 +126,19 @@ def fit(
     return results
 
 
+def _train_along(
+    config: FitConfig, run_dir: Path, data: TrainTest, resume: bool, device: str, console: Console, deadline: float
+) -> None:
+    """What the other processes do; nothing is written."""
+    state = _check_folder(config, run_dir, resume)
+    wait_for_all()
+    trainer = Trainer(config, data, pick_device(device))
+    if state is not None:
+        trainer.load_state_dict(state)
+    _train(trainer, [], run_dir, console, deadline)
+    trainer.result()  # statistics of batch norm are taken together
+
+
 def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, console: Console, deadline: float) -> None:
     config = trainer.config
     columns = (
@@ -141,6 +160,8 @@ def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, conso
             test = trainer.data.test
             with _explained(config, run_dir, len(history)):
                 record = trainer.train_epoch(on_step)
+                if not is_first():
+                    continue
                 outputs = collect(trainer.model, test.images, trainer.normalise, trainer.device)
                 if not bool(outputs.logits.isfinite().all()):
                     step = trainer.step - 1

@@ -3,9 +3,11 @@
 from uasparse_kernels import nn, ops, topology
 from uasparse_kernels._library import free_workspaces, keep_freed_memory
 from uasparse_kernels.convert import densify, sparsify
+from uasparse_kernels.deltas import add_sparse_deltas
 from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
-from uasparse_kernels.nn import SparseConv2d, SparseLinear, UnknownAwareLoss
+from uasparse_kernels.nn import SparseConv2d, SparseDelta, SparseLinear, UnknownAwareLoss
+from uasparse_kernels.nn.delta import merge_sparse_deltas
 from uasparse_kernels.param_groups import param_groups
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.repack import repack
@@ -18,9 +20,11 @@ __all__ = [
     "AveragedModel",
     "DynamicSparsity",
     "SparseConv2d",
+    "SparseDelta",
     "SparseLinear",
     "SparsityPattern",
     "UnknownAwareLoss",
+    "add_sparse_deltas",
     "add_unknown_output",
     "backend_info",
     "densify",
@@ -29,6 +33,7 @@ __all__ = [
     "keep_freed_memory",
     "load_optimized",
     "load_sparse",
+    "merge_sparse_deltas",
     "nn",
     "ops",
     "optimize_for_inference",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.ops._common import replace_data_
@@ -159,6 +160,26 @@ def _common(pattern: SparsityPattern, other: SparsityPattern) -> Tensor:
     """The active blocks of a pattern that are active in another one too."""
     mine = pattern.blocks()
     return mine[torch.isin(mine, other.blocks(), assume_unique=True)]
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raises ValueError if a DistributedDataParallel holds parameters of a model, be it around it or in it (it would
+    reduce the gradients of the old ones), or if they are sharded."""
+    for name, module in model.named_modules():
+        if getattr(module, "_is_fsdp_managed_module", False):
+            raise ValueError(
+                f"{name or type(module).__name__} is sharded, and its parameters are about to change: call this on the "
+                "model first, and shard it afterwards."
+            )
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    mine = {id(parameter) for parameter in model.parameters()}
+    for wrapper in gc.get_objects():
+        if issubclass(type(wrapper), DistributedDataParallel) and mine & {id(p) for p in wrapper.parameters()}:
+            raise ValueError(
+                "A DistributedDataParallel holds the model's parameters, which are about to change: call this on the "
+                "model first, and wrap it afterwards."
+            )
 
 
 def check_changeable(name: str, layer: SparseLayer) -> None:

@@ -78,6 +78,12 @@ def register_fake(op: str):
     return decorate
 
 
+def implement(op: str, function) -> None:
+    """Registers a function for tensors of every device as ``op`` where the op exists."""
+    if compiled is not None:
+        torch.library.impl(f"uasparse::{op}", "CompositeExplicitAutograd")(function)
+
+
 def register_autograd(op: str, backward, setup_context) -> None:
     """Registers the derivative of ``op`` where the op exists."""
     if compiled is not None:

@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
-from uasparse_kernels._keep import Change, Keep, check_changeable, warn_of_resized
+from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
+from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
+from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.pattern import check_block
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m
@@ -23,6 +24,8 @@ logger = logging.getLogger("uasparse_kernels")
 
 DenseLayer = nn.Linear | nn.Conv2d
 _LAYERS: dict[type, Any] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
+# What stands between: the same objects, values and gradients, by other kernels.
+_BETWEEN: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
 
 
 def sparsify(
@@ -64,9 +67,9 @@ def sparsify(
     and parameters stay the same objects, and blocks as they are; packed weights take another size, for which
     optimisers with state (momentum) have to be made anew.
 
-    An ``nn.BatchNorm2d`` becomes a ``uasparse_kernels.nn.BatchNorm2d``: the same object with another forward, faster
-    for contiguous maps in training. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which reads
-    weights.
+    ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
+    forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
+    reads weights.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
@@ -98,19 +101,21 @@ def sparsify(
 
     Raises:
         ValueError: for unknown names or arguments out of range, scores that are missing, not finite or of another
-            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, or one that is wrapped for several processes, or
-            sparse layers that a DynamicSparsity holds; the model is unchanged then.
+            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, one that is wrapped for several processes, sparse
+            layers that a DynamicSparsity holds, or sparse deltas; the model is unchanged then.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
     check_block(block)
+    check_not_wrapped(model)
+    if any(isinstance(module, SparseDelta) for module in model.modules()):
+        raise ValueError("The model has sparse deltas; call merge_sparse_deltas(model) first.")
     chooser = Keep(model, keep, scores)
     if distribution == "global" and (chooser.is_random or structure is not None):
         raise ValueError(
             'Expected keep="magnitude" or scores=, and no structure, with distribution="global": one threshold over '
             "the scores of all layers says how many weights each keeps."
         )
-    _refuse_wrapped(model)
     if structure not in (None, "fan-in"):
         parse_n_of_m(structure)
         if tuple(block) != (1, 1):
@@ -188,7 +193,7 @@ def sparsify(
     else:
         reasons = "; ".join(f"{name or 'the layer'}: {reason}" for name, reason in skipped.items())
         logger.warning("No layer was made sparse: %s", reasons)
-    _turn(model, nn.BatchNorm2d, BatchNorm2d)
+    _turn(model, _BETWEEN)
     warn_of_resized(change.layer.weight for change in changes if change.apply())
     model = _replace(model, made)
     _leave_fused_evaluation(model)
@@ -228,22 +233,14 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
     return Change(layer, *chooser.change(name, layer, density, structure), storage)
 
 
-def _refuse_wrapped(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, DistributedDataParallel) or getattr(module, "_is_fsdp_managed_module", False):
-            raise ValueError(
-                "Expected a model before it is wrapped by DistributedDataParallel, or sharded, which hold its weights "
-                f"as they are, got {type(module).__name__}; call sparsify() first."
-            )
-
-
 def densify(model: nn.Module) -> nn.Module:
     """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned).
 
-    Its batch norms are torch's again.
+    Its batch norms and pooling are torch's again, and sparse deltas are merged into their layers.
     """
+    model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-    _turn(model, BatchNorm2d, nn.BatchNorm2d)
+    _turn(model, {ours: torchs for torchs, ours in _BETWEEN.items()})
     for module in model.modules():
         if _FUSED in module.__dict__:
             module.__dict__.update(module.__dict__.pop(_FUSED))
@@ -289,10 +286,10 @@ def _misfit(module: DenseLayer | SparseLayer, block: Sequence[int], structure: s
     return ""
 
 
-def _turn(model: nn.Module, old: type[nn.Module], new: type[nn.Module]) -> None:
-    """Gives the modules of exactly one class another class; attributes, hooks and whoever holds them stay."""
+def _turn(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Gives the modules of exactly these classes others; attributes, hooks and whoever holds them stay."""
     for module in model.modules():
-        if type(module) is old:
+        if (new := classes.get(type(module))) is not None:
             module.__class__ = new
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,12 @@ from uasparse_kernels import _library
 _INDEX_LIMIT = 2**31 - 1
 _SIGNATURE = 8  # numbers of a signature; 4 bits of the hash each
 _SAVED = ("layout", "crow", "col")
+_ANOTHERS = (
+    "Expected weights of this sparsity pattern, got some that came with another (its signature differs): they were "
+    "averaged, copied or broadcast while the topology differed between models or processes. Load weight and pattern "
+    "together with load_state_dict(), average only once the topology is frozen, and give every process the same "
+    "pattern."
+)
 
 Index = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # crow, col, ccol, row, perm
 
@@ -182,9 +189,11 @@ class SparsityPattern(nn.Module):
 
         Raises:
             RuntimeError: if the signature beside the weight is another pattern's. On a GPU, where reading it waits, it
-                is read when its version has changed; inside ``torch.compile`` it is not.
+                is read when its version has changed; in a graph of ``torch.compile`` for a GPU it is not.
         """
-        if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+        if torch.compiler.is_compiling():
+            self._check_in_graph()
+        elif torch._C._get_tracing_state() is None:
             self._check_signature()
         return self._served
 
@@ -313,6 +322,7 @@ class SparsityPattern(nn.Module):
             for mine, theirs in zip(self._held, new, strict=True):
                 mine.copy_(theirs)
         else:
+            _free_sizes_in_graphs()
             self._take(new)
         return self.changed_()
 
@@ -348,13 +358,16 @@ class SparsityPattern(nn.Module):
             self._code = self._code.to(signature.device)
             self._numbers = self._code.tolist() if self._code.device.type == "cpu" else None
         if not self._is_mine(signature):
-            raise RuntimeError(
-                "Expected weights of this sparsity pattern, got some that came with another (its signature differs): "
-                "they were averaged, copied or broadcast while the topology differed between models or processes. Load "
-                "weight and pattern together with load_state_dict(), average only once the topology is frozen, and "
-                "give every process the same pattern."
-            )
+            raise RuntimeError(_ANOTHERS)
         self._seen = (signature, _version(signature))
+
+    def _check_in_graph(self) -> None:
+        """The same as an assertion in the graph. Not for a GPU, whose context does not survive one; an exported program
+        has weight and pattern of its own."""
+        transformed = torch._C._are_functorch_transforms_active()
+        if not (torch.compiler.is_exporting() or transformed or self.signature.device.type != "cpu"):
+            error = (self.signature.to(torch.float64) - self._code).abs()
+            torch._assert_async((error <= 1e-6 * self._code).all(), _ANOTHERS)
 
     def _is_mine(self, signature: Tensor) -> bool:
         """Whether a signature is this pattern's, up to the rounding of an average; of a batch (vmap), each one."""
@@ -440,6 +453,7 @@ class SparsityPattern(nn.Module):
         if other.num_blocks == self.num_blocks:
             return self.assign_(other)
         device = self._held[0].device
+        _free_sizes_in_graphs()
         self._take(_to(other._held, device, copy=True))
         return self.changed_()
 
@@ -466,6 +480,15 @@ def sample_indices(total: int, count: int, generator: torch.Generator | None = N
                 0, inverse, torch.arange(drawn.numel(), device="cpu"), "amin"
             )
             return values[first.argsort()[:count]].sort().values
+
+
+def _free_sizes_in_graphs() -> None:
+    """torch.compile takes the sizes of a module's tensors for constants, and would compile anew at every change until
+    it gives up. Once a pattern has changed its size, sizes that change are symbols."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.config.force_parameter_static_shapes = False
+        dynamo.config.force_nn_module_property_static_shapes = False
 
 
 def check_block(block: Sequence[int]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from uasparse_kernels._keep import Change, warn_of_resized
+from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_resized
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.topology.dynamic import _unowned
 from uasparse_kernels.topology.states import OptimizerStates
@@ -23,8 +23,8 @@ def repack(
 
     After gradual pruning (GMP, GraNet) layers that were dense-stored when they had most of their weights are sparse
     enough to be packed: memory falls and the sparse kernels serve them. Modules and parameters stay the same objects
-    and the weights keep their values; the parameters take another shape. Do it before the model is wrapped in
-    DistributedDataParallel, whose buckets have fixed sizes.
+    and the weights keep their values; the parameters take another shape. A model in DistributedDataParallel, whose
+    buckets have fixed sizes, is refused: take it out and wrap it anew.
 
     Args:
         storage: "auto", as a new layer of that density would have it, "packed" or "dense" for all.
@@ -38,6 +38,7 @@ def repack(
         ValueError: for another storage, weights that are sharded or parametrised, or optimiser state of another shape
             than the weight. Nothing is changed then.
     """
+    check_not_wrapped(model)
     states = OptimizerStates(optimizer) if optimizer is not None else None
     changes = []
     for name, layer in model.named_modules():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, matrices
 from uasparse_kernels._table import bytes_of, render
 from uasparse_kernels.convert import _candidates
+from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseLayer
 
 
@@ -101,6 +102,7 @@ def summary(model: nn.Module) -> Summary:
     rows, covered, active, held = [], 0, 0, 0
     candidates, skipped = _candidates(model)
     has_sparse = any(isinstance(module, SparseLayer) for module in model.modules())
+    bases = {f"{n}.base" if n else "base" for n, m in model.named_modules() if isinstance(m, SparseDelta)}
     all_matrices = list(matrices(model))
     for matrix in all_matrices:
         module, tensor = matrix.module, matrix.tensor
@@ -113,7 +115,7 @@ def summary(model: nn.Module) -> Summary:
             covered, active = covered + matrix.size, active + pattern.nnz
         else:
             structure, density, storage, indices = "dense", 1.0, "dense", 0
-            because = _why_dense(matrix, candidates, skipped, has_sparse)
+            because = _why_dense(matrix, candidates, skipped, bases, has_sparse)
             active += matrix.size
         size = _bytes(tensor) + indices
         held += size
@@ -133,15 +135,19 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _why_dense(matrix: Matrix, candidates: Any, skipped: dict[str, str], has_sparse: bool) -> str:
+def _why_dense(matrix: Matrix, candidates: Any, skipped: dict[str, str], bases: set[str], has_sparse: bool) -> str:
     module: nn.Module = matrix.module
     if module in DENSE_BECAUSE:
         return DENSE_BECAUSE[module]
+    if matrix.layer in bases:
+        return "the base of a sparse delta"
     if matrix.layer in skipped and matrix.name == "weight":
         return skipped[matrix.layer]
     if matrix.layer in candidates:
         return "left dense by sparsify or its caller" if has_sparse else "sparsify was not called"
     cls = type(module)
+    if not cls.__module__.startswith("torch.") and next(module.children(), None) is not None:
+        return f"a parameter that {cls.__qualname__} holds itself"
     where = "nn" if cls.__module__.startswith("torch.nn.modules") else cls.__module__
     return f"{where}.{cls.__qualname__} has no sparse form"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uasparse_kernels._keep import check_changeable
+from uasparse_kernels._keep import check_changeable, check_not_wrapped
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.ops.topk_indices import topk_indices
 from uasparse_kernels.pattern import SparsityPattern
@@ -39,6 +39,7 @@ def add_unknown_output(model: nn.Module, name: str) -> nn.Module:
             convolution, or its blocks have more than one row, which K + 1 outputs are not made of. Nothing is changed
             then.
     """
+    check_not_wrapped(model)
     modules = dict(model.named_modules())
     layer: Any = modules.get(name)
     if not isinstance(layer, nn.Linear | nn.Conv2d | SparseLinear | SparseConv2d):

@@ -7,6 +7,8 @@
 //   grad weight  dot products of the same packed grad_output with the packed input (SDDMM)
 
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/conv_pass.h"
 #include "cpu/conv_window.h"
@@ -39,19 +41,20 @@ int64_t source_block(const Pass& pass, int64_t rows, int64_t vectors, int64_t la
 }
 
 // destination rows (channels [begin, end) of the lists) from source rows.
-template <typename T>
-void run_product(const ConvKernels<T>& kernels, const Pass& pass, const ConvEntries<T>& lists, const Tiling& tiling,
+template <typename T, typename Lists>
+void run_product(const ConvKernels<T>& kernels, const Pass& pass, const Lists& lists, const Tiling& tiling,
                  const T* source, T* destination, int64_t rows, int64_t begin, int64_t end, const T* bias) {
   const int64_t width = pass.x.destination.length;
   for (int64_t r = 0; r < rows; r += tiling.rows)
     for (int64_t x = 0; x < width; x += tiling.vectors)
       for (int64_t b = 0; b < lists.blocks; ++b)
-        kernels.product({lists.entries(), lists.first(b), begin, end,
-                         source + r * pass.source.row + x * kernels.lanes, pass.source.row,
-                         destination + r * pass.destination.row + x * kernels.lanes, pass.destination.row,
-                         pass.destination.phase, b == 0, bias, int(std::min(tiling.rows, rows - r)),
-                         int(std::min(tiling.vectors, width - x)),
-                         (std::min(tiling.vectors, width - x) - 1) * kernels.lanes});
+        multiply(kernels,
+                 typename Lists::Product{lists.entries(), lists.first(b), begin, end,
+                                         source + r * pass.source.row + x * kernels.lanes, pass.source.row,
+                                         destination + r * pass.destination.row + x * kernels.lanes,
+                                         pass.destination.row, pass.destination.phase, b == 0, bias,
+                                         int(std::min(tiling.rows, rows - r)), int(std::min(tiling.vectors, width - x)),
+                                         (std::min(tiling.vectors, width - x) - 1) * kernels.lanes, lists.phases});
 }
 
 template <typename S>
@@ -67,28 +70,31 @@ void check_offsets(const Pass& pass, int64_t rows) {
                     " channels is too large for the sparse kernel; use the dense path (a dense weight).");
 }
 
+// Part `part` of the channels, whole groups of `together`.
+std::pair<int64_t, int64_t> share(int64_t channels, int64_t together, int64_t part, int64_t parts) {
+  const int64_t groups = channels / together;
+  return {groups * part / parts * together, groups * (part + 1) / parts * together};
+}
+
 // sums[c] += sum of the packed row's channel c.
 template <typename T>
 void add_channel_sums(const T* row, const PackedLayout& layout, int64_t begin, int64_t end, T* sums) {
   for (int64_t c = begin; c < end; ++c) sums[c] += sum_of(row + c * layout.channel, layout.channel);
 }
 
-}  // namespace
-
-template <typename T, typename S>
-void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
-                      const std::vector<T>& bias, const at::Tensor& output) {
+template <typename T, typename S, typename Lists>
+void forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                  const std::vector<T>& bias, const at::Tensor& output) {
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const int64_t lanes = kernels.lanes;
   const Pass pass = g.forward(lanes);
   const Lanes held(g.batch, g.out_height, pass.y.reach, lanes);
-  Tiling tiling(held.rows, g.out_width, kernels.max_vectors, kernels.max_rows);
+  Tiling tiling(held.rows, g.out_width, Lists::max_vectors(kernels), kernels.max_rows);
   if (held.tiles(g.batch) * ceil_div(held.rows, tiling.group) < at::get_num_threads()) tiling.group = tiling.rows;
   check_offsets(pass, tiling.group);
   const int64_t block =
       source_block<T>(pass, tiling.rows, tiling.vectors, lanes, w.density() * double(w.taps), w.in);
-  const auto lists = ConvEntries<T>::forward(w, pass.conv_taps(lanes), block,
-                                             static_cast<const S*>(weight.const_data_ptr()));
+  const auto lists = Lists::forward(w, pass.conv_taps(lanes), block, static_cast<const S*>(weight.const_data_ptr()));
 
   const int64_t tiles = held.tiles(g.batch), groups = ceil_div(held.rows, tiling.group);
   const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles), 1, groups);
@@ -106,7 +112,7 @@ void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& 
       for (int64_t y = begin; y < end; y += tiling.group) {
         const int64_t stop = std::min(end, y + tiling.group);
         run_product(kernels, pass, lists, tiling, window.rows(y, stop + pass.y.reach), rows.as<T>(), stop - y, 0,
-                    g.out, bias.empty() ? nullptr : bias.data());
+                    lists.channels, bias.empty() ? nullptr : bias.data());
         mover.move(image, y, stop, rows.as<T>(),
                    [](const auto& k, const ConvMove<T>& m, S* const* images) { unpack_rows(k, m, images); });
       }
@@ -114,9 +120,10 @@ void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& 
   });
 }
 
-template <typename T, typename S>
-void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
-              const at::Tensor& weight, const ConvGradients& gradients) {
+// Lists: of the gradient of the input; Places: of the weight's.
+template <typename T, typename S, typename Lists, typename Places>
+void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
+                   const at::Tensor& weight, const ConvGradients& gradients) {
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const int64_t lanes = kernels.lanes;
   const bool wants_input = gradients.input.defined(), wants_weight = gradients.weight.defined(), wants_bias = gradients.bias.defined();
@@ -126,7 +133,7 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
   const int64_t rows = std::min(held.rows, pass.y.destination.length), width = pass.x.destination.length;
   const int64_t out_rows = std::min(held.rows, g.out_height);
   const int64_t length = std::max(rows + pass.y.reach, out_rows + pass.y.lead);
-  const Tiling tiling(rows, width, kernels.max_vectors, kernels.max_rows);
+  const Tiling tiling(rows, width, Lists::max_vectors(kernels), kernels.max_rows);
   check_offsets(pass, tiling.group);
   check_offsets(forward_pass, tiling.group);
   const double density = w.density();
@@ -138,16 +145,17 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
   const int64_t out_a_group = w.out / w.groups;
   const int64_t input_block = source_block<T>(pass, tiling.rows, tiling.vectors, lanes,
                                               density * double(w.taps) / double(pass.destination_phases()), out_a_group);
-  const auto lists = ConvEntries<T>::backward(w_input, pass.conv_taps(lanes), input_block,
-                                              static_cast<const S*>(weight.const_data_ptr()));
+  const auto lists =
+      Lists::backward(w_input, pass.conv_taps(lanes), input_block, static_cast<const S*>(weight.const_data_ptr()));
   // Dot products of pieces of rows that registers hold, where these are many and rows are not short.
-  const bool holds = kernels.max_piece >= 16 && g.out_width >= 12;
+  constexpr bool quads = std::is_same_v<Places, ConvQuadPlaces>;
+  const bool holds = !quads && kernels.max_piece >= 16 && g.out_width >= 12;
   const int64_t piece = holds ? ceil_div(g.out_width, ceil_div(g.out_width, int64_t(kernels.max_piece))) : g.out_width;
   const int64_t group_rows = std::min(tiling.group, out_rows);
   const int64_t piece_rows = holds ? std::clamp<int64_t>(kernels.max_piece / piece, 1, std::min<int64_t>(kernels.max_rows, group_rows))
                                    : group_rows;
   const int64_t weight_block = source_block<T>(forward_pass, piece_rows, piece, lanes, density * double(w.taps), w.in);
-  const ConvPlaces places(w_weight, forward_pass.conv_taps(lanes), weight_block);
+  const Places places(w_weight, forward_pass.conv_taps(lanes), weight_block);
 
   const int64_t tiles = held.tiles(g.batch);
   PartialSums<T> sums(tiles, w_weight.nonzeros(), g.out);
@@ -164,8 +172,8 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
     for (int64_t task = first; task < last; ++task) {
       const int64_t chunk = task / parts, part = task % parts;
       const int64_t phases = pass.destination_phases();
-      const int64_t in_begin = g.in * part / parts, in_end = g.in * (part + 1) / parts;
-      const int64_t out_begin = g.out * part / parts, out_end = g.out * (part + 1) / parts;
+      const auto [in_begin, in_end] = share(g.in, Lists::kTogether, part, parts);
+      const auto [out_begin, out_end] = share(g.out, quads ? 4 : 1, part, parts);
       for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
         const int64_t image = tile * held.images;
         grads.restart(image, 0);
@@ -175,8 +183,8 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
           const T* packed = grads.rows(y, std::min(length, stop + pass.y.reach));
           if (wants_input && y < rows) {
             const int64_t count = std::min(stop, rows) - y;
-            run_product(kernels, pass, lists, tiling, packed, result.as<T>(), count, in_begin * phases,
-                        in_end * phases, static_cast<const T*>(nullptr));
+            run_product(kernels, pass, lists, tiling, packed, result.as<T>(), count, in_begin / Lists::kTogether * phases,
+                        in_end / Lists::kTogether * phases, static_cast<const T*>(nullptr));
             mover.move_channels(image, y, y + count, in_begin, in_end, result.as<T>(),
                                 [](const auto& k, const ConvMove<T>& m, S* const* i) { unpack_rows(k, m, i); });
           }
@@ -192,7 +200,11 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
                   const T* const source = input_rows + r * forward_pass.source.row + x * lanes;
                   const T* const grad = grad_rows + r * pass.source.row + (pass.x.lead + x) * lanes;
                   const int64_t count = std::min(piece_rows, end - begin - r), vectors = std::min(piece, g.out_width - x);
-                  if (holds)
+                  if constexpr (quads)
+                    kernels.quad_sddmm({places.offset(), places.first() + b, places.blocks, out_begin / 4, out_end / 4,
+                                        source, forward_pass.source.row, grad, pass.source.row, pass.source.channel,
+                                        count, vectors, (vectors - 1) * lanes, 0, sums.weight(chunk)});
+                  else if (holds)
                     kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, source,
                                          forward_pass.source.row, grad, pass.source.row, pass.source.channel, int(count),
                                          int(vectors), (vectors - 1) * lanes, 0, sums.weight(chunk)});
@@ -212,6 +224,27 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
   });
 
   sums.template finish<S>(places, gradients);
+}
+
+}  // namespace
+
+template <typename T, typename S>
+void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                      const std::vector<T>& bias, const at::Tensor& output) {
+  if (ConvQuads<T>::can_forward(w)) return forward_with<T, S, ConvQuads<T>>(g, w, input, weight, bias, output);
+  forward_with<T, S, ConvEntries<T>>(g, w, input, weight, bias, output);
+}
+
+template <typename T, typename S>
+void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
+                       const at::Tensor& weight, const ConvGradients& gradients) {
+  // Blocks b x b are quads both ways, r x 1 in their rows alone.
+  if (ConvQuads<T>::can_backward(w))
+    backward_with<T, S, ConvQuads<T>, ConvQuadPlaces>(g, w, grad_output, input, weight, gradients);
+  else if (ConvQuads<T>::can_forward(w))
+    backward_with<T, S, ConvEntries<T>, ConvQuadPlaces>(g, w, grad_output, input, weight, gradients);
+  else
+    backward_with<T, S, ConvEntries<T>, ConvPlaces>(g, w, grad_output, input, weight, gradients);
 }
 
 template void forward_by_batch<float, float>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,

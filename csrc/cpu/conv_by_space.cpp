@@ -287,7 +287,7 @@ bool fits(const Planes<T>& p) {
 template <typename T>
 bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
-  if (!is_plain(geometry, input, output)) return false;
+  if (!is_plain(geometry, input, output) || ConvQuads<T>::can_forward(w)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
@@ -303,7 +303,7 @@ bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::T
 template <typename T>
 bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad_output,
                              const at::Tensor& weight, const at::Tensor& grad_input) {
-  if (!is_plain(geometry, grad_output, grad_input)) return false;
+  if (!is_plain(geometry, grad_output, grad_input) || ConvQuads<T>::can_backward(w)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
@@ -318,7 +318,7 @@ bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, cons
 template <typename T>
 bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
-  if (!is_plain(g, grad_output, input)) return false;
+  if (!is_plain(g, grad_output, input) || ConvQuads<T>::can_forward(w)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   if (g.out_width % kernels.lanes != 0) return false;
   const Planes<T> planes = Planes<T>::for_dots(g.forward_y(), g.forward_x(), g.in, kernels);

@@ -32,9 +32,22 @@ struct Tile {
   int64_t plane, piece, images;
 };
 
+// Vectors of a piece at most: what registers hold, or several times that, so that a channel's visits to memory are few.
 template <typename T>
+int64_t max_piece(const ConvKernels<T>& kernels, const ConvEntries<T>*) {
+  return kernels.max_vectors;
+}
+template <typename T>
+int64_t max_piece(const ConvKernels<T>& kernels, const ConvQuads<T>*) {
+  constexpr int64_t kBytes = 1152;
+  const int64_t registers = int64_t(sizeof(T)) * kernels.lanes * kernels.max_quad_vectors;
+  return std::max<int64_t>(1, kBytes / registers) * kernels.max_quad_vectors;
+}
+
+template <typename Lists, typename T>
 Tile product_tile(const Geometry& g, const ConvKernels<T>& kernels) {
-  return Tile(g.height * g.width, kernels.lanes, kernels.max_vectors, std::min<int64_t>(kernels.max_rows, g.batch));
+  return Tile(g.height * g.width, kernels.lanes, max_piece(kernels, static_cast<const Lists*>(nullptr)),
+              std::min<int64_t>(kernels.max_rows, g.batch));
 }
 
 template <typename T>
@@ -45,10 +58,9 @@ bool can(const Geometry& g, const ConvKernels<T>& kernels, const at::Tensor& sou
 
 // Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker; where one
 // with a rest leaves a third of them idle, conv_by_batch.cpp.
-template <typename T>
-bool is_filled(const Tile& tile, const ConvKernels<T>& kernels) {
-  if (tile.positions % tile.lanes != 0) return 3 * tile.piece >= 2 * kernels.max_vectors;
-  return 2 * tile.vectors() >= kernels.max_vectors;
+bool is_filled(const Tile& tile, int64_t max_vectors) {
+  if (tile.positions % tile.lanes != 0) return 3 * tile.piece >= 2 * max_vectors;
+  return 2 * tile.vectors() >= max_vectors;
 }
 
 // The taps of a source as it is.
@@ -66,10 +78,10 @@ int64_t source_block(const ConvKernels<T>& kernels, const Tile& tile, const at::
 }
 
 // destination = product of the source with the weights of the lists.
-template <typename T>
-void run_products(const ConvKernels<T>& kernels, const Tile& tile, const ConvEntries<T>& lists,
-                  const at::Tensor& source, const at::Tensor& destination, const T* bias) {
-  const int64_t batch = source.size(0), channels = destination.size(1), tiles = ceil_div(batch, tile.images);
+template <typename T, typename Lists>
+void run_products(const ConvKernels<T>& kernels, const Tile& tile, const Lists& lists, const at::Tensor& source,
+                  const at::Tensor& destination, const T* bias) {
+  const int64_t batch = source.size(0), channels = lists.channels, tiles = ceil_div(batch, tile.images);
   const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles), 1, channels);
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
@@ -78,12 +90,60 @@ void run_products(const ConvKernels<T>& kernels, const Tile& tile, const ConvEnt
       T* const to = destination.mutable_data_ptr<T>() + image * destination.stride(0);
       for (int64_t v = 0; v < tile.plane; v += tile.piece)
         for (int64_t b = 0; b < lists.blocks; ++b)
-          kernels.product({lists.entries(), lists.first(b), channels * part / parts, channels * (part + 1) / parts,
-                           from + v * kernels.lanes, source.stride(0), to + v * kernels.lanes, destination.stride(0),
-                           destination.stride(1), b == 0, bias, int(std::min(tile.images, batch - image)),
-                           int(tile.vectors_at(v)), tile.last_at(v)});
+          multiply(kernels, typename Lists::Product{
+                                lists.entries(), lists.first(b), channels * part / parts, channels * (part + 1) / parts,
+                                from + v * kernels.lanes, source.stride(0), to + v * kernels.lanes,
+                                destination.stride(0), destination.stride(1), b == 0, bias,
+                                int(std::min(tile.images, batch - image)), int(tile.vectors_at(v)), tile.last_at(v), 1});
     }
   });
+}
+
+template <typename T, typename Lists>
+bool forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                  const std::vector<T>& bias, const at::Tensor& output) {
+  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const Tile tile = product_tile<Lists>(g, kernels);
+  if (!is_filled(tile, Lists::max_vectors(kernels))) return false;
+  const int64_t block = source_block(kernels, tile, input, w.density(), w.in);
+  const auto lists = Lists::forward(w, taps_of(input), block, weight.const_data_ptr<T>());
+  run_products(kernels, tile, lists, input, output, bias.empty() ? nullptr : bias.data());
+  return true;
+}
+
+template <typename T, typename Lists>
+bool input_gradient_with(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
+                         const at::Tensor& weight, const at::Tensor& grad_input) {
+  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const Tile tile = product_tile<Lists>(g, kernels);
+  if (!is_filled(tile, Lists::max_vectors(kernels))) return false;
+  const int64_t block = source_block(kernels, tile, grad_output, w.density(), w.out / w.groups);
+  const auto lists = Lists::backward(w, taps_of(grad_output), block, weight.const_data_ptr<T>());
+  run_products(kernels, tile, lists, grad_output, grad_input, static_cast<const T*>(nullptr));
+  return true;
+}
+
+// Dot products of quads. A task has a range of quads, so that each number is the sum of one task.
+template <typename T>
+void quad_weight_gradient(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
+                          const at::Tensor& grad_weight) {
+  const ConvKernels<T>& kernels = conv_kernels<T>();
+  constexpr int64_t kVectors = 32;
+  const Tile tile(g.height * g.width, kernels.lanes, kVectors, g.batch);
+  const ConvQuadPlaces places(w, taps_of(input), source_block(kernels, tile, input, w.density(), w.in));
+  PartialSums<T> sums(1, w.nonzeros(), 0);
+  const int64_t quads = g.out / 4;
+  at::parallel_for(0, quads, ceil_div(quads, at::get_num_threads()), [&](int64_t first, int64_t last) {
+    for (int64_t image = 0; image < g.batch; image += tile.images)
+      for (int64_t v = 0; v < tile.plane; v += tile.piece)
+        for (int64_t b = 0; b < places.blocks; ++b)
+          kernels.quad_sddmm({places.offset(), places.first() + b, places.blocks, first, last,
+                              input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes, input.stride(0),
+                              grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes,
+                              grad_output.stride(0), grad_output.stride(1), std::min(tile.images, g.batch - image),
+                              tile.vectors_at(v), tile.last_at(v), tile.known_at(v), sums.weight(0)});
+  });
+  sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
 }
 
 }  // namespace
@@ -91,27 +151,17 @@ void run_products(const ConvKernels<T>& kernels, const Tile& tile, const ConvEnt
 template <typename T>
 bool forward_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
-  const ConvKernels<T>& kernels = conv_kernels<T>();
-  if (!can(g, kernels, input, output)) return false;
-  const Tile tile = product_tile(g, kernels);
-  if (!is_filled(tile, kernels)) return false;
-  const auto lists = ConvEntries<T>::forward(w, taps_of(input), source_block(kernels, tile, input, w.density(), w.in),
-                                             weight.const_data_ptr<T>());
-  run_products(kernels, tile, lists, input, output, bias.empty() ? nullptr : bias.data());
-  return true;
+  if (!can(g, conv_kernels<T>(), input, output)) return false;
+  return ConvQuads<T>::can_forward(w) ? forward_with<T, ConvQuads<T>>(g, w, input, weight, bias, output)
+                                      : forward_with<T, ConvEntries<T>>(g, w, input, weight, bias, output);
 }
 
 template <typename T>
 bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                              const at::Tensor& weight, const at::Tensor& grad_input) {
-  const ConvKernels<T>& kernels = conv_kernels<T>();
-  if (!can(g, kernels, grad_output, grad_input)) return false;
-  const Tile tile = product_tile(g, kernels);
-  if (!is_filled(tile, kernels)) return false;
-  const int64_t block = source_block(kernels, tile, grad_output, w.density(), w.out / w.groups);
-  const auto lists = ConvEntries<T>::backward(w, taps_of(grad_output), block, weight.const_data_ptr<T>());
-  run_products(kernels, tile, lists, grad_output, grad_input, static_cast<const T*>(nullptr));
-  return true;
+  if (!can(g, conv_kernels<T>(), grad_output, grad_input)) return false;
+  return ConvQuads<T>::can_backward(w) ? input_gradient_with<T, ConvQuads<T>>(g, w, grad_output, weight, grad_input)
+                                       : input_gradient_with<T, ConvEntries<T>>(g, w, grad_output, weight, grad_input);
 }
 
 // With many registers, and where a plane has a rest, pieces of grad_output are held while the nonzeros of their channel
@@ -122,6 +172,10 @@ bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::
                               const at::Tensor& input, const at::Tensor& grad_weight) {
   const ConvKernels<T>& kernels = conv_kernels<T>();
   if (!can(g, kernels, input, grad_output)) return false;
+  if (ConvQuads<T>::can_forward(w)) {
+    quad_weight_gradient<T>(g, w, grad_output, input, grad_weight);
+    return true;
+  }
   constexpr int64_t kL2Bytes = 384 << 10;  // of it grad_output
   const bool holds = kernels.max_piece >= 16 || g.height * g.width % kernels.lanes != 0;
   const Tile tile(g.height * g.width, kernels.lanes, holds ? kernels.max_piece : 32,

@@ -43,6 +43,10 @@ int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64
 template <typename T>
 class ConvEntries {
  public:
+  using Product = ConvProduct<T>;
+  static constexpr int64_t kTogether = 1;  // destination channels of an entry
+  static int64_t max_vectors(const ConvKernels<T>& kernels) { return kernels.max_vectors; }
+
   // Forward: destination channels are output channels.
   template <typename S>
   static ConvEntries forward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, const S* values);
@@ -55,6 +59,7 @@ class ConvEntries {
   const ConvEntry<T>* entries() const { return memory_->template as<const ConvEntry<T>>(); }
 
   int64_t channels, blocks, segments;
+  static constexpr int64_t phases = 1;  // of a channel: they are channels of their own
 
  private:
   ConvEntries(int64_t channels, int64_t blocks, int64_t segments, int64_t nonzeros);

@@ -11,6 +11,7 @@
 
 #include "cpu/conv_geometry.h"
 #include "cpu/conv_lists.h"
+#include "cpu/conv_quads.h"
 #include "cpu/isa.h"
 #include "cpu/masked_conv2d.h"
 #include "cpu/workspace.h"
@@ -34,6 +35,15 @@ const ConvKernels<T>& conv_kernels() {
     return portable::conv_float;
   else
     return portable::conv_double;
+}
+
+template <typename T>
+void multiply(const ConvKernels<T>& kernels, const ConvProduct<T>& product) {
+  kernels.product(product);
+}
+template <typename T>
+void multiply(const ConvKernels<T>& kernels, const ConvQuadProduct<T>& product) {
+  kernels.quad_product(product);
 }
 
 struct Geometry {
@@ -103,8 +113,8 @@ class PartialSums {
   T* weight(int64_t chunk) { return memory_.template as<T>() + chunk * nonzeros_; }
   T* bias(int64_t chunk) { return memory_.template as<T>() + chunks * nonzeros_ + chunk * out_; }
 
-  template <typename S>
-  void finish(const ConvPlaces& places, const ConvGradients& gradients) {
+  template <typename S, typename Places>
+  void finish(const Places& places, const ConvGradients& gradients) {
     if (gradients.weight.defined()) {
       S* to = static_cast<S*>(gradients.weight.mutable_data_ptr());
       at::parallel_for(0, nonzeros_, 1 << 14, [&](int64_t begin, int64_t end) {

@@ -29,11 +29,18 @@ struct ConvEntry<double> {
   int64_t offset;
 };
 
+// Of four destination channels with one source (conv_quads.h).
+template <typename T>
+struct ConvQuadEntry {
+  T value[4];
+  decltype(ConvEntry<T>::offset) offset;
+};
+
 // out[r][c][x][lane] (+)= sum over the entries of channel c of value * source[r][x][lane + offset], for a tile of
 // rows x vectors positions and the channels [begin, end).
-template <typename T>
-struct ConvProduct {
-  const ConvEntry<T>* entries;
+template <typename T, typename Entry>
+struct ConvProductOf {
+  const Entry* entries;
   const int32_t* first;  // entries of channel c: [first[c], first[c + 1])
   int64_t begin, end;
   const T* source;
@@ -44,7 +51,14 @@ struct ConvProduct {
   const T* bias;  // of each channel, or null
   int rows, vectors;
   int64_t last;  // where a row's last vector begins: it may overlap the one before
+  int64_t phases;
 };
+template <typename T>
+using ConvProduct = ConvProductOf<T, ConvEntry<T>>;
+// For quads of channels: `begin`, `end` and `first` are of quad * phases + phase, whose sums begin at channel 4 * quad *
+// phases + phase of `out` and lie `phases` channels apart.
+template <typename T>
+using ConvQuadProduct = ConvProductOf<T, ConvQuadEntry<T>>;
 
 // What a shift by one column leaves: numbers[v] of lane l is all ones or zero, for the l-th number of vector v of a row
 // (csrc/cpu/conv_by_space.cpp) that came from its left, or from its right.
@@ -82,6 +96,22 @@ struct ConvPieceSddmm {
   const T* grad_output;
   int64_t grad_image, grad_channel;
   int images, vectors;
+  int64_t last, known;
+  T* grad;
+};
+
+// The same for quads of channels: first[quad * first_stride], and grad[4 * i + q] of the quad's channel q.
+template <typename T>
+struct ConvQuadSddmm {
+  const int32_t* offset;
+  const int32_t* first;
+  int64_t first_stride;
+  int64_t begin, end;
+  const T* input;
+  int64_t input_row;
+  const T* grad_output;
+  int64_t grad_row, grad_channel;
+  int64_t rows, vectors;
   int64_t last, known;
   T* grad;
 };
@@ -135,6 +165,9 @@ struct ConvKernels {
   void (*sddmm)(const ConvSddmm<T>&);
   int max_piece;  // vectors of `piece_sddmm`, images together
   void (*piece_sddmm)(const ConvPieceSddmm<T>&);
+  int max_quad_vectors;  // of one tile of `quad_product`
+  void (*quad_product)(const ConvQuadProduct<T>&);
+  void (*quad_sddmm)(const ConvQuadSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
   void (*copy_planes)(const ConvPlanes<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);

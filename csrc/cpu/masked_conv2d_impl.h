@@ -610,10 +610,17 @@ void copy_planes(const ConvPlanes<T>& p) {
   }
 }
 
+}  // namespace uasparse::UASPARSE_ISA
+
+#include "cpu/conv_quads_impl.h"
+
+namespace uasparse::UASPARSE_ISA {
+
 template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
-    kLanes<T>,          kMaxVectors<T>, kMaxRows, product<T>, sddmm<T>, kMaxPiece<T>, piece_sddmm<T>, shifted_product<T>, copy_planes<T>, pack<T, T>,
-    unpack<T, T>, pack<T, BFloat16>, unpack<T, BFloat16>,
+    kLanes<T>,       kMaxVectors<T>,     kMaxRows,       product<T>,   sddmm<T>,           kMaxPiece<T>,
+    piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, copy_planes<T>,
+    pack<T, T>,      unpack<T, T>,       pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
 const ConvKernels<float> conv_float = kConvKernels<float>;

@@ -41,7 +41,7 @@ const ServeKernels<double>& serve_kernels<double>() {
   return portable::serve_double;
 }
 
-enum Step : int64_t { kLoad, kConv, kRows, kPool, kAffine, kStore };
+enum Step : int64_t { kLoad, kConv, kRows, kPool, kAffine, kStore, kNorm, kAttention, kLookup };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -71,6 +71,9 @@ class Plan {
         case kPool: pool(); break;
         case kAffine: affine(); break;
         case kStore: store(); break;
+        case kNorm: norm(); break;
+        case kAttention: attention(); break;
+        case kLookup: lookup(); break;
         default: TORCH_CHECK(false, "serve_run: the plan has an unknown step.");
       }
     }
@@ -126,6 +129,7 @@ class Plan {
     p.y_plane = take(), p.residual_plane = take();
     p.body = take(), p.gap = take(), p.tile = take(), p.group = take();
     p.rows = take(), p.blocks = take(), p.chunk = take();
+    p.order = ints_ + take();
     p.ptr = ints_ + take();
     p.off = ints_ + take();
     p.val = values_ + take();
@@ -143,8 +147,9 @@ class Plan {
     const int64_t threads = work < 1 << 17 ? 1 : at::get_num_threads();
     if (threads == 1) return kernels_.conv(p, 0, tiles, 0, p.rows);
     // Tiles where there are enough of them to share out evenly, else ranges of output channels too.
-    const int64_t parts = tiles >= 6 * threads ? 1 : std::min(ceil_div(p.rows, 4 * p.group), ceil_div(6 * threads, tiles));
-    const int64_t wide = ceil_div(ceil_div(p.rows, parts), p.group) * p.group;
+    const int64_t least = p.group == 1 ? kRowWindow : 4 * p.group;
+    const int64_t parts = tiles >= 6 * threads ? 1 : std::min(ceil_div(p.rows, least), ceil_div(6 * threads, tiles));
+    const int64_t wide = ceil_div(ceil_div(p.rows, parts), least) * least;
     at::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t row = task / tiles * wide;
@@ -253,6 +258,93 @@ class Plan {
               for (int64_t w = 0; w < width; ++w) row[w * stride_w] = from[w];
           }
     });
+  }
+
+  void norm() {
+    ServeNorm<T> p{};
+    const int64_t x = take(), y = take();
+    p.channels = take();
+    p.x_plane = take(), p.y_plane = take(), p.body = take();
+    const int64_t gap = take(), weight = take(), bias = take(), epsilon = take();
+    p.mask = mask(take());
+    p.weight = weight < 0 ? nullptr : values_ + weight;
+    p.bias = bias < 0 ? nullptr : values_ + bias;
+    p.epsilon = values_[epsilon];
+    p.x = at(x, p.channels, p.x_plane, p.body);
+    p.y = at(y, p.channels, p.y_plane, p.body + gap);
+    TORCH_CHECK(y >= gap, "serve_run: a map has no room before it.");
+    clear(p.y, p.channels, p.y_plane, p.body, gap, p.body);
+    // Four vectors a task: a task's lines are read whole.
+    const int64_t vectors = p.body / kernels_.lanes, tasks = ceil_div(vectors, 4);
+    at::parallel_for(0, tasks, p.body * p.channels < kGrain ? tasks : 1, [&](int64_t begin, int64_t end) {
+      kernels_.norm(p, begin * 4, std::min(vectors, end * 4));
+    });
+  }
+
+  void attention() {
+    ServeAttention<T> p{};
+    const int64_t q = take(), k = take(), v = take(), y = take();
+    p.q_plane = take(), p.k_plane = take(), p.v_plane = take(), p.y_plane = take();
+    p.q_image = take(), p.k_image = take(), p.v_image = take();
+    p.q_head = take(), p.k_head = take(), p.v_head = take();
+    p.images = take(), p.heads = take(), p.queries = take(), p.keys = take(), p.dim = take(), p.value_dim = take();
+    const int64_t body = take(), gap = take();
+    p.scale = values_[take()];
+    p.q = at(q, (p.heads - 1) * p.q_head + p.dim, p.q_plane, (p.images - 1) * p.q_image + p.queries);
+    p.k = at(k, (p.heads - 1) * p.k_head + p.dim, p.k_plane, (p.images - 1) * p.k_image + p.keys);
+    p.v = at(v, (p.heads - 1) * p.v_head + p.value_dim, p.v_plane, (p.images - 1) * p.v_image + p.keys);
+    p.y = at(y, p.heads * p.value_dim, p.y_plane, body + gap);
+    TORCH_CHECK(y >= gap && p.images * p.queries <= body, "serve_run: an attention's plan is damaged.");
+    clear(p.y, p.heads * p.value_dim, p.y_plane, p.images * p.queries, gap, body);
+    const int64_t tiles = kernels_.attention_tiles(p);
+    at::parallel_for(0, p.images * p.heads * tiles, 1, [&](int64_t begin, int64_t end) {
+      const Workspace room(kernels_.attention_room(p) * sizeof(T));
+      for (int64_t task = begin; task < end; ++task)
+        kernels_.attention(p, task / tiles / p.heads, task / tiles % p.heads, task % tiles, room.template as<T>());
+    });
+  }
+
+  void lookup() {
+    const int64_t input = take(), position = take(), stride_m = take(), stride_k = take();
+    ServeLookup<T> p{};
+    p.batch = take();
+    const int64_t columns = take();
+    p.rows = take();
+    const int64_t y = take();
+    p.y_stride = take();
+    const int64_t residual = take();
+    p.ptr = ints_ + take();
+    p.index = reinterpret_cast<const uint8_t*>(ints_ + take());
+    p.place = reinterpret_cast<const uint8_t*>(ints_ + take());
+    p.val = values_ + take();
+    p.bias = values_ + take();
+    const int64_t kind = take();
+    p.act = activation(kind, take());
+    const int64_t reach = (p.batch - 1) * stride_m + (columns - 1) * stride_k + 1;
+    const T* x = input < 0 ? at(position, 1, 0, reach) : source(input, position + reach) + position;
+    p.y = at(y, p.batch, p.y_stride, p.rows);
+    p.residual = residual < 0 ? nullptr : at(residual, p.batch, p.y_stride, p.rows);
+    TORCH_CHECK(kernels_.lookup != nullptr && p.batch <= kLookupBatch,
+                "serve_run: a step is made for another instruction set, or for fewer rows.");
+    p.blocks = ceil_div(columns, kLookupRows);
+    const int64_t wide = p.blocks * kLookupRows;
+    const Workspace packed(p.batch * wide * sizeof(T));
+    T* to = packed.template as<T>();
+    for (int64_t m = 0; m < p.batch; ++m, to += wide) {
+      for (int64_t k = 0; k < columns; ++k) to[k] = x[m * stride_m + k * stride_k];
+      std::fill(to + columns, to + wide, T{});
+    }
+    p.x = packed.template as<T>();
+    const int64_t windows = ceil_div(p.rows, kLookupRows);
+    const int64_t slots = p.ptr[windows * p.blocks * (kLookupRows / 16)] * p.batch;
+    at::parallel_for(0, windows, std::max<int64_t>(1, windows * kGrain / 16 / std::max<int64_t>(1, slots)),
+                     [&](int64_t begin, int64_t end) { kernels_.lookup(p, begin, end); });
+  }
+
+  // Zeros around the positions [0, used) of each plane.
+  void clear(T* y, int64_t planes, int64_t plane, int64_t used, int64_t gap, int64_t body) const {
+    std::fill(y - gap, y, T{});
+    for (int64_t c = 0; c < planes; ++c) std::fill(y + c * plane + used, y + c * plane + body + gap, T{});
   }
 
   const T* source(int64_t index, int64_t count) const {

@@ -15,7 +15,10 @@
 namespace uasparse {
 
 constexpr int64_t kPlaneLanes = 16;  // a body is a whole number of vectors of any instruction set
+constexpr int kLookupRows = 128;     // rows of a window and columns of a block of ServeLookup
+constexpr int kLookupBatch = 8;      // rows of x that it serves at most
 constexpr int kRowGroup = 4;         // output channels that share offsets where weights come in such groups
+constexpr int kRowWindow = 64;       // output channels among which a block is in the order of its nonzeros
 
 enum class Activation : int64_t { none, relu, clamp, leaky, hardswish, hardsigmoid, silu, sigmoid, gelu, gelu_tanh };
 
@@ -36,7 +39,10 @@ struct ServeConv {
   int64_t tile;       // vectors held in registers, at most
   int64_t group;      // 1, or kRowGroup output channels that share offsets
   int64_t rows, blocks, chunk;  // output channels; blocks of input channels; rows of a pass over all blocks
-  const int32_t* ptr;           // [blocks][rows / group + 1]
+  // Rows of a block with equally many nonzeros follow each other, so that the processor foresees the end of their
+  // loops: row order[i] is the i-th, where each kRowWindow rows are a permutation of themselves. Null for groups.
+  const int32_t* order;         // [blocks][rows]
+  const int32_t* ptr;           // [blocks][rows / group + 1], by the order
   const int32_t* off;           // [nonzeros / group]
   const T* val;                 // [nonzeros / group][group]
   const T* bias;                // [rows]
@@ -55,6 +61,48 @@ struct ServeRows {
   const uint16_t* idx;
   const T *val, *bias;
   ServeActivation<T> act;
+};
+
+// The same for one row or a few and AVX-512. Weights come in tiles of kLookupRows output features (a window) by
+// kLookupRows columns (a block), whose numbers of x lie in eight registers. Within a tile the rows are sorted by their
+// nonzeros and taken 16 at a time, a lane a row, as many slots as the fullest needs: what bounds the time is to read 5
+// bytes a slot. place[r] tells where in this order row r is.
+template <typename T>
+struct ServeLookup {
+  const T* x;  // [batch][blocks][kLookupRows], zeros after the last column
+  T* y;
+  const T* residual;
+  int64_t batch, rows, blocks, y_stride;
+  const int32_t* ptr;     // [windows][blocks][kLookupRows / 16], and the end: slots
+  const uint8_t* index;   // [slots][16]: columns of the block, below kLookupRows
+  const uint8_t* place;   // [windows][blocks][kLookupRows], a permutation of each window
+  const T *val, *bias;    // [slots][16]; [rows]
+  ServeActivation<T> act;
+};
+
+// y = (x - mean) / sqrt(variance + epsilon) * weight + bias over the channels, for each position.
+template <typename T>
+struct ServeNorm {
+  const T* x;
+  T* y;
+  int64_t x_plane, y_plane, channels, body;
+  const T *weight, *bias;  // by channel, or null
+  const T* mask;
+  T epsilon;
+};
+
+// Softmax attention: y[d, i] = sum over j of softmax(scale * q[:, i] . k[:, j]) * v[d, j] for each image and head.
+// Pointers are to the first head's first plane, heads are so many planes apart and images so many numbers; those of y
+// follow each other.
+template <typename T>
+struct ServeAttention {
+  const T *q, *k, *v;
+  T* y;
+  int64_t q_plane, k_plane, v_plane, y_plane;
+  int64_t q_image, k_image, v_image;
+  int64_t q_head, k_head, v_head;
+  int64_t images, heads, queries, keys, dim, value_dim;
+  T scale;
 };
 
 template <typename T>
@@ -102,7 +150,12 @@ struct ServeKernels {
   void (*affine)(const ServeAffine<T>&, int64_t channel, int64_t end);
   // Planes of one row of `rows` numbers to [rows][stride], channels [channel, end).
   void (*store_rows)(const T* x, int64_t plane, T* y, int64_t stride, int64_t rows, int64_t channel, int64_t end);
-  void (*activate)(T* x, int64_t count, const ServeActivation<T>&);
+  void (*norm)(const ServeNorm<T>&, int64_t vector, int64_t end);
+  int64_t (*attention_tiles)(const ServeAttention<T>&);
+  int64_t (*attention_room)(const ServeAttention<T>&);
+  void (*attention)(const ServeAttention<T>&, int64_t image, int64_t head, int64_t tile, T* room);
+  void (*lookup)(const ServeLookup<T>&, int64_t window, int64_t end);  // null where there is none
+  int64_t lanes;
 };
 
 namespace portable {

@@ -40,13 +40,16 @@ class Checker {
 
   Needs check() {
     for (; next_ < stop_; ++step_) {
-      switch (field(0, 5)) {
+      switch (field(0, 8)) {
         case 0: load(); break;
         case 1: conv(); break;
         case 2: rows(); break;
         case 3: pool(); break;
         case 4: affine(); break;
-        default: store(); break;
+        case 5: store(); break;
+        case 6: norm(); break;
+        case 7: attention(); break;
+        default: lookup(); break;
       }
     }
     return needs_;
@@ -133,6 +136,23 @@ class Checker {
     return last;
   }
 
+  // Lists [blocks][rows] of the rows, each kRowWindow of them a permutation; a pass over them takes whole windows.
+  void order(int64_t place, int64_t group, int64_t blocks, int64_t rows, int64_t chunk) const {
+    if (group != 1) return;
+    demand(chunk % kRowWindow == 0, "parts windows of rows");
+    const int32_t* listed = ints(place, Wide{blocks} * rows);
+    for (int64_t block = 0; block < blocks; ++block, listed += rows)
+      for (int64_t first = 0; first < rows; first += kRowWindow) {
+        const int64_t many = std::min<int64_t>(kRowWindow, rows - first);
+        uint64_t met = 0;
+        for (int64_t i = first; i < first + many; ++i) {
+          demand(listed[i] >= first && listed[i] < first + many, "has a row out of its window");
+          met |= uint64_t{1} << (listed[i] - first);
+        }
+        demand(met == (many == 64 ? ~uint64_t{0} : (uint64_t{1} << many) - 1), "names a row twice");
+      }
+  }
+
   // ---- steps ----
 
   void load() {
@@ -160,6 +180,7 @@ class Checker {
     const int64_t group = count(), rows = count(), blocks = count(), chunk = count();
     demand((group == 1 || group == kRowGroup) && rows % group == 0 && chunk % group == 0,
            "has channels that its groups do not divide");
+    order(place(), group, blocks, rows, chunk);
     const int64_t nonzeros = rising(place(), blocks, rows / group);
     const int32_t* offsets = ints(place(), nonzeros);
     values(place(), nonzeros * group);
@@ -240,6 +261,58 @@ class Checker {
     // Each number of the output is written once at most.
     const Wide stored = std::min(Wide{images} * channels * height, Wide{kMostPlace}) * width;
     tensor(needs_.outputs, output, std::max(end, stored));
+  }
+
+  void norm() {
+    const int64_t x = place(), y = place(), channels = count();
+    const int64_t x_plane = count(), y_plane = count(), body = this->body(), gap = size();
+    const int64_t weight = place_or_none(), bias = place_or_none();
+    values(place(), 1);
+    mask(body);
+    if (weight >= 0) values(weight, channels);
+    if (bias >= 0) values(bias, channels);
+    arena(x, channels, x_plane, body);
+    written(y, channels, y_plane, body, gap);
+  }
+
+  void attention() {
+    const int64_t q = place(), k = place(), v = place(), y = place();
+    const int64_t q_plane = count(), k_plane = count(), v_plane = count(), y_plane = count();
+    const int64_t q_image = size(), k_image = size(), v_image = size();
+    const int64_t q_head = size(), k_head = size(), v_head = size();
+    const int64_t images = count(), heads = count(), queries = count(), keys = count(), dim = count();
+    const int64_t value_dim = count(), body = this->body(), gap = size();
+    values(place(), 1);
+    demand(Wide{images} * queries <= body, "attends more than its planes hold");
+    arena(q, Wide{heads - 1} * q_head + dim, q_plane, Wide{images - 1} * q_image + queries);
+    arena(k, Wide{heads - 1} * k_head + dim, k_plane, Wide{images - 1} * k_image + keys);
+    arena(v, Wide{heads - 1} * v_head + value_dim, v_plane, Wide{images - 1} * v_image + keys);
+    demand(Wide{dim} + keys <= kMostCount >> 8, "has more keys than can be held");
+    written(y, Wide{heads} * value_dim, y_plane, body, gap);
+  }
+
+  void lookup() {
+    const int64_t input = field(-1, kMostTensors), position = place(), stride_m = size(), stride_k = size();
+    const int64_t batch = field(1, kLookupBatch), columns = count(), rows = count();
+    const int64_t y = place(), y_stride = size(), residual = place_or_none();
+    const int64_t windows = (rows - 1) / kLookupRows + 1, blocks = (columns - 1) / kLookupRows + 1;
+    demand(Wide{windows} * blocks < kMostCount, "has more tiles than can be counted");
+    const int64_t slots = rising(place(), 1, windows * blocks * (kLookupRows / 16));
+    const auto below = [&](const uint8_t* list, int64_t count) {
+      return std::all_of(list, list + count, [](uint8_t at) { return at < kLookupRows; });
+    };
+    demand(below(reinterpret_cast<const uint8_t*>(ints(place(), Wide{slots} * 4)), slots * 16) &&
+               below(reinterpret_cast<const uint8_t*>(ints(place(), Wide{windows} * blocks * (kLookupRows / 4))),
+                     windows * blocks * kLookupRows),
+           "looks up beyond a tile");
+    values(place(), slots * 16);
+    values(place(), rows);
+    activation();
+    const Wide end = position + Wide{batch - 1} * stride_m + Wide{columns - 1} * stride_k + 1;
+    if (input < 0) arena(position, end);
+    else tensor(needs_.inputs, input, end);
+    arena(y, batch, y_stride, rows);
+    if (residual >= 0) arena(residual, batch, y_stride, rows);
   }
 
   const int64_t *next_, *stop_;

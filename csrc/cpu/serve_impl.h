@@ -146,9 +146,11 @@ void conv_rows(const ServeConv<T>& p, int64_t at, int64_t block, int64_t row, in
   constexpr int L = kLanes<T>;
   constexpr int U = NV * 4 <= 12 ? 4 : NV * 2 <= 14 && UASPARSE_VECTOR_BYTES == 64 ? 2 : NV * 2 <= 12 ? 2 : 1;
   const int32_t* ptr = p.ptr + block * (p.rows + 1);
+  const int32_t* const order = p.order + block * p.rows;
   const T* const x = p.x + at;
   const bool first = block == 0, last = block == p.blocks - 1;
-  for (int64_t r = row; r < end; ++r) {
+  for (int64_t i = row; i < end; ++i) {
+    const int64_t r = order[i];
     T* y = p.y + r * p.y_plane + at;
     Vec<T> sum[U][NV];
     if (first) {
@@ -165,9 +167,9 @@ void conv_rows(const ServeConv<T>& p, int64_t at, int64_t block, int64_t row, in
 #pragma GCC unroll 32
         for (int v = 0; v < NV; ++v) sum[u][v] = Vec<T>{};
     }
-    const int32_t* off = p.off + ptr[r];
-    const T* val = p.val + ptr[r];
-    const int32_t* const stop = p.off + ptr[r + 1];
+    const int32_t* off = p.off + ptr[i];
+    const T* val = p.val + ptr[i];
+    const int32_t* const stop = p.off + ptr[i + 1];
     if constexpr (U > 1) {
       for (; off + U <= stop; off += U, val += U) {
 #pragma GCC unroll 32
@@ -511,13 +513,5 @@ void store_rows(const T* x, int64_t plane, T* y, int64_t stride, int64_t rows, i
   }
 }
 
-template <typename T>
-constexpr ServeKernels<T> kServe = {tiles_of<T>,    conv<T>,   rows<T>,       pool<T>,
-                                    load_planes<T>, affine<T>, store_rows<T>, activate<T>};
-
 }  // namespace
-
-const ServeKernels<float> serve_float = kServe<float>;
-const ServeKernels<double> serve_double = kServe<double>;
-
 }  // namespace uasparse::UASPARSE_ISA

@@ -7,5 +7,6 @@
 #include "cpu/isa_begin.h"
 
 #include "cpu/serve_impl.h"
+#include "cpu/serve_tokens_impl.h"
 
 #include "cpu/isa_end.h"

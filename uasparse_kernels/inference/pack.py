@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 GROUP = 4  # kRowGroup: output channels that share offsets
+WINDOW = 64  # kRowWindow: output channels that are sorted by their nonzeros in a block
 
 
 @dataclasses.dataclass
@@ -21,7 +22,8 @@ class PackedConv:
     values: np.ndarray  # [entries * group]
     plane: np.ndarray  # int32 [entries]
     tap: np.ndarray  # uint8 [entries], into dy and dx
-    ptr: np.ndarray  # int32 [blocks, rows / group + 1]
+    order: np.ndarray  # int32 [blocks, rows]: rows by windows, those with most nonzeros in the block first
+    ptr: np.ndarray  # int32 [blocks, rows / group + 1], by the order
     dy: np.ndarray  # int32 [taps]
     dx: np.ndarray
     phases: np.ndarray  # int32: y * stride_w + x
@@ -65,15 +67,22 @@ def pack_conv(
     channel = c + (o * group) // (out // groups) * per_group
     block = channel // (channel_block or channels)
     blocks = -(-channels // (channel_block or channels))
-    order = np.argsort(block * (out // group) + o, kind="stable")
-    counts = np.bincount(block * (out // group) + o, minlength=blocks * (out // group))
+    rows = out // group
+    counts = np.bincount(block * rows + o, minlength=blocks * rows)
+    row = np.arange(rows)
+    by_count = np.stack([np.lexsort((-c, row // WINDOW)) if group == 1 else row for c in counts.reshape(blocks, rows)])
+    rank = np.empty_like(by_count)
+    np.put_along_axis(rank, by_count, row[None], axis=1)
+    order = np.argsort(block * rows + rank[block, o], kind="stable")
+    counts = np.take_along_axis(counts.reshape(blocks, rows), by_count, axis=1).reshape(-1)
     ends = np.concatenate([[0], np.cumsum(counts)])
-    ptr = np.stack([ends[b * (out // group) : (b + 1) * (out // group) + 1] for b in range(blocks)])
+    ptr = np.stack([ends[b * rows : (b + 1) * rows + 1] for b in range(blocks)])
     plane = channel * len(phases) + phase_index[y, x]
     return PackedConv(
         values=np.ascontiguousarray(values[order]).reshape(-1),
         plane=plane[order].astype(np.int32),
         tap=(y * kw + x)[order].astype(np.uint8 if kh * kw <= 256 else np.int32),
+        order=by_count.astype(np.int32),
         ptr=ptr.astype(np.int32),
         dy=dy,
         dx=dx,
@@ -111,3 +120,41 @@ def pack_rows(weight: np.ndarray) -> PackedRows:
     row, column = np.nonzero(weight)
     ptr = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=weight.shape[0]))])
     return PackedRows(weight[row, column], column.astype(np.uint16), ptr.astype(np.int32), weight.shape[0], len(row))
+
+
+LOOKUP = 128  # kLookupRows: rows and columns of a tile
+_LANES = 16
+
+
+@dataclasses.dataclass
+class PackedLookup:
+    """A linear layer's weight for the kernel that looks numbers up in registers (ServeLookup)."""
+
+    values: np.ndarray  # [slots, 16]
+    index: np.ndarray  # uint8 [slots, 16]
+    place: np.ndarray  # uint8 [windows, blocks, 128]
+    ptr: np.ndarray  # int32 [windows * blocks * 8 + 1]
+
+
+def pack_lookup(weight: np.ndarray) -> PackedLookup:
+    """Packs ``weight [out, in]``. Slots that no nonzero needs hold a zero and look up the block's first number."""
+    windows, blocks = (-(-size // LOOKUP) for size in weight.shape)
+    row, column = np.nonzero(weight)
+    tile = row // LOOKUP * blocks + column // LOOKUP
+    order = np.lexsort((row, tile))
+    row, column, tile = row[order], column[order], tile[order]
+    cell = tile * LOOKUP + row % LOOKUP
+    counts = np.bincount(cell, minlength=windows * blocks * LOOKUP)
+    number = np.arange(len(row)) - (np.cumsum(counts) - counts)[cell]  # of a nonzero in its row of the tile
+    counts = counts.reshape(-1, LOOKUP)
+    sorted_rows = np.argsort(-counts, axis=1, kind="stable")
+    place = np.empty_like(sorted_rows)
+    np.put_along_axis(place, sorted_rows, np.arange(LOOKUP)[None], axis=1)
+    most = np.take_along_axis(counts, sorted_rows, axis=1)[:, ::_LANES].reshape(-1)  # slots of each 16 rows
+    ptr = np.concatenate([[0], np.cumsum(most)])
+    at = place.reshape(-1)[cell]
+    slot = ptr[tile * (LOOKUP // _LANES) + at // _LANES] + number
+    values, index = np.zeros((ptr[-1], _LANES), weight.dtype), np.zeros((ptr[-1], _LANES), np.uint8)
+    values[slot, at % _LANES] = weight[row, column]
+    index[slot, at % _LANES] = column % LOOKUP
+    return PackedLookup(values, index, place.astype(np.uint8), ptr.astype(np.int32))

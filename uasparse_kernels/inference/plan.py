@@ -19,13 +19,14 @@ from torch.utils import _pytree as pytree
 from uasparse_kernels._library import compiled
 from uasparse_kernels.inference.fuse import ACTIVATIONS, Activation, Affine, Layer, Step, activation_of
 from uasparse_kernels.inference.graph import Graph, Node, Ref, fill, resolve
-from uasparse_kernels.inference.pack import GROUP, pack_conv, pack_rows
+from uasparse_kernels.inference.pack import GROUP, WINDOW, pack_conv, pack_lookup, pack_rows
+from uasparse_kernels.inference.views import CHANNEL, COLUMN, View, parts_of, plain, view_of
 
 FEW_ROWS = 8  # the kernel for a few rows of a linear layer serves so many
 # Densities below which the kernels beat torch's dense ones (benchmarks/bench_serve.py).
 LINEAR_CROSSOVER = 0.35
 MANY_ROWS = 32
-LOAD, CONV, ROWS, POOL, AFFINE, STORE = range(6)
+LOAD, CONV, ROWS, POOL, AFFINE, STORE, NORM, ATTENTION, LOOKUP = range(9)
 
 
 def _up(value: int, to: int = 16) -> int:
@@ -159,6 +160,8 @@ class Planner:
     def __init__(self, graph: Graph, steps: list[Step], shapes: dict[str, Any], dtype: torch.dtype):
         self.graph, self.steps, self.shapes, self.dtype = graph, steps, shapes, dtype
         self.maps: dict[str, Map] = {}
+        self.views: dict[str, View] = {}  # of results that are no whole map in its own order
+        self.parts: dict[str, list[View]] = {}  # of nodes with several results
         self.tensors: set[str] = set(graph.inputs) | set(graph.constants)
         self.calls: list[_Program | Call] = []
         self.all_maps: list[Map] = []
@@ -166,7 +169,7 @@ class Planner:
         self.values: list[np.ndarray] = []
         self.ints_size = self.values_size = 0
         self.masks: dict[tuple[int, ...], int] = {}
-        isa = compiled.cpu_isa() if compiled is not None else "portable"
+        self.isa = isa = compiled.cpu_isa() if compiled is not None else "portable"
         self.lanes = {"avx512": 64, "avx2": 32}.get(isa, 16) // dtype.itemsize
         self.most = 24 if isa == "avx512" else 12
         self.numpy = np.float64 if dtype == torch.float64 else np.float32
@@ -228,6 +231,8 @@ class Planner:
         """Makes a result a tensor of torch."""
         if name in self.tensors:
             return
+        if name not in self.maps:
+            return self.strided(name, self.views[name])
         map, shape = self.maps[name], self.shapes[name]
 
         def emit(_: Any, output: Callable[[str], int]) -> list[int]:
@@ -242,6 +247,49 @@ class Planner:
 
         self.add(Entry(name, "to a tensor", "read by torch", None, ()), emit, [map], [], (), [(name, tuple(shape))])
         self.tensors.add(name)
+
+    def strided(self, name: str, view: View) -> None:
+        """Makes a view a tensor: the whole map as one, of which torch takes the view."""
+        map = view.map
+        base = f"map {self.all_maps.index(map)}"
+        if base not in self.maps:
+            self.maps[base] = map
+            image = map.kind == "image"
+            self.shapes[base] = [*view.sizes()] if image else [map.width, map.channels]
+        image = map.kind == "image"
+        h, w, c = map.height, map.width, map.channels
+        by_axis = (c * h * w, h * w, w, 1) if image else (0, 1, 0, c)
+        atoms = [atom for dim in view.dims for atom in dim]
+        sizes, strides = [size for size, _, _ in atoms], [step * by_axis[axis] for _, axis, step in atoms]
+        offset = sum(start * stride for start, stride in zip(view.start, by_axis, strict=True))
+        shape = self.shapes[name]
+        self.torch_call(Entry(name, "torch", "a view", None, ()),
+                        lambda x: x.as_strided(sizes, strides, offset).reshape(shape), [Ref(base)], {}, name)  # fmt: skip
+
+    def view(self, name: str) -> View | None:
+        """A result in planes, as a view of its map."""
+        map = self.maps.get(name)
+        if map is not None and map.kind != "rows":
+            return plain(map, self.shapes[name])
+        return self.views.get(name)
+
+    def keep(self, name: str, view: View) -> None:
+        shape = self.shapes[name]
+        whole = len(shape) == 4 if view.map.kind == "image" else bool(shape) and shape[-1] == view.map.channels
+        if whole and np.prod(shape) == np.prod(view.sizes()) and view == plain(view.map, shape):
+            self.maps[name] = view.map
+        else:
+            self.views[name] = view
+
+    def rows_of(self, layer: Layer) -> View:
+        """The rows of a linear layer's input in planes, in the order of its residual where it has one."""
+        found = self.view(layer.input)
+        if found is not None and found.is_rows():
+            other = None if layer.residual is None else self.view(layer.residual)
+            usual = found.map.kind == "tokens" and found == plain(found.map, self.shapes[layer.input])
+            if layer.residual is None or usual or (other is not None and other.is_rows() and found.is_like(other)):
+                return found
+        return plain(self.tokens(layer.input), self.shapes[layer.input])
 
     def image(self, name: str) -> Map:
         """Makes a result [images, channels, height, width] a map."""
@@ -292,6 +340,9 @@ class Planner:
                 self.layer(step)
             elif isinstance(step, Affine):
                 self.affine(step)
+            elif step.target == "aten.sym_size.int" and isinstance(step.args[1], int):
+                size = self.shapes[step.args[0].name][step.args[1]]
+                self.torch_call(Entry(step.name, "torch", "size", None, ()), lambda size=size: size, [], {}, step.name)
             elif not self.on_planes(step):
                 self.torch_node(step)
         for name in wanted:
@@ -318,7 +369,7 @@ class Planner:
         if layer.conv is not None:
             if not fits or len(shape) != 4 or 4 * np.prod(out, dtype=np.int64) > 1 << 31:
                 return self.dense(layer, entry, "its sizes or dtype")
-            return self.conv(layer, entry, self.image(layer.input), layer.conv)
+            return self.conv(layer, entry, plain(self.image(layer.input), shape), layer.conv)
         rows = int(np.prod(shape[:-1]))
         if not fits:
             return self.dense(layer, entry, "its sizes or dtype")
@@ -330,7 +381,7 @@ class Planner:
         if few:
             return self.few_rows(layer, entry, rows)
         one = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-        return self.conv(layer, entry, self.tokens(layer.input), one)
+        return self.conv(layer, entry, self.rows_of(layer), one)
 
     def dense(self, layer: Layer, entry: Entry, reason: str) -> None:
         """Torch's own kernel, with what was folded."""
@@ -347,11 +398,11 @@ class Planner:
         residual = None if layer.residual is None else Ref(layer.residual)
         self.torch_call(entry, function, [Ref(layer.input), residual], {}, layer.name)
 
-    def conv(self, layer: Layer, entry: Entry, source: Map, conv: dict[str, Any]) -> None:
-        out = self.shapes[layer.name]
+    def conv(self, layer: Layer, entry: Entry, view: View, conv: dict[str, Any]) -> None:
+        out, source = self.shapes[layer.name], view.map
         weight = layer.weight.numpy()
         weight = weight.reshape(*weight.shape[:2], 1, 1) if layer.conv is None else weight
-        height, width = out[2:] if layer.conv is not None else (1, source.width)
+        height, width = out[2:] if layer.conv is not None else (source.height, source.width)
         stride = conv["stride"]
         packed = pack_conv(weight, **conv, channel_block=self.channel_block(weight, conv, source, height, width))
         entry.kernel = "sparse" if packed.group == 1 else f"{GROUP} channels at once"
@@ -372,28 +423,37 @@ class Planner:
             int(np.abs(dy).max()),
             int(np.abs(dx).max()),
         )
-        residual = self.residual(layer, result)
+        seen = plain(result, out) if layer.conv is not None else View(
+            result, (*view.dims[:-1], ((out[-1], CHANNEL, 1),) if out[-1] > 1 else ())
+        )  # fmt: skip
+        residual = self.residual(layer, seen)
         bias = self.put_values(np.zeros(packed.rows) if layer.bias is None else layer.bias.numpy())
-        values, ptr = self.put_values(packed.values), self.put_ints(packed.ptr)
+        values, ptr, order = self.put_values(packed.values), self.put_ints(packed.ptr), self.put_ints(packed.order)
         kind, parameters = self.put_activation(layer.act)
 
         def emit(*_: Any) -> list[int]:
             space = inputs.space
             offsets = self.put_ints(packed.offsets(space.plane, space.root().pitch))
             tile = self.tile(packed, space.body)
-            chunk = max(8, _up(384 * 1024 // (tile * self.lanes * 4), GROUP))
+            chunk = _up(384 * 1024 // (tile * self.lanes * 4), WINDOW)
             return [CONV, inputs.body, result.body, residual.body if residual else -1, space.plane, space.plane,
                     space.body, space.gap, tile, packed.group, packed.rows, packed.blocks, chunk,
-                    ptr, offsets, values, bias, self.mask(result), kind, parameters]  # fmt: skip
+                    order, ptr, offsets, values, bias, self.mask(result), kind, parameters]  # fmt: skip
 
         self.add(entry, emit, [inputs, *([residual] if residual else [])], [result])
-        self.maps[layer.name] = result
+        self.keep(layer.name, seen)
 
-    def residual(self, layer: Layer, result: Map) -> Map | None:
+    def residual(self, layer: Layer, result: View) -> Map | None:
         if layer.residual is None:
             return None
-        residual = self.image(layer.residual) if layer.conv is not None else self.tokens(layer.residual)
-        result.space.join(residual.space)
+        found = self.view(layer.residual)
+        if layer.conv is not None:
+            residual = self.image(layer.residual)
+        elif found is not None and found.is_rows() and found.is_like(result):
+            residual = found.map
+        else:
+            residual = self.tokens(layer.residual)
+        result.map.space.join(residual.space)
         return residual
 
     def channel_block(self, weight: np.ndarray, conv: dict[str, Any], source: Map, height: int, width: int) -> int:
@@ -431,6 +491,10 @@ class Planner:
         packed = pack_rows(layer.weight.numpy())
         entry.kernel, entry.reason = "sparse, few rows", f"{rows} rows"
         shape = self.shapes[layer.input]
+        looked_up = self.isa == "avx512" and self.dtype == torch.float32 and min(layer.weight.shape) >= 64
+        table = pack_lookup(layer.weight.numpy()) if looked_up else None
+        if table is not None and table.values.size > 2 * packed.nnz + 4096:
+            table = None
         columns, source = shape[-1], self.maps.get(layer.input)
         if source is not None and source.kind == "image":
             source = None
@@ -439,10 +503,14 @@ class Planner:
         residual = self.maps.get(layer.residual) if layer.residual else None
         added = layer.residual is not None and (residual is None or not residual.as_rows)
         result = self.new_map(1, packed.rows, 1, rows, kind="rows")
-        ptr = self.put_ints(packed.ptr)
-        index = np.zeros(_up(len(packed.columns), 2), np.uint16)
-        index[: len(packed.columns)] = packed.columns
-        listed, values = self.put_ints(index.view(np.int32)), self.put_values(packed.values)
+        if table is not None:
+            entry.kernel = "sparse, few rows, looked up"
+            lists = [self.put_ints(part) for part in (table.ptr, table.index, table.place)]
+            lists.append(self.put_values(table.values))
+        else:
+            index = np.zeros(_up(len(packed.columns), 2), np.uint16)
+            index[: len(packed.columns)] = packed.columns
+            lists = [self.put_ints(packed.ptr), self.put_ints(index.view(np.int32)), self.put_values(packed.values)]
         bias = self.put_values(np.zeros(packed.rows) if layer.bias is None else layer.bias.numpy())
         kind, parameters = self.put_activation(Activation() if added else layer.act)
 
@@ -453,8 +521,10 @@ class Planner:
                 _, stride_k, _, stride_m = source.strides()
                 where = [-1, source.body, stride_m, stride_k]
             more = residual.body if residual and not added else -1
-            return [ROWS, *where, rows, columns, packed.rows, -1, result.body, packed.rows, more, ptr, listed,
-                    values, bias, kind, parameters]  # fmt: skip
+            start = [LOOKUP, *where, rows, columns, packed.rows]
+            if table is None:
+                start = [ROWS, *where, rows, columns, packed.rows, -1]
+            return [*start, result.body, packed.rows, more, *lists, bias, kind, parameters]
 
         reads = [map for map in (source, residual if not added else None) if map is not None]
         self.add(entry, emit, reads, [result], [] if source is not None else [layer.input])
@@ -475,10 +545,12 @@ class Planner:
             self.torch_call(entry, lambda x: step.act(x * scale + shift), [Ref(step.input)], {}, step.name)
             return
         places = [self.put_values(part.numpy()) for part in (step.scale, step.shift)]
-        self.elementwise(entry, step.name, self.maps[step.input], None, step.act, *places)
+        source = plain(self.maps[step.input], self.shapes[step.input])
+        self.elementwise(entry, step.name, source, None, step.act, *places)
 
-    def elementwise(self, entry: Entry, name: str, source: Map, residual: Map | None, act: Activation,
+    def elementwise(self, entry: Entry, name: str, view: View, residual: Map | None, act: Activation,
                     scale: int = -1, shift: int = -1) -> None:  # fmt: skip
+        source = view.map
         result = self.new_map(source.images, source.channels, source.height, source.width, source.space, source.kind)
         if residual is not None:
             source.space.join(residual.space)
@@ -491,44 +563,56 @@ class Planner:
                     parameters]  # fmt: skip
 
         self.add(entry, emit, [source, *([residual] if residual else [])], [result])
-        self.maps[name] = result
+        self.keep(name, view._replace(map=result))
 
     def on_planes(self, node: Node) -> bool:
         """Serves a node whose input lies in planes; False where it cannot."""
         first = node.args[0] if node.args else None
         if node.target == "aten.cat.default":
             return self.concatenate(node)
-        map = self.maps.get(first.name) if isinstance(first, Ref) else None
-        if map is None or map.as_rows:
+        if not isinstance(first, Ref):
             return False
-        out = self.shapes[node.name]
+        if node.target == "operator.getitem" and first.name in self.parts:
+            self.keep(node.name, self.parts[first.name][node.args[1]])
+            return True
+        view = self.view(first.name)
+        if view is None:
+            return False
+        shape = self.shapes[first.name]
+        if (parts := parts_of(node.target, view, node.args, shape)) is not None:
+            self.parts[node.name] = parts
+            return True
+        out, map = self.shapes[node.name], view.map
         entry = Entry(node.name, "planes", node.target, None, ())
         if (act := activation_of(node)) is not None:
-            self.elementwise(entry, node.name, map, None, act)
+            self.elementwise(entry, node.name, view, None, act)
             return True
-        if node.target in ("aten.clone.default", "aten.dropout.default", "aten.alias.default"):
-            if node.target == "aten.dropout.default" and node.args[2]:
-                return False
-            self.maps[node.name] = map
+        if node.target == "aten.dropout.default" and not node.args[2]:
+            self.keep(node.name, view)
             return True
+        if node.target == "aten.layer_norm.default":
+            return self.norm(entry, node, view)
+        if node.target == "aten.scaled_dot_product_attention.default":
+            return self.attention(entry, node)
         if node.target == "aten.add.Tensor" and not node.kwargs:
-            other = node.args[1]
-            other_map = self.maps.get(other.name) if isinstance(other, Ref) else None
-            if other_map is None or other_map.kind != map.kind:
+            other = self.view(node.args[1].name) if isinstance(node.args[1], Ref) else None
+            if (
+                other is None
+                or not view.is_like(other)
+                or view.dims != other.dims
+                or map.channels != other.map.channels
+            ):
                 return False
-            if self.shapes[first.name] != self.shapes[other.name]:
-                return False
-            self.elementwise(entry, node.name, map, other_map, Activation())
+            self.elementwise(entry, node.name, view, other.map, Activation())
             return True
-        shape = self.shapes[first.name]
         if node.target in ("aten.reshape.default", "aten.flatten.using_ints", "aten.squeeze.dims"):
-            if map.kind == "image" and shape[2] == shape[3] == 1 and list(out) == list(shape[:2]):
+            one = first.name in self.maps and map.kind == "image" and shape[2] == shape[3] == 1
+            if one and list(out) == list(shape[:2]):
                 return self.pixel_rows(node.name, map)
-            if map.kind == "tokens" and out and out[-1] == shape[-1]:
-                self.maps[node.name] = map  # other leading sizes, the same rows
-                return True
-            return False
-        if map.kind != "image":
+        if (seen := view_of(node.target, view, node.args, node.kwargs, out)) is not None:
+            self.keep(node.name, seen)
+            return True
+        if first.name not in self.maps or map.kind != "image":
             return False
         whole = {
             "aten.adaptive_avg_pool2d.default": lambda: list(node.args[1]) in ([1], [1, 1]),
@@ -557,6 +641,63 @@ class Planner:
             )
             return True
         return False
+
+    def norm(self, entry: Entry, node: Node, view: View) -> bool:
+        """Layer norm over the channels."""
+        parts = [
+            self.graph.constants.get(a.name) if isinstance(a, Ref) else None for a in [*node.args[2:4], None, None]
+        ]
+        given = [a for a in node.args[2:4] if a is not None]
+        known = [part for part in parts if part is not None and part.dtype == self.dtype]
+        if not view.is_rows() or len(node.args[1]) != 1 or len(known) != len(given) or node.kwargs:
+            return False
+        source = view.map
+        result = self.new_map(source.images, source.channels, source.height, source.width, source.space, source.kind)
+        weight, bias = (-1 if part is None else self.put_values(part.numpy()) for part in parts[:2])
+        epsilon = self.put_values([node.args[4] if len(node.args) > 4 else 1e-5])
+
+        def emit(*_: Any) -> list[int]:
+            space = source.space
+            return [NORM, source.body, result.body, source.channels, space.plane, space.plane, space.body, space.gap,
+                    weight, bias, epsilon, self.mask(result)]  # fmt: skip
+
+        self.add(entry, emit, [source], [result])
+        self.keep(node.name, view._replace(map=result))
+        return True
+
+    def attention(self, entry: Entry, node: Node) -> bool:
+        """Scaled dot-product attention of queries, keys and values [..., heads, time, channels] in planes."""
+        views = [self.view(ref.name) for ref in node.args[:3]]
+        scale = node.kwargs.get("scale")
+        if len(node.args) > 3 or set(node.kwargs) - {"scale"} or None in views:
+            return False
+        found = [_heads(view, self.shapes[ref.name]) for view, ref in zip(views, node.args, strict=True) if view]
+        q, k, v = views
+        if None in found or not (q and k and v):
+            return False
+        (images, heads), (time, dim) = found[0][0], self.shapes[node.args[0].name][-2:]
+        keys, value_dim = self.shapes[node.args[2].name][-2:]
+        leading = [[[atom[:2] for atom in group] for group in view.dims[:-2]] for view in (q, k, v)]
+        if any(each[0] != found[0][0] for each in found) or leading[1] != leading[0] or leading[2] != leading[0]:
+            return False
+        result = self.new_map(1, heads * value_dim, 1, images * time, kind="tokens")
+        number = self.put_values([dim**-0.5 if scale is None else scale])
+
+        def emit(*_: Any) -> list[int]:
+            def body(view: View) -> int:
+                return view.map.body + view.start[CHANNEL] * view.map.space.plane + view.start[COLUMN]
+
+            space = result.space
+            return [ATTENTION, body(q), body(k), body(v), result.body, *(view.map.space.plane for view in (q, k, v)),
+                    space.plane, *(each[1][0] for each in found), *(each[1][1] for each in found), images, heads, time,
+                    keys, dim, value_dim, space.body, space.gap, number]  # fmt: skip
+
+        self.add(entry, emit, [q.map, k.map, v.map], [result])
+        steps = {COLUMN: time, CHANNEL: value_dim}
+        dims = [tuple((size, axis, steps[axis]) for size, axis, _ in group) for group in q.dims[:-2]]
+        last = [((time, COLUMN, 1),) if time > 1 else (), ((value_dim, CHANNEL, 1),) if value_dim > 1 else ()]
+        self.keep(node.name, View(result, (*dims, *last)))
+        return True
 
     def pixel_rows(self, name: str, map: Map) -> bool:
         """[images, channels, 1, 1] as rows [images, channels]: the same planes where nothing lies between images."""
@@ -644,6 +785,20 @@ class Planner:
             map.position = position
             placed.append(map)
         return max((m.position + m.size() for m in placed), default=0) + 1024
+
+
+def _heads(view: View, shape: list[int]) -> Any:
+    """Numbers of images and heads, and their steps, of [..., time, channels] whose time and channels lie side by side."""
+    last = ((shape[-2], COLUMN, 1),) if shape[-2] > 1 else (), ((shape[-1], CHANNEL, 1),) if shape[-1] > 1 else ()
+    if view.dims[-2:] != last or view.start[0] or view.start[2]:
+        return None
+    atoms = [atom for group in view.dims[:-2] for atom in group]
+    images = [atom for atom in atoms if atom[1] == COLUMN]
+    heads = [atom for atom in atoms if atom[1] == CHANNEL]
+    if len(images) > 1 or len(heads) > 1 or len(images) + len(heads) != len(atoms):
+        return None
+    (many, _, image), (each, _, head) = images[0] if images else (1, 0, 0), heads[0] if heads else (1, 0, 0)
+    return (many, each), (image, head)
 
 
 def map_pair(value: Any) -> list[int]:

@@ -17,7 +17,7 @@ from uasparse_kernels.inference import files
 from uasparse_kernels.inference.fuse import by_sample, fuse
 from uasparse_kernels.inference.graph import Graph, Ref, capture, fill
 from uasparse_kernels.inference.package import package
-from uasparse_kernels.inference.plan import Call, Plan, Planner, fill_all, shapes_of
+from uasparse_kernels.inference.plan import LOAD, LOOKUP, ROWS, STORE, Call, Plan, Planner, fill_all, shapes_of
 
 _PLANS = 8  # sizes of the input whose plans are kept
 _NEAR_BYTES = 8 << 20
@@ -182,9 +182,9 @@ class OptimizedModel(nn.Module):
                 continue
             program = call.program.clone()
             # A tensor's index is a step's own: it counts from those of the steps before it.
-            at = {0: 1, 5: 9, 2: 1}.get(int(program[0]))
+            at = {LOAD: 1, STORE: 9, ROWS: 1, LOOKUP: 1}.get(int(program[0]))
             if at is not None and int(program[at]) >= 0:
-                program[at] += len(before.outputs) if int(program[0]) == 5 else len(before.inputs)
+                program[at] += len(before.outputs) if int(program[0]) == STORE else len(before.inputs)
             assert before.program is not None
             before.program = torch.cat([before.program, program])
             before.inputs += call.inputs
@@ -208,6 +208,8 @@ class OptimizedModel(nn.Module):
                 made = [torch.empty(shape, dtype=self._dtype) for _, shape in call.outputs]
                 for (name, _), tensor in zip(call.outputs, made, strict=True):
                     env[name] = tensor
+                if torch.compiler.is_exporting():  # AOTInductor hands an empty list over as none
+                    given, made = given or [arena.new_empty(0)], made or [arena.new_empty(0)]
                 run(arena, call.program, plan.ints, plan.values, given, made)
             else:
                 assert call.function is not None

@@ -1,5 +1,6 @@
 """Sparse layers, the unknown-aware loss, and faster batch norms and pooling."""
 
+from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
 from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d
@@ -10,6 +11,7 @@ __all__ = [
     "BatchNormReLU2d",
     "MaxPool2d",
     "SparseConv2d",
+    "SparseDelta",
     "SparseLayer",
     "SparseLinear",
     "UnknownAwareLoss",

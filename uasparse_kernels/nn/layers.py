@@ -60,6 +60,7 @@ class SparseLayer(nn.Module):
     pattern: SparsityPattern
     # The dense-stored weight that is known to be masked: id, version, address.
     _clean: tuple[int, int, int] | None = None
+    _watched = 0  # how often hooks that watch its gradient came
 
     def _init_weight(
         self,
@@ -146,6 +147,7 @@ class SparseLayer(nn.Module):
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             self._refuse_export()
+            assert self._watched >= 0  # read: torch.compile looks at no hooks, but compiles anew when this has changed
             return self.weight, pattern, self.bias, False  # in a graph the op masks a copy
         if bias is None:
             bias = self.bias  # none, or not registered as a parameter

@@ -39,6 +39,8 @@ class UnknownAwareLoss(nn.Module):
         reduction: "mean", "sum" or "none".
         label_smoothing, ignore_index, weight: as for the op, and for ``nn.CrossEntropyLoss`` (but no index is ignored
             unless it is named); ``weight`` is a buffer.
+        process_group: of processes that train one model, each on its part of a batch. The running mean is then of the
+            threshold over all of them, as if one process had the whole batch; without, each process has its own alpha.
 
     Shapes: logits ``[N, K+1]`` or ``[N, K+1, d1, ...]`` of any floating-point dtype; target int64 ``[N]`` or
         ``[N, d1, ...]``, or probabilities of the logits' shape -> scalar, or one loss a target for "none".
@@ -65,6 +67,7 @@ class UnknownAwareLoss(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int | None = None,
         weight: Tensor | None = None,
+        process_group: Any = None,
     ):
         super().__init__()
         if num_classes < 1:
@@ -98,6 +101,7 @@ class UnknownAwareLoss(nn.Module):
         self.alpha_final, self.rho = alpha_final, rho
         self.unknown_weight, self.reduction = unknown_weight, reduction
         self.label_smoothing, self.ignore_index = label_smoothing, ignore_index
+        self.process_group = process_group
         self.epoch = 0
         # Not finite until the first step whose threshold is.
         self.register_buffer("average", torch.tensor(float("nan")))
@@ -133,9 +137,25 @@ class UnknownAwareLoss(nn.Module):
             # Few calls, as on a small batch they cost as much as the loss. A threshold is no less than 0 and has no
             # gradient. Where the running mean is not finite, one of the two is not: the other stands for it.
             average, threshold = self.average, threshold.to(self.average.dtype)
+            if self.process_group is not None:
+                threshold = self._of_all_processes(threshold, target)
             running = torch.lerp(average, threshold, 0.05)
             average.copy_(torch.where(running < math.inf, running, torch.fmin(average, threshold)))
         return loss
+
+    @torch.no_grad()
+    def _of_all_processes(self, threshold: Tensor, target: Tensor) -> Tensor:
+        """The mean over the known samples of all processes; 0 where there are none, as for one process."""
+        if target.is_floating_point():
+            known = target[:, : self.num_classes].sum().to(threshold)
+        else:
+            counts = target < self.num_classes
+            if self.ignore_index is not None:
+                counts = counts & (target != self.ignore_index)
+            known = counts.sum().to(threshold)
+        sums = torch.stack([threshold * known, known])
+        torch.distributed.all_reduce(sums, group=self.process_group)
+        return sums[0] / sums[1].clamp(min=1)
 
     @torch.no_grad()
     def step_epoch(self) -> None:

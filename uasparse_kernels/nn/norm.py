@@ -12,10 +12,7 @@ _Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, b
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d``, faster in training on a CPU for contiguous float32 maps (``ops.batch_norm``).
-
-    There a second derivative is an error, as it is of the sparse layers.
-    """
+    """``nn.BatchNorm2d``, faster in training on a CPU for contiguous float32 maps (``ops.batch_norm``)."""
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

@@ -1,5 +1,6 @@
 """The ops. Each has a module of its name: public function, choice of kernel, reference, shape function, derivative."""
 
+from uasparse_kernels.ops import _flops as _flops
 from uasparse_kernels.ops.batch_norm import batch_norm, batch_norm_reference, batch_norm_relu
 from uasparse_kernels.ops.masked_conv2d import masked_conv2d, masked_conv2d_reference
 from uasparse_kernels.ops.masked_linear import masked_linear, masked_linear_reference

@@ -144,11 +144,17 @@ def reference_weight(weight: Tensor, pattern: SparsityPattern) -> Tensor:
 def transformed() -> Choice | None:
     """Inside a ``torch.func`` transform or forward-mode AD the reference serves: it has every derivative and batch
     rule, and a compiled op that has none would drop a tangent."""
-    if torch.compiler.is_compiling():
-        return None
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return Choice("reference", "inside a torch.func transform or forward-mode AD")
     return None
+
+
+def surely(condition: Any) -> bool:
+    """Of sizes, inside ``torch.compile``: whether it holds for all that a graph serves. To ask a symbol itself would
+    make a graph for each answer, and a free batch of an export a constant."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return statically_known_true(condition)
 
 
 def autocast(*tensors: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from uasparse_kernels import _crossovers, _library
-from uasparse_kernels.ops._common import Choice
+from uasparse_kernels.ops._common import Choice, surely
 from uasparse_kernels.pattern import SparsityPattern
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -48,12 +48,16 @@ def choose_cpu(op: str, dtype: torch.dtype, pattern: SparsityPattern, vectors: i
     """
     if dtype not in DTYPES:
         return Choice("dense", f"no sparse kernel for {dtype}")
-    width = ">16" if vectors > 16 or op == "masked_conv2d" else "2-16" if vectors > 1 else "1"
+    if torch.compiler.is_compiling():
+        few, one = surely(vectors <= 16), surely(vectors <= 1)
+    else:
+        few, one = vectors <= 16, vectors <= 1
+    width = ">16" if op == "masked_conv2d" or not few else "1" if one else "2-16"
     if not packed and width != ">16":
         return Choice("dense", "dense-stored: packing the weight would cost as much as the product")
     limit, source = crossover(op, dtype, "1x1" if pattern.block == (1, 1) else "blocks", width)
-    if torch.compiler.is_compiling():
-        return _by_crossover(pattern.density, limit, source)
+    if torch.compiler.is_compiling():  # the number of active weights may be a symbol, which words would make a constant
+        return Choice("dense" if pattern.density > limit else "cpu", source)
     return _by_known_crossover(pattern.density, limit, source)
 
 

@@ -7,7 +7,7 @@ import functools
 import torch
 
 from uasparse_kernels import _crossovers, _library
-from uasparse_kernels.ops._common import Choice
+from uasparse_kernels.ops._common import Choice, surely
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.triton import settings
 
@@ -122,6 +122,9 @@ def choose_cuda(
     if dtype not in DTYPES:
         return Choice("dense", f"{how}: no {name} for {dtype}")
     limit, source = crossover(op, arithmetic(op, dtype), rows)
+    if torch.compiler.is_compiling():  # as in choose_cpu
+        small = not packed and surely(work < LAUNCH_FLOOR)
+        return Choice("dense" if small or pattern.density > limit else kernel, source)
     if pattern.density > limit:
         return Choice("dense", f"{how}: density {pattern.density:.3g} over the crossover of {limit:.3g} ({source})")
     if not packed and work < LAUNCH_FLOOR:

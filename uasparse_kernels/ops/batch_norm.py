@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uasparse_kernels import _library
-from uasparse_kernels.ops._common import Choice, announce
+from uasparse_kernels.ops._common import Choice, announce, transformed
+from uasparse_kernels.ops._second import register_recomputed
 
 
 def batch_norm(
@@ -33,7 +34,7 @@ def batch_norm(
 
     Raises:
         ValueError: in training, for one value per channel.
-        RuntimeError: if shapes or dtypes do not fit; where our kernel serves, for a second derivative.
+        RuntimeError: if shapes or dtypes do not fit.
     """
     # A bad eps is torch's to refuse.
     choice = choose(input, weight, bias, running_mean, running_var) if training and eps > 0 else None
@@ -127,6 +128,8 @@ def choose(
     """The kernel for a call in training: "cpu" (compiled) or "torch"."""
     if input.device.type != "cpu" or not _library.has_kernel("batch_norm", input):
         return Choice("torch", f"no compiled kernel for {input.device.type}")
+    if transformed() is not None:
+        return Choice("torch", "inside a torch.func transform or forward-mode AD")
     if input.dim() < 2 or input.numel() <= input.shape[1]:
         return Choice("torch", "no more than one value per channel")
     if input.numel() == input.shape[0] * input.shape[1]:
@@ -170,3 +173,48 @@ def _relu_fake(input, weight, bias, residual, eps):
 def _relu_backward_fake(grad_output, input, weight, bias, output, saved, output_mask):
     sizes = (input.shape, input.shape[1:2], input.shape[1:2], input.shape)
     return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
+
+
+def _gradients(grad_output, input, weight, saved, output_mask):
+    """What batch_norm_backward gives, in differentiable torch and float64."""
+    return _gradients_of(grad_output.double(), input, weight, saved)[:3]
+
+
+def _relu_gradients(grad_output, input, weight, bias, output, saved, output_mask):
+    """What batch_norm_relu_backward gives. Where a gradient passes does not depend on anything, up to a set of measure
+    zero."""
+    with torch.no_grad():
+        if output is None:
+            output = _normal(input, saved)
+            shape = [1, -1] + [1] * (input.dim() - 2)
+            output = output if weight is None else output * weight.view(shape)
+            output = output if bias is None else output + bias.view(shape)
+    gated = torch.where(output > 0, grad_output.double(), 0)
+    return *_gradients_of(gated, input, weight, saved)[:3], gated.to(input.dtype)
+
+
+def _gradients_of(grad_output, input, weight, saved):
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    dims = [0, *range(2, input.dim())]
+    output = normal = _normal(input, saved)
+    wanted = [input]
+    if weight is not None:
+        output = normal * weight.view(shape)
+        wanted.append(weight)
+    grads = torch.autograd.grad(output, wanted, grad_output, create_graph=True)
+    grad_weight = grads[1] if weight is not None else None
+    return grads[0], grad_weight, grad_output.sum(dims).to(input.dtype)
+
+
+def _normal(input, saved):
+    """The input of mean 0 and variance 1, differentiable; ``eps`` is what the saved deviation has over the variance."""
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    dims = [0, *range(2, input.dim())]
+    input = input.double()
+    var = input.var(dims, correction=0)
+    eps = saved[1].detach().pow(-2) - var.detach()
+    return (input - input.mean(dims).view(shape)) * (var + eps).rsqrt().view(shape)
+
+
+register_recomputed("batch_norm_backward", _gradients)
+register_recomputed("batch_norm_relu_backward", _relu_gradients)

@@ -24,6 +24,7 @@ from uasparse_kernels.ops._common import (
 )
 from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
+from uasparse_kernels.ops._second import register_bilinear
 from uasparse_kernels.pattern import SparsityPattern
 
 IntPair = int | Sequence[int]
@@ -226,3 +227,6 @@ def _empty_like(input, size):
     return torch.empty(
         size, dtype=input.dtype, device=input.device, memory_format=torch._prims_common.suggest_memory_format(input)
     )
+
+
+register_bilinear("masked_conv2d", channel=-3)

@@ -24,6 +24,7 @@ from uasparse_kernels.ops._common import (
 )
 from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
+from uasparse_kernels.ops._second import register_bilinear
 from uasparse_kernels.pattern import SparsityPattern
 
 SHORT_BATCH, SHORT_COLUMNS = 8, 2**16  # what the CPU's kernel for few inputs takes, and takes with 16-bit columns
@@ -99,12 +100,12 @@ def choose(
 def _is_bound_by_indices(input: Tensor, weight: Tensor, pattern: SparsityPattern) -> bool:
     """Whether reading values and indices takes most of the time, and columns of 16 bits will do."""
     return (
-        input.numel() <= SHORT_BATCH * input.shape[-1]
+        not torch.compiler.is_compiling()
+        and input.numel() <= SHORT_BATCH * input.shape[-1]
         and pattern.shape[1] <= SHORT_COLUMNS
         and pattern.block == (1, 1)
         and weight.shape != pattern.shape
         and input.dtype in (torch.float32, torch.float64)
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
 
@@ -149,3 +150,6 @@ def _fake(input, weight, bias, crow, col, ccol, row, perm, shape, block):
 def _backward_fake(grad_output, input, weight, crow, col, ccol, row, perm, shape, block, output_mask):
     sizes = (input.shape, weight.shape, (shape[0],))
     return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
+
+
+register_bilinear("masked_linear", channel=-1)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uasparse_kernels import _library
+from uasparse_kernels.ops._common import transformed
 
 IntPair = int | tuple[int, int]
 
@@ -36,7 +37,9 @@ def max_pool2d(
         and input.is_contiguous()
         and spread == (1, 1)
         and not ceil_mode
+        and transformed() is None
         and _library.has_kernel("max_pool2d", input)
+        and transformed() is None
     )
     if not ours:
         return F.max_pool2d(input, kernel, steps, pads, spread, ceil_mode)

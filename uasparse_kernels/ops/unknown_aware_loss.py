@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from uasparse_kernels import _library
+from uasparse_kernels.ops._common import transformed
+from uasparse_kernels.ops._second import register_recomputed
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _LARGEST_UNKNOWN = 1 - 1e-7
@@ -66,8 +68,9 @@ def unknown_aware_loss(
     _check(logits, target, alpha, unknown_weight, reduction)
     _check_options(logits, target, label_smoothing, ignore_index, weight)
     is_plain = not target.is_floating_point() and label_smoothing == 0 and weight is None
-    if not is_plain or not _library.has_kernel("unknown_aware_loss", logits):
-        _check_range(logits, target, ignore_index)
+    if not is_plain or not _library.has_kernel("unknown_aware_loss", logits) or transformed() is not None:
+        if transformed() is None:  # a look at values, which a transform has not
+            _check_range(logits, target, ignore_index)
         return unknown_aware_loss_reference(
             logits,
             target,
@@ -237,3 +240,14 @@ def _fake(logits, target, alpha, unknown_weight, reduction):
 @_library.register_fake("unknown_aware_loss_backward")
 def _backward_fake(grad_loss, logits, target, alpha, saved, unknown_weight, reduction):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _gradients(grad_loss, logits, target, alpha, saved, unknown_weight, reduction):
+    """What unknown_aware_loss_backward gives, in differentiable torch."""
+    name = next(name for name, number in _REDUCTIONS.items() if number == reduction)
+    options = {"unknown_weight": unknown_weight, "reduction": name}
+    loss, _ = unknown_aware_loss_reference(logits, target, alpha, **options)
+    return torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+
+
+register_recomputed("unknown_aware_loss_backward", _gradients)

@@ -62,7 +62,6 @@ class DynamicSparsity:
     up; passes of which nothing is left in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. On
     the way to an update step a layer's inputs and output gradients are kept until :meth:`step`, and the dense gradient
     exists only a tile at a time; where they would take more memory than the dense gradient, that is summed instead.
-    Make a DynamicSparsity before the model's first call under ``torch.compile``.
 
     **Mixed precision.** An update waits for a step whose gradients are finite on all layers and processes. Call step()
     at every step, also where a GradScaler skips its own, after the gradients are unscaled (MEST compares them with the
@@ -229,6 +228,7 @@ class DynamicSparsity:
             self._captures[name] = GradientCapture()
             handles.append(layer.register_forward_hook(self._captures[name], prepend=True, with_kwargs=True))
             _OWNERS[layer] = weakref.ref(self)
+            layer._watched += 1
         self._watch = LoadWatch(model, self.layers, self._states)
         # The hooks know nothing of this object, and go with it.
         self._release = weakref.finalize(self, _release, handles, list(self._captures.values()), self._watch)
@@ -325,8 +325,7 @@ class DynamicSparsity:
             raise RuntimeError(
                 "Expected a backward pass through the sparse layers since the last step() (growth by gradient looks at "
                 "it), got none that stands in their .grad; call step() after loss.backward() and before zero_grad(), "
-                "once an optimiser step. If the model is compiled (torch.compile), make DynamicSparsity before its "
-                "first call, or call torch._dynamo.reset() after making it."
+                "once an optimiser step."
             )
         misread = [name for name, (_, seen, _, wrong) in trained.items() if wrong and not seen]
         if misread:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uasparse_kernels import _library
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer
 from uasparse_kernels.topology.processes import is_sharded, local
 
@@ -17,6 +20,9 @@ from uasparse_kernels.topology.processes import is_sharded, local
 # large enough for a matmul.
 _TILE_ENTRIES = 1 << 20
 _GPU_TILES = 16
+
+_keys = itertools.count()
+_captures: weakref.WeakValueDictionary[int, GradientCapture] = weakref.WeakValueDictionary()
 
 Pair = tuple[Tensor, Tensor]  # a layer's input and the gradient of its output
 
@@ -42,6 +48,8 @@ class GradientCapture:
     Where fully_shard holds the layer, the weight is a whole one in a pass, whose gradient confirms the pairs, and that
     of the process's part comes later, or, without synchronisation, after further passes.
 
+    In a graph of ``torch.compile``, which takes no hooks of tensors, an op in the backward pass hands over the pairs.
+
     It is a forward hook of the layer (``with_kwargs=True``); a copy or a pickle of the layer carries an idle one.
     """
 
@@ -52,6 +60,8 @@ class GradientCapture:
         self.ran = False  # whether the layer's forward was ever called, outside of compiled graphs
         self.removed = False
         self.pairs: list[Pair] = []  # confirmed
+        self.mark = torch.tensor(next(_keys), device="cpu")  # names it in compiled graphs
+        _captures[int(self.mark)] = self
         self._reset()
 
     def _reset(self) -> None:
@@ -103,16 +113,25 @@ class GradientCapture:
         """Whether anybody but backward passes wrote to ``weight.grad``."""
         return self._weight is not None and _place(self._weight.grad) != self._standing
 
-    def __call__(self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
+    def __call__(self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not torch.compiler.is_compiling():
             self.ran = True
-        if self.armed:
-            self._watch(module, args[0] if args else kwargs["input"], output)
+        if not self.armed:
+            return None
+        input = args[0] if args else kwargs["input"]
+        if torch.compiler.is_compiling() and _library.compiled is not None:
+            if torch.compiler.is_exporting() or not (module.weight.requires_grad and output.requires_grad):
+                return None
+            return torch.ops.uasparse.watch(output, input.detach(), self.mark)
+        self._watch(module, input, output)
+        return None
 
     @torch._disable_dynamo  # what follows belongs to autograd: a compiled graph is cut here while armed
     def _watch(self, layer: SparseLayer, input: Tensor, output: Tensor) -> None:
         weight, mine = layer.weight, self._weight
-        if (weight is not mine and not is_sharded(mine)) or not weight.requires_grad or not output.requires_grad:
+        if mine is None or (weight is not mine and not is_sharded(mine)):
+            return
+        if not weight.requires_grad or not output.requires_grad:
             return
         if torch._C._functorch.is_functorch_wrapped_tensor(output):
             return
@@ -124,6 +143,16 @@ class GradientCapture:
             if weight is not mine:
                 self._hooks.append(mine.register_post_accumulate_grad_hook(self._stand))
         output.register_hook(partial(self._pair, input.detach()))
+
+    def pair_in_graph(self, input: Tensor, grad: Tensor) -> None:
+        """What an op of a compiled backward pass saw, whose memory the compiler may use again."""
+        if not self.armed:
+            return
+        assert self._weight is not None
+        if self._hooked is not self._weight:
+            self._hooked = self._weight
+            self._hooks.append(self._weight.register_post_accumulate_grad_hook(self._confirm))
+        self._pair(input.clone(), grad.clone())
 
     def _pair(self, input: Tensor, grad: Tensor) -> None:
         if not self.armed:
@@ -234,3 +263,17 @@ def _weight_gradient(layer: SparseLayer, input: Tensor, grad: Tensor, first: int
             )[1]
         )
     return torch.cat(parts)
+
+
+def _capture(mark: Tensor, input: Tensor, grad_output: Tensor) -> None:
+    capture = _captures.get(int(mark))
+    if capture is not None:
+        capture.pair_in_graph(input, grad_output)
+
+
+_library.implement("capture_", _capture)
+
+
+@_library.register_fake("capture_")
+def _fake(mark, input, grad_output):
+    return None

@@ -1,0 +1,76 @@
+"""Sparse fine-tuning of a whole model: every layer gets a sparse delta, everything else is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from uasparse_kernels._keep import Keep, check_not_wrapped
+from uasparse_kernels.convert import _candidates, logger
+from uasparse_kernels.nn.delta import SparseDelta, put_in_place
+from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.pattern import check_block
+
+
+def add_sparse_deltas(
+    model: nn.Module,
+    density: float,
+    *,
+    block: Sequence[int] = (1, 1),
+    scores: Mapping[str, Tensor] | None = None,
+    exempt: Iterable[str] = (),
+    filter: Callable[[str, nn.Module], bool] | None = None,
+) -> nn.Module:
+    """Gives every ``nn.Linear`` and ``nn.Conv2d`` of a pretrained model a :class:`SparseDelta`, in place, and freezes
+    all else.
+
+    What is to be trained besides (a new head, norms) is unfrozen afterwards with ``requires_grad_(True)``. Make the
+    optimiser of the parameters that require gradients. Layers that ``sparsify`` would leave (their weight is shared,
+    read by somebody else, or their class is another) get none, and that is logged.
+
+    Args:
+        density: share of trained weights of each layer, in (0, 1].
+        block: of the patterns; a layer that is not made of such blocks gets no delta.
+        scores: by name of the weight, as in ``model.named_parameters()``, a tensor of its shape: each layer trains
+            where they are largest, such as where gradients are (RoSA, arXiv 2401.04679). Otherwise patterns are random.
+        exempt: fully qualified names of layers that get none.
+        filter: called with name and layer; False leaves a layer without.
+
+    Returns:
+        The model (a lone layer's delta).
+
+    Raises:
+        ValueError: for names that are no layer's, scores that are missing or do not fit, sparse layers, and where no
+            layer is left; the model is unchanged then.
+    """
+    check_block(block)
+    if not 0 < density <= 1:
+        raise ValueError(f"Expected a density in (0, 1], got {density}.")
+    for name, module in model.named_modules():
+        if isinstance(module, SparseDelta | SparseLayer):
+            raise ValueError(f"{name or 'The model'} is a {type(module).__name__} already; merge or densify it first.")
+    check_not_wrapped(model)
+    exempt = set(exempt)
+    unknown = sorted(exempt - {name for name, _ in model.named_modules()})
+    if unknown:
+        raise ValueError(f"No layer of the model is named {', '.join(map(repr, unknown))}; see model.named_modules().")
+    chooser = Keep(model, "random", scores)
+    candidates, skipped = _candidates(model)
+    chosen = {}
+    for name, module in candidates.items():
+        rows = module.weight.shape[0] // getattr(module, "groups", 1)
+        if name in exempt or (filter is not None and not filter(name, module)):
+            continue
+        if rows % block[0] or module.weight.shape[1] % block[1]:
+            skipped[name] = f"its weight {tuple(module.weight.shape)} is not made of {block[0]}x{block[1]} blocks"
+        else:
+            chosen[name] = module
+    if not chosen:
+        raise ValueError("Expected an nn.Linear or nn.Conv2d that can take a delta, got none.")
+    patterns = {name: chooser.pattern(name, module, density, block, None) for name, module in chosen.items()}
+    for name, reason in skipped.items():
+        logger.warning("%s gets no sparse delta: %s", name or "the layer", reason)
+    model.requires_grad_(False)
+    deltas = {id(m): SparseDelta(m, pattern=patterns[name].to(m.weight.device)) for name, m in chosen.items()}
+    return put_in_place(model, deltas)
