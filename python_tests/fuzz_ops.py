@@ -28,7 +28,7 @@ import fuzz_references as references
 import fuzz_serve
 import sanitized
 import torch
-from fuzz_arguments import copies, is_freed, make_damaged, make_wrong, tensors_of
+from fuzz_arguments import copies, in_memory, is_freed, make_damaged, make_wrong, tensors_of
 from fuzz_references import refuse
 
 KINDS = ("valid", "wrong", "damaged")
@@ -200,7 +200,7 @@ def run_call(name: str, kind: str, seed: int, verbose: bool = False) -> tuple[st
         return "right", "a meta tensor among the arguments: there is no value"
     try:
         refuse(any(map(is_freed, tensors_of(given))), "freed")
-        expected = reference(*(before if written else given))
+        expected = reference(*in_memory(before if written else given))
     except Exception as error:
         return "wrong", f"{told}: accepted, but the reference says {type(error).__name__}: {error}"
     if written:
@@ -249,8 +249,8 @@ def describe(argument) -> str:
     if argument.layout != torch.strided:
         return f"{argument.dtype} {tuple(argument.shape)} {argument.layout}"
     text = f"{argument.dtype} {tuple(argument.shape)} strides {argument.stride()} on {argument.device.type}"
-    if is_freed(argument):
-        return f"{text}, freed"
+    if is_freed(argument) or argument._is_zerotensor():
+        return f"{text}, {'freed' if is_freed(argument) else 'zeros without memory'}"
     return text + (f" {argument.tolist()}" if argument.numel() <= 40 and not argument.is_meta else "")
 
 

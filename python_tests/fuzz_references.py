@@ -260,7 +260,6 @@ def growth_reference(dense, k, crow, col, dropped):
 def places_reference(crow, col, places, columns):
     refuse(columns < 1, "columns")
     check_blocks(places, len(col))
-    places = torch.tensor(places.tolist(), dtype=torch.int64)  # torch cannot index with a tensor of no memory
     return [active_blocks(crow, col, len(crow) - 1, columns)[places]]
 
 

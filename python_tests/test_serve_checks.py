@@ -107,10 +107,10 @@ def test_every_field_out_of_range_is_refused(images, rows):
         (LOAD, 2, 40_000), (LOAD, 7, 10**6), (LOAD, 8, 5), (LOAD, 11, 0), (LOAD, 12, 64), (LOAD, 13, 3),
         (LOAD, 14, 900), (LOAD, 15, 2000), (LOAD, 17, 10**6), (CONV, 1, 0), (CONV, 2, 0), (CONV, 6, 17),
         (CONV, 9, 3), (CONV, 10, 10**6), (CONV, 11, 10**7), (CONV, 13, 10**9), (CONV, 14, 10**9), (CONV, 15, 10**9),
-        (CONV, 16, 10**9), (CONV, 17, 10**9), (CONV, 18, 10**9), (CONV, 19, 10), (POOL, 2, 10**9), (POOL, 11, 99), (POOL, 12, 99),
-        (POOL, 17, 0), (POOL, 19, 99), (POOL, 21, 2), (POOL, 22, 5), (AFFINE, 4, 10**6), (AFFINE, 8, 8),
-        (AFFINE, 12, 10**9), (STORE, 1, 10**6), (STORE, 6, 99), (STORE, 9, -1), (STORE, 9, 1), (STORE, 11, 999),
-        (STORE, 0, 9), (STORE, 0, -1),
+        (CONV, 16, 10**9), (CONV, 17, 10**9), (CONV, 18, 10**9), (CONV, 19, 10), (POOL, 2, 10**9), (POOL, 11, 99),
+        (POOL, 12, 99), (POOL, 17, 0), (POOL, 19, 99), (POOL, 21, 2), (POOL, 22, 5), (AFFINE, 4, 10**6),
+        (AFFINE, 8, 8), (AFFINE, 12, 10**9), (STORE, 1, 10**6), (STORE, 6, 99), (STORE, 9, -1), (STORE, 9, 1),
+        (STORE, 11, 999), (STORE, 0, 9), (STORE, 0, -1),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused(images, kind, field, value):

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "cpu/isa.h"
 #include "cpu/remembered.h"
 #include "cpu/serve.h"
 
@@ -138,9 +139,9 @@ class Checker {
 
   // Lists [blocks][rows] of the rows, each kRowWindow of them a permutation; a pass over them takes whole windows.
   void order(int64_t place, int64_t group, int64_t blocks, int64_t rows, int64_t chunk) const {
+    const int32_t* listed = ints(place, group == 1 ? Wide{blocks} * rows : Wide{0});
     if (group != 1) return;
     demand(chunk % kRowWindow == 0, "parts windows of rows");
-    const int32_t* listed = ints(place, Wide{blocks} * rows);
     for (int64_t block = 0; block < blocks; ++block, listed += rows)
       for (int64_t first = 0; first < rows; first += kRowWindow) {
         const int64_t many = std::min<int64_t>(kRowWindow, rows - first);
@@ -292,6 +293,7 @@ class Checker {
   }
 
   void lookup() {
+    demand(words_ == 1 && cpu_isa() == Isa::avx512, "is made for another instruction set");
     const int64_t input = field(-1, kMostTensors), position = place(), stride_m = size(), stride_k = size();
     const int64_t batch = field(1, kLookupBatch), columns = count(), rows = count();
     const int64_t y = place(), y_stride = size(), residual = place_or_none();
