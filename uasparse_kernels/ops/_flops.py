@@ -28,7 +28,7 @@ def _conv2d(input, weight, bias, crow, col, ccol, row, perm, shape, block, *_, o
 
 
 def _conv2d_backward(grad, input, weight, crow, col, ccol, row, perm, shape, block, *options, **_) -> int:
-    *_, output_mask = options
+    output_mask = options[-1]
     return 2 * grad[0] * math.prod(grad[2:]) * _active(col, block) * sum(output_mask[:2])
 
 
