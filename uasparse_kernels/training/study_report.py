@@ -12,11 +12,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from training.checkpoint import write_atomically
-from training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
-from training.errors import TrainingError
-from training.report import save_figure
-from training.study import Judgement, Row, judge, read_study, spread_of
+from uasparse_kernels.training.checkpoint import write_atomically
+from uasparse_kernels.training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
+from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.report import save_figure
+from uasparse_kernels.training.study import Judgement, Row, judge, read_study, spread_of
 
 SHOWN_SCORES = ("msp", "energy", "knn", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
@@ -33,7 +33,7 @@ A claim *holds* if the whole 95 % bootstrap interval of its paired difference (s
 classes held out) is on its side of what it needs, *does not hold* if the whole interval is on the other, and is *not
 decided* else. A claim without a pair is only named. Pairs are taken as independent. Differences are in percentage
 points, turned so that more is better. Step times are compute seconds of runs on the same machine. The claims are listed
-in `training/claims.py`, which also says what anything was chosen on.
+in `uasparse_kernels/training/claims.py`, which also says what anything was chosen on.
 """
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 import uasparse_kernels as ua
-from training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError
 
 STEMS = ("auto", "cifar", "imagenet")
 
