@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import uasparse_kernels as ua
 from benchmarks import harness
 from benchmarks.bench_step import mlp
-from training.models import build_model
+from uasparse_kernels.training.models import build_model
 
 WORLD = 2
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from training.data import load_train_test
+from uasparse_kernels.training.data import load_train_test
 
 BATCH = 128
 SCALES = ("dense", "layer", "row")

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import harness
-from training.config import FitConfig, with_arm
-from training.cost import training_cost
-from training.data import ImageSet, TrainTest
-from training.recipe import Trainer
+from uasparse_kernels.training.config import FitConfig, with_arm
+from uasparse_kernels.training.cost import training_cost
+from uasparse_kernels.training.data import ImageSet, TrainTest
+from uasparse_kernels.training.recipe import Trainer
 
 # An arm, and the one that it is compared with.
 ARMS = {

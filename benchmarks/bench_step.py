@@ -16,7 +16,7 @@ from torch import nn
 
 import uasparse_kernels as ua
 from benchmarks import harness
-from training.models import build_model
+from uasparse_kernels.training.models import build_model
 
 
 def mlp() -> nn.Module:

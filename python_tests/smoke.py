@@ -1,11 +1,17 @@
 """Smoke test of an installed package, run from another folder: the ops are compiled, and a sparse network trains."""
 
+import importlib.metadata
+
 import torch
 
 import uasparse_kernels as ua
 
 info = ua.backend_info()
 assert info["compiled"], info
+(command,) = importlib.metadata.entry_points(group="console_scripts", name="uasparse")
+assert callable(command.load())
+files = importlib.metadata.files("uasparse_kernels") or []
+assert not any(file.parts[0] == "training" for file in files), "a user's own training.py would be shadowed"
 torch.manual_seed(0)
 model = ua.sparsify(torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)), 0.8)
 optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)

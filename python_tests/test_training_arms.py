@@ -13,15 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import uasparse_kernels as ua
-from training.config import ARM_PARTS, FitConfig, with_arm
-from training.data import load_train_test, load_unknowns
-from training.errors import TrainingError
-from training.evaluate import evaluate
-from training.losses import LOSSES, LossSpec
-from training.recipe import Trainer, topology_method
-from training.scores import SCORES
-from training.unknowns import PatchShuffle, shuffle_patches
-from training.weight_dropout import WeightDropout
+from uasparse_kernels.training.config import ARM_PARTS, FitConfig, with_arm
+from uasparse_kernels.training.data import load_train_test, load_unknowns
+from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.evaluate import evaluate
+from uasparse_kernels.training.losses import LOSSES, LossSpec
+from uasparse_kernels.training.recipe import Trainer, topology_method
+from uasparse_kernels.training.scores import SCORES
+from uasparse_kernels.training.weight_dropout import WeightDropout
+from uasparse_kernels.unknowns.patch_shuffle import PatchShuffle, shuffle_patches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

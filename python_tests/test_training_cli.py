@@ -11,8 +11,8 @@ pytest.importorskip("pytorch_ood")
 
 from dataclasses import fields
 
-from training import __main__ as cli
-from training.config import FitConfig
+from uasparse_kernels.training import __main__ as cli
+from uasparse_kernels.training.config import FitConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

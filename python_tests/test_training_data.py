@@ -11,12 +11,12 @@ pytest.importorskip("torchvision")
 import torch
 from PIL import Image
 
-from training import data as data_module
-from training import sources
-from training.batches import Batches, Normalise, random_crop, random_flip
-from training.data import GENERATED, ImageSet, TrainTest, fit_images, load_train_test, load_unknowns
-from training.errors import DataError, TrainingError
-from training.unknowns import PatchShuffle, shuffle_patches
+from uasparse_kernels.training import data as data_module
+from uasparse_kernels.training import sources
+from uasparse_kernels.training.batches import Batches, Normalise, random_crop, random_flip
+from uasparse_kernels.training.data import GENERATED, ImageSet, TrainTest, fit_images, load_train_test, load_unknowns
+from uasparse_kernels.training.errors import DataError, TrainingError
+from uasparse_kernels.unknowns.patch_shuffle import PatchShuffle, shuffle_patches
 
 rng = np.random.RandomState(0)
 

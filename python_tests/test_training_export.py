@@ -18,15 +18,15 @@ pytest.importorskip("typer")
 pytest.importorskip("pytorch_ood")
 
 import uasparse_kernels as ua
-from training import __main__ as cli
-from training import predict, scores
-from training.config import FitConfig
-from training.errors import CheckpointError, DataError, TrainingError
-from training.evaluate import load_model, load_run
-from training.export import export_run
-from training.predict import About, load_export
-from training.run import fit
 from uasparse_kernels import _library
+from uasparse_kernels.training import __main__ as cli
+from uasparse_kernels.training import predict, scores
+from uasparse_kernels.training.config import FitConfig
+from uasparse_kernels.training.errors import CheckpointError, DataError, TrainingError
+from uasparse_kernels.training.evaluate import load_model, load_run
+from uasparse_kernels.training.export import export_run
+from uasparse_kernels.training.predict import About, load_export
+from uasparse_kernels.training.run import fit
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -280,7 +280,7 @@ def test_an_export_needs_neither_data_nor_the_packages_of_training(exported):
     program = (
         "import sys\nfor name in 'torchvision pytorch_ood sklearn typer PIL rich'.split(): sys.modules[name] = None\n"
     )
-    program += "import torch\nfrom training.predict import load_export\n"
+    program += "import torch\nfrom uasparse_kernels.training.predict import load_export\n"
     program += "print(load_export(sys.argv[1])(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)).label.tolist())"
     done = subprocess.run([sys.executable, "-c", program, exported], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -19,21 +19,21 @@ from rich.console import Console
 from torch import nn
 
 import uasparse_kernels as ua
-from training import recipe, report
-from training.checkpoint import load_checkpoint, read_json, save_checkpoint
-from training.compare import compare, spread
-from training.config import FitConfig, with_arm
-from training.data import load_train_test
-from training.demo import demo
-from training.errors import CheckpointError, NonFiniteLossError, TrainingError
-from training.evaluate import evaluate_checkpoint, load_model
-from training.losses import LOSSES, LossSpec
-from training.models import MODELS, build_model, head_of
-from training.recipe import Trainer, learning_rate
-from training.run import fit
-from training.scores import SCORES
-from training.suites import Suite, plan
-from training.vote import Vote
+from uasparse_kernels.training import recipe, report
+from uasparse_kernels.training.checkpoint import load_checkpoint, read_json, save_checkpoint
+from uasparse_kernels.training.compare import compare, spread
+from uasparse_kernels.training.config import FitConfig, with_arm
+from uasparse_kernels.training.data import load_train_test
+from uasparse_kernels.training.demo import demo
+from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
+from uasparse_kernels.training.evaluate import evaluate_checkpoint, load_model
+from uasparse_kernels.training.losses import LOSSES, LossSpec
+from uasparse_kernels.training.models import MODELS, build_model, head_of
+from uasparse_kernels.training.recipe import Trainer, learning_rate
+from uasparse_kernels.training.run import fit
+from uasparse_kernels.training.scores import SCORES
+from uasparse_kernels.training.suites import Suite, plan
+from uasparse_kernels.unknowns import Vote
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,10 +13,10 @@ from pytorch_ood.detector import RMD, fDBD
 from torch import nn
 
 import uasparse_kernels as ua
-from training.batches import Normalise
-from training.errors import TrainingError
-from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
-from training.scores import SCORES, Judge, Outputs, collect, moon_score, unknown_log_odds
+from uasparse_kernels.training.batches import Normalise
+from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
+from uasparse_kernels.training.scores import SCORES, Judge, Outputs, collect, moon_score, unknown_log_odds
 
 
 def test_detection_metrics_of_a_worked_example():

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from rich.console import Console
 
 import uasparse_kernels as ua
-from training import recipe, report
-from training.checkpoint import load_checkpoint, read_json
-from training.config import FitConfig, with_arm
-from training.data import load_train_test
-from training.errors import TrainingError
-from training.processes import joined, rank_and_world
-from training.run import fit
+from uasparse_kernels.training import recipe, report
+from uasparse_kernels.training.checkpoint import load_checkpoint, read_json
+from uasparse_kernels.training.config import FitConfig, with_arm
+from uasparse_kernels.training.data import load_train_test
+from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.processes import joined, rank_and_world
+from uasparse_kernels.training.run import fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = FitConfig(

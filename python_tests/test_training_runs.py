@@ -20,17 +20,17 @@ pytest.importorskip("pytorch_ood")
 import torch
 from rich.console import Console
 
-from training import report
-from training import run as run_module
-from training.checkpoint import load_checkpoint, locked, save_checkpoint
-from training.compare import compare
-from training.config import FitConfig, with_arm
-from training.data import load_train_test
-from training.errors import CheckpointError, NonFiniteLossError, TrainingError
-from training.evaluate import load_model, read_results
-from training.recipe import Trainer
-from training.run import fit
-from training.suites import Suite
+from uasparse_kernels.training import report
+from uasparse_kernels.training import run as run_module
+from uasparse_kernels.training.checkpoint import load_checkpoint, locked, save_checkpoint
+from uasparse_kernels.training.compare import compare
+from uasparse_kernels.training.config import FitConfig, with_arm
+from uasparse_kernels.training.data import load_train_test
+from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
+from uasparse_kernels.training.evaluate import load_model, read_results
+from uasparse_kernels.training.recipe import Trainer
+from uasparse_kernels.training.run import fit
+from uasparse_kernels.training.suites import Suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +107,8 @@ def test_metrics_are_written_anew_from_the_checkpoint(tmp_path, digits):
 
 
 def test_a_second_run_in_a_folder_is_refused(tmp_path, digits):
-    holder = f"from training.checkpoint import locked\nfrom pathlib import Path\nwith locked(Path({str(tmp_path)!r})):"
+    holder = "from uasparse_kernels.training.checkpoint import locked\nfrom pathlib import Path\n"
+    holder += f"with locked(Path({str(tmp_path)!r})):"
     process = subprocess.Popen([sys.executable, "-c", holder + " print(0, flush=True), input()"], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)  # fmt: skip
     try:

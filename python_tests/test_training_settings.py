@@ -11,12 +11,12 @@ pytest.importorskip("pytorch_ood")
 import torch
 from rich.console import Console
 
-from training import __main__ as cli
-from training.config import RANGES, FitConfig
-from training.data import ImageSet, TrainTest
-from training.errors import DataError, TrainingError
-from training.recipe import Trainer
-from training.run import fit, pick_device
+from uasparse_kernels.training import __main__ as cli
+from uasparse_kernels.training.config import RANGES, FitConfig
+from uasparse_kernels.training.data import ImageSet, TrainTest
+from uasparse_kernels.training.errors import DataError, TrainingError
+from uasparse_kernels.training.recipe import Trainer
+from uasparse_kernels.training.run import fit, pick_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,7 +136,7 @@ def test_one_class_or_one_image(loss):
 
 
 def test_one_image_a_class_trains_to_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.report.draw_run", lambda *_: [])
+    monkeypatch.setattr("uasparse_kernels.training.report.draw_run", lambda *_: [])
     data, console = images(num=12, num_classes=12), Console(quiet=True)
     results = fit(replace(BASE, batch_size=4, delta_t=2), tmp_path, data=data, console=console, unknowns=["noise"])
     assert math.isfinite(results["unknown"]["noise"]["mahalanobis"]["auroc"])
@@ -204,7 +204,7 @@ def test_a_setting_is_refused_by_one_message(monkeypatch, capsys, tmp_path, opti
     ],
 )
 def test_compare_refuses_by_one_message(monkeypatch, capsys, tmp_path, options):
-    monkeypatch.setattr("training.compare._run_in_turn", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr("uasparse_kernels.training.compare._run_in_turn", lambda *_: pytest.fail("ran"))
     assert call(monkeypatch, "compare", "--data", "digits", "--delta-t", "1", *options, "--out", tmp_path) == 1
     check_one_message(capsys, "Expected")
 

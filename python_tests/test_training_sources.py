@@ -12,9 +12,9 @@ pytest.importorskip("torchvision")
 import torch
 from PIL import Image
 
-from training import sources
-from training.data import load_train_test, load_unknown_sets, load_unknowns
-from training.errors import DataError
+from uasparse_kernels.training import sources
+from uasparse_kernels.training.data import load_train_test, load_unknown_sets, load_unknowns
+from uasparse_kernels.training.errors import DataError
 
 rng = np.random.RandomState(0)
 RAMP = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)

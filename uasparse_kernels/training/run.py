@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 import uasparse_kernels as ua
-from training import report
-from training.checkpoint import (
+from uasparse_kernels.training import report
+from uasparse_kernels.training.checkpoint import (
     load_checkpoint,
     locked,
     read_json,
@@ -32,17 +32,17 @@ from training.checkpoint import (
     write_atomically,
     write_json,
 )
-from training.config import FitConfig
-from training.cost import training_cost
-from training.data import TrainTest, load_unknown_sets
-from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
-from training.evaluate import Evaluation, check_scores, config_in, evaluate, load_data, read_results
-from training.metrics import classification_metrics
-from training.processes import is_first, wait_for_all
-from training.recipe import Trainer
-from training.scores import collect
+from uasparse_kernels.training.config import FitConfig
+from uasparse_kernels.training.cost import training_cost
+from uasparse_kernels.training.data import TrainTest, load_unknown_sets
+from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
+from uasparse_kernels.training.evaluate import Evaluation, check_scores, config_in, evaluate, load_data, read_results
+from uasparse_kernels.training.metrics import classification_metrics
+from uasparse_kernels.training.processes import is_first, wait_for_all
+from uasparse_kernels.training.recipe import Trainer
+from uasparse_kernels.training.scores import collect
 
-log = logging.getLogger("training")
+log = logging.getLogger("uasparse_kernels.training")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -283,11 +283,10 @@ def _log_to(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"Cannot write {path}: {error}.") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    loggers = [logging.getLogger("training"), logging.getLogger("uasparse_kernels")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+    logger = logging.getLogger("uasparse_kernels")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     except TrainingError:
@@ -296,7 +295,6 @@ def _log_to(path: Path) -> Iterator[None]:
         log.info("the run ended by an error that was not foreseen", exc_info=True)  # INFO: for the file alone
         raise
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(level)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
         handler.close()

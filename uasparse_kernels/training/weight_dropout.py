@@ -2,7 +2,7 @@
 
 Algorithm 1 of the paper: in every step a random mask Z, Bernoulli(1 - rate) an active weight, multiplies the weights;
 the gradient is that at Z * W and moves only the weights that Z kept; late in training the average of Z * W is the
-result. Together with the vote (training/vote.py) this is the arm `cigl`. What differs from the paper: the average takes
+result. Together with the vote (unknowns/vote.py) this is the arm `cigl`. What differs from the paper: the average takes
 as many weights an epoch as the vote does (the paper: one), its learning rate is the vote's, batch norm is estimated
 afresh; weight decay and momentum act on all weights, as torch's SGD has it, so that a weight left out by Z still moves
 by them; the rate is the text's 10 % (the released program's command for CIFAR-10 has 1 %).

@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from training.checkpoint import write_json
-from training.report import save_figure
+from uasparse_kernels.training.checkpoint import write_json
+from uasparse_kernels.training.report import save_figure
 
 ALPHAS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 NUM_CLASSES, SIGMA, NUM_POINTS, STEPS, HIDDEN = 3, 0.8, 1000, 600, 32

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
-from training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError
 
 ECE_BINS = 15
 TEMPERATURES = 0.01, 100.0  # the bounds of the search, wider than what a network asks for

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError
 
 
 def rank_and_world() -> tuple[int, int]:

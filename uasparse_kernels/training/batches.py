@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.data import ImageSet
-from training.errors import TrainingError
-from training.normalise import Normalise
-from training.unknowns import PatchShuffle
+from uasparse_kernels.training.data import ImageSet
+from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.normalise import Normalise
+from uasparse_kernels.unknowns import PatchShuffle
 
 AUGMENTATIONS = ("auto", "none", "crop", "crop-flip")
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 import uasparse_kernels as ua
-from training.checkpoint import read_json
-from training.errors import CheckpointError, DataError
-from training.normalise import Normalise
+from uasparse_kernels.training.checkpoint import read_json
+from uasparse_kernels.training.errors import CheckpointError, DataError
+from uasparse_kernels.training.normalise import Normalise
 
 FORMAT = "uasparse_kernels export 1"
 ABOUT, OPTIMIZED, WEIGHTS, ONNX = "export.json", "optimized.safetensors", "weights.safetensors", "network.onnx"
 BATCH = 64
 
-# Higher is more unknown; of logits [N, K or K+1] and K. Those of training/scores.py that need logits alone.
+# Higher is more unknown; of logits [N, K or K+1] and K. Those of scores.py that need logits alone.
 SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "u": lambda logits, k: logits[:, k] - logits[:, :k].logsumexp(1),
     "moon": lambda logits, k: 1 - logits.softmax(1)[:, :k].amax(1),
@@ -138,7 +138,7 @@ class Predictor:
 
         Raises DataError for the first file that is no image.
         """
-        from training.sources import ImageFiles
+        from uasparse_kernels.training.sources import ImageFiles
 
         found: list[Path] = []
         for path in paths:

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from training.checkpoint import write_json
-from training.errors import CheckpointError, TrainingError
-from training.evaluate import load_run
-from training.metrics import scaled_metrics
-from training.normalise import Normalise
-from training.predict import ABOUT, BATCH, NEED_UNKNOWN_OUTPUT, ONNX, OPTIMIZED, SCORES, WEIGHTS, About, hash_of
 from uasparse_kernels.inference.graph import one_cudnn_precision
+from uasparse_kernels.training.checkpoint import write_json
+from uasparse_kernels.training.errors import CheckpointError, TrainingError
+from uasparse_kernels.training.evaluate import load_run
+from uasparse_kernels.training.metrics import scaled_metrics
+from uasparse_kernels.training.normalise import Normalise
+from uasparse_kernels.training.predict import (
+    ABOUT,
+    BATCH,
+    NEED_UNKNOWN_OUTPUT,
+    ONNX,
+    OPTIMIZED,
+    SCORES,
+    WEIGHTS,
+    About,
+    hash_of,
+)
 
 KNOWN_ACCEPTED = 0.95  # share of known images below the threshold
 

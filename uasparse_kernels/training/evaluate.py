@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.batches import Normalise
-from training.checkpoint import check_form, load_checkpoint, read_json
-from training.config import FitConfig
-from training.data import ImageSet, TrainTest, load_train_test, load_unknown_sets
-from training.errors import CheckpointError, TrainingError
-from training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
-from training.recipe import build_network
-from training.scores import SCORES, Judge, Outputs
+from uasparse_kernels.training.batches import Normalise
+from uasparse_kernels.training.checkpoint import check_form, load_checkpoint, read_json
+from uasparse_kernels.training.config import FitConfig
+from uasparse_kernels.training.data import ImageSet, TrainTest, load_train_test, load_unknown_sets
+from uasparse_kernels.training.errors import CheckpointError, TrainingError
+from uasparse_kernels.training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
+from uasparse_kernels.training.recipe import build_network
+from uasparse_kernels.training.scores import SCORES, Judge, Outputs
 
 MAX_IMAGE_SIZE = 4096  # of a saved network; more is a damaged file
 

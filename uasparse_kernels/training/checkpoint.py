@@ -16,14 +16,14 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from training.errors import CheckpointError
+from uasparse_kernels.training.errors import CheckpointError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-log = logging.getLogger("training")
+log = logging.getLogger("uasparse_kernels.training")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

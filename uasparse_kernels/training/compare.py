@@ -25,16 +25,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from training import report
-from training.checkpoint import locked, write_json
-from training.config import FitConfig
-from training.data import TrainTest, check_unknown_names, unknown_name
-from training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
-from training.evaluate import check_scores, evaluate_checkpoint, load_data, read_results
-from training.run import fit, pick_device
-from training.scores import SCORES
-from training.study import KNOWN_METRICS, SCALED_METRICS, check_settings, key_of, read_study, shared_settings
-from training.suites import Run, Suite, plan
+from uasparse_kernels.training import report
+from uasparse_kernels.training.checkpoint import locked, write_json
+from uasparse_kernels.training.config import FitConfig
+from uasparse_kernels.training.data import TrainTest, check_unknown_names, unknown_name
+from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
+from uasparse_kernels.training.evaluate import check_scores, evaluate_checkpoint, load_data, read_results
+from uasparse_kernels.training.run import fit, pick_device
+from uasparse_kernels.training.scores import SCORES
+from uasparse_kernels.training.study import (
+    KNOWN_METRICS,
+    SCALED_METRICS,
+    check_settings,
+    key_of,
+    read_study,
+    shared_settings,
+)
+from uasparse_kernels.training.suites import Run, Suite, plan
 
 MANY_ARMS = 16  # beyond, a summary is told by report-study
 

@@ -15,7 +15,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
 
 import uasparse_kernels as ua
-from training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError
 
 STEMS = ("auto", "cifar", "imagenet")
 

@@ -19,8 +19,8 @@ import torchvision
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from training import sources
-from training.errors import DataError
+from uasparse_kernels.training import sources
+from uasparse_kernels.training.errors import DataError
 
 SPEC_HELP = (
     "fashion-mnist, cifar10, cifar100, svhn, digits (scikit-learn's 8x8), or folder:PATH (train/ and test/ of "

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from training.vote import Vote
+from uasparse_kernels.unknowns import Vote
 
 
 def training_cost(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import uasparse_kernels as ua
-from training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-from training.batches import AUGMENTATIONS
-from training.data import SPEC_HELP
-from training.errors import TrainingError
-from training.losses import LOSSES
-from training.models import MODELS, STEMS
-from training.unknowns import UNKNOWNS, PatchShuffle
+from uasparse_kernels.training.batches import AUGMENTATIONS
+from uasparse_kernels.training.data import SPEC_HELP
+from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.losses import LOSSES
+from uasparse_kernels.training.models import MODELS, STEMS
+from uasparse_kernels.unknowns.patch_shuffle import UNKNOWNS, PatchShuffle
 
 METHODS = ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "srigl", "2:4")
 FIXED_SPARSITY = {"dense": 0.0, "2:4": 0.5}  # whatever the config says

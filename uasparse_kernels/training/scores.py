@@ -20,8 +20,8 @@ from pytorch_ood.detector.ash import ash_s
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from training.batches import Normalise
-from training.models import head_of
+from uasparse_kernels.training.batches import Normalise
+from uasparse_kernels.training.models import head_of
 
 FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
 KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError
 
 UNKNOWNS = ("none", "patch-shuffle")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields, replace
 
-from training.config import FIXED_SPARSITY, FitConfig, with_arm
-from training.scores import CHEAP_SCORES, SCORES
+from uasparse_kernels.training.config import FIXED_SPARSITY, FitConfig, with_arm
+from uasparse_kernels.training.scores import CHEAP_SCORES, SCORES
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from training.errors import DataError
+from uasparse_kernels.training.errors import DataError
 
 Arrays = tuple[Tensor, Tensor]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError
 
 
 class Topology(Protocol):

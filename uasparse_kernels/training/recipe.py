@@ -22,17 +22,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import uasparse_kernels as ua
-from training.batches import Batches, Normalise
-from training.checkpoint import check_form
-from training.config import FIXED_SPARSITY, INITIAL_SPARSITY, FitConfig
-from training.data import TrainTest, check_classes
-from training.errors import CheckpointError, NonFiniteLossError, TrainingError
-from training.losses import LOSSES, LossSpec
-from training.models import build_model
-from training.processes import rank_and_world
-from training.unknowns import PatchShuffle
-from training.vote import Vote
-from training.weight_dropout import WeightDropout
+from uasparse_kernels.training.batches import Batches, Normalise
+from uasparse_kernels.training.checkpoint import check_form
+from uasparse_kernels.training.config import FIXED_SPARSITY, INITIAL_SPARSITY, FitConfig
+from uasparse_kernels.training.data import TrainTest, check_classes
+from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
+from uasparse_kernels.training.losses import LOSSES, LossSpec
+from uasparse_kernels.training.models import build_model
+from uasparse_kernels.training.processes import rank_and_world
+from uasparse_kernels.training.weight_dropout import WeightDropout
+from uasparse_kernels.unknowns import PatchShuffle, Vote
 
 StepCallback = Callable[[int, Tensor], None]  # step within the epoch, its loss (still on the device)
 CHECK_EVERY_ON_GPU = 50  # steps between host syncs that look for a loss that is not finite

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from sklearn.metrics import roc_curve
 
-from training.checkpoint import write_atomically
-from training.scores import SCORES
+from uasparse_kernels.training.checkpoint import write_atomically
+from uasparse_kernels.training.scores import SCORES
 
 if TYPE_CHECKING:
-    from training.evaluate import Evaluation
+    from uasparse_kernels.training.evaluate import Evaluation
 
 
 def draw_run(run_dir: Path, history: Sequence[dict[str, Any]], judged: Evaluation) -> list[Path]:
