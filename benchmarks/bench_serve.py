@@ -120,7 +120,9 @@ def _prune_weight(weight: Tensor, sparsity: float) -> None:
     weight.mul_((1 - sparsity) ** -0.5)
 
 
-def rivals(model: nn.Module, x: Tensor, torch_too: bool = True, compiled_too: bool = False) -> dict[str, Callable[[], Any]]:
+def rivals(
+    model: nn.Module, x: Tensor, torch_too: bool = True, compiled_too: bool = False
+) -> dict[str, Callable[[], Any]]:
     threads = torch.get_num_threads()
     found: dict[str, Callable[[], Any]] = {}
     if torch_too:
@@ -188,7 +190,13 @@ def memory() -> dict[str, Any]:
     """
     torch.manual_seed(0)
     model = prune(torchvision.models.resnet50(), 0.9)
-    row: dict[str, Any] = {"shape": "resnet50, batch 1", "pass": "memory", "sparsity": 0.9, "peak_mib": {}, "grown_mib": {}}
+    row: dict[str, Any] = {
+        "shape": "resnet50, batch 1",
+        "pass": "memory",
+        "sparsity": 0.9,
+        "peak_mib": {},
+        "grown_mib": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         ours, theirs = Path(folder, "net.safetensors"), Path(folder, "net.onnx")
         ua.optimize_for_inference(model, torch.zeros(1, 3, 224, 224)).save(ours)

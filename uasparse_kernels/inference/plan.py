@@ -582,6 +582,8 @@ class Planner:
         if (parts := parts_of(node.target, view, node.args, shape)) is not None:
             self.parts[node.name] = parts
             return True
+        if node.name not in self.shapes:  # several results
+            return False
         out, map = self.shapes[node.name], view.map
         entry = Entry(node.name, "planes", node.target, None, ())
         if (act := activation_of(node)) is not None:
@@ -596,7 +598,12 @@ class Planner:
             return self.attention(entry, node)
         if node.target == "aten.add.Tensor" and not node.kwargs:
             other = self.view(node.args[1].name) if isinstance(node.args[1], Ref) else None
-            if other is None or not view.is_like(other) or view.dims != other.dims or map.channels != other.map.channels:
+            if (
+                other is None
+                or not view.is_like(other)
+                or view.dims != other.dims
+                or map.channels != other.map.channels
+            ):
                 return False
             self.elementwise(entry, node.name, view, other.map, Activation())
             return True
@@ -639,7 +646,9 @@ class Planner:
 
     def norm(self, entry: Entry, node: Node, view: View) -> bool:
         """Layer norm over the channels."""
-        parts = [self.graph.constants.get(a.name) if isinstance(a, Ref) else None for a in [*node.args[2:4], None, None]]
+        parts = [
+            self.graph.constants.get(a.name) if isinstance(a, Ref) else None for a in [*node.args[2:4], None, None]
+        ]
         given = [a for a in node.args[2:4] if a is not None]
         known = [part for part in parts if part is not None and part.dtype == self.dtype]
         if not view.is_rows() or len(node.args[1]) != 1 or len(known) != len(given) or node.kwargs:
