@@ -2,7 +2,8 @@
 
 A row's result is compared with the dense network's in the same run. Rivals (pip install onnx onnxruntime openvino):
 ONNX Runtime and OpenVINO; with one thread and batch 1 torch in its two layouts too; and at 90 % torch.compile, of the
-networks that it compiles within a minute. The last row is the peak memory of processes that run a ResNet-50 from a file.
+networks that it compiles within a minute. The last row is the peak memory of processes that run a ResNet-50 from a
+file.
 UASPARSE_SERVE_NETWORKS=resnet50,mlp takes some of the networks only.
 
 Weights are pruned at random, uniformly: all convolutions and linear layers but a network's first convolution and

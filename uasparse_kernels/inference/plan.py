@@ -263,8 +263,11 @@ class Planner:
         sizes, strides = [size for size, _, _ in atoms], [step * by_axis[axis] for _, axis, step in atoms]
         offset = sum(start * stride for start, stride in zip(view.start, by_axis, strict=True))
         shape = self.shapes[name]
-        self.torch_call(Entry(name, "torch", "a view", None, ()),
-                        lambda x: x.as_strided(sizes, strides, offset).reshape(shape), [Ref(base)], {}, name)  # fmt: skip
+
+        def function(x: Tensor) -> Tensor:
+            return x.as_strided(sizes, strides, offset).reshape(shape)
+
+        self.torch_call(Entry(name, "torch", "a view", None, ()), function, [Ref(base)], {}, name)
 
     def view(self, name: str) -> View | None:
         """A result in planes, as a view of its map."""
@@ -582,6 +585,8 @@ class Planner:
         if (parts := parts_of(node.target, view, node.args, shape)) is not None:
             self.parts[node.name] = parts
             return True
+        if node.name not in self.shapes:  # several results
+            return False
         out, map = self.shapes[node.name], view.map
         entry = Entry(node.name, "planes", node.target, None, ())
         if (act := activation_of(node)) is not None:
@@ -788,7 +793,7 @@ class Planner:
 
 
 def _heads(view: View, shape: list[int]) -> Any:
-    """Numbers of images and heads, and their steps, of [..., time, channels] whose time and channels lie side by side."""
+    """Numbers of images and heads, and their steps, of [..., time, channels] where these two lie side by side."""
     last = ((shape[-2], COLUMN, 1),) if shape[-2] > 1 else (), ((shape[-1], CHANNEL, 1),) if shape[-1] > 1 else ()
     if view.dims[-2:] != last or view.start[0] or view.start[2]:
         return None

@@ -1,8 +1,8 @@
 """Views of maps: reshapes, transposes and slices of a result that lies in planes, none of which moves a number.
 
-A map has four axes: images, channels, rows, columns. A dimension of a view is a product of atoms (size, axis, step), the
-first the slowest; it has none where its size is 1. That a dimension may have several is what lets [time, batch, channels]
-be flattened to rows although its numbers lie as [batch, time].
+A map has four axes: images, channels, rows, columns. A dimension of a view is a product of atoms (size, axis, step),
+the first the slowest; it has none where its size is 1. That a dimension may have several is what lets
+[time, batch, channels] be flattened to rows although its numbers lie as [batch, time].
 """
 
 from __future__ import annotations

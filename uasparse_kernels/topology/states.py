@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.pattern import SparsityPattern
-from uasparse_kernels.topology.processes import local, whole
+from uasparse_kernels.topology.processes import is_sharded, local, whole
 
 # Optimisers whose update of an entry depends on other entries, or that cannot serve at all, and the way out.
 _FIRST_ORDER = "use one that treats each weight by itself (SGD, Adam, AdamW, RMSprop, ...)"
@@ -95,7 +95,8 @@ class OptimizerStates:
         states, seen = [], set()
         for optimizer in self.optimizers:
             for key, value in (optimizer.state.get(weight) or {}).items():
-                plain = type(value) in (Tensor, nn.Parameter)  # not quantised state, whose entries share a scale
+                # Not quantised state, whose entries share a scale; a sharded weight's state is sharded as it is.
+                plain = type(value) in (Tensor, nn.Parameter) or (is_sharded(weight) and is_sharded(value))
                 if plain and value.shape == weight.shape:
                     if id(value) not in seen:
                         seen.add(id(value))
