@@ -136,11 +136,12 @@ class Checker {
     return last;
   }
 
-  // Lists [blocks][rows] of the rows, each kRowWindow of them a permutation; a pass over them takes whole windows.
+  // Lists [blocks][rows] of the rows, each kRowWindow of them a permutation; a pass over them takes whole windows. Groups
+  // of rows do not use it.
   void order(int64_t place, int64_t group, int64_t blocks, int64_t rows, int64_t chunk) const {
+    const int32_t* listed = ints(place, Wide{blocks} * (rows / group));
     if (group != 1) return;
     demand(chunk % kRowWindow == 0, "parts windows of rows");
-    const int32_t* listed = ints(place, Wide{blocks} * rows);
     for (int64_t block = 0; block < blocks; ++block, listed += rows)
       for (int64_t first = 0; first < rows; first += kRowWindow) {
         const int64_t many = std::min<int64_t>(kRowWindow, rows - first);
