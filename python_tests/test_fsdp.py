@@ -163,7 +163,7 @@ def refusals(rank):
     # Sharded or wrapped first, made sparse afterwards.
     dense = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     for wrapped in (DistributedDataParallel(copy.deepcopy(dense)), fully_shard(copy.deepcopy(dense))):
-        with pytest.raises(ValueError, match="before"):
+        with pytest.raises(ValueError, match="call this on the model first"):
             ua.sparsify(wrapped, 0.5)
     # FSDP1, and tensor parallelism.
     for original in (True, False):

@@ -137,9 +137,10 @@ class Checker {
     return last;
   }
 
-  // Lists [blocks][rows] of the rows, each kRowWindow of them a permutation; a pass over them takes whole windows.
+  // Lists [blocks][rows] of the rows, each kRowWindow of them a permutation; a pass over them takes whole windows. Groups
+  // of rows do not use it.
   void order(int64_t place, int64_t group, int64_t blocks, int64_t rows, int64_t chunk) const {
-    const int32_t* listed = ints(place, group == 1 ? Wide{blocks} * rows : Wide{0});
+    const int32_t* listed = ints(place, Wide{blocks} * (rows / group));
     if (group != 1) return;
     demand(chunk % kRowWindow == 0, "parts windows of rows");
     for (int64_t block = 0; block < blocks; ++block, listed += rows)

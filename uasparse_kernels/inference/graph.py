@@ -204,7 +204,8 @@ def _plain(argument: Any) -> Any:
 
 
 def _name(target: Any) -> str:
-    if target is torch.ops.aten.view.default:  # results may be laid out otherwise than in the capture
+    # Results may be laid out otherwise than in the capture.
+    if target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
         target = torch.ops.aten.reshape.default
     if isinstance(target, torch._ops.OpOverload):
         return f"{target.namespace}.{target._opname}.{target._overloadname}"
