@@ -41,9 +41,9 @@ def row(name: str, sparsity: float, seconds: float, rounds: int = 5) -> dict[str
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    results = torch.multiprocessing.get_context("fork").SimpleQueue()
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     args = (port, name, sparsity, seconds, rounds, results)
-    torch.multiprocessing.start_processes(_worker, args, nprocs=WORLD, start_method="fork")
+    torch.multiprocessing.start_processes(_worker, args, nprocs=WORLD, start_method="spawn")
     times, sent, active = results.get()
     return {
         "shape": f"{name}, {WORLD} processes",

@@ -188,7 +188,7 @@ def trained(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(worker, (port, str(folder)), nprocs=WORLD, start_method="fork")
+    torch.multiprocessing.start_processes(worker, (port, str(folder)), nprocs=WORLD, start_method="spawn")
     return folder
 
 

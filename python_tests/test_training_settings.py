@@ -95,7 +95,11 @@ def test_settings_that_no_data_can_have(changes, message):
         ({"delta_t": 6, "method": "set"}, images(), "update of method set before step 6"),
         ({"delta_t": 5, "method": "set"}, images(), None),
         ({"delta_t": 1000, "method": "static"}, images(), None),
-        ({"model": "resnet18", "batch_size": 1, "delta_t": 1}, images(4), "batches of two images at least: batch norm"),
+        (
+            {"model": "resnet18", "batch_size": 1, "delta_t": 1},
+            images(4),
+            "batches of two images a process at least: batch norm",
+        ),
         ({"model": "resnet18", "batch_size": 1, "delta_t": 1}, images(4, (32, 32)), None),
         ({"unknowns": "patch-shuffle", "unknown_grid": "3"}, images(), "divides 8x8 images, got 3"),
         ({"unknowns": "patch-shuffle", "unknown_seam": "2"}, images(), "seam of at most half of the 2x2"),

@@ -227,7 +227,7 @@ def worker(rank, port, folder):
 
 @pytest.mark.distributed
 def test_two_processes_end_alike(tmp_path, free_port):
-    torch.multiprocessing.start_processes(worker, (free_port, str(tmp_path)), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(worker, (free_port, str(tmp_path)), nprocs=2, start_method="spawn")
     for loop in ("trainer", "accelerate"):
         mine, theirs = (torch.load(tmp_path / f"{loop}-{rank}.pt") for rank in range(2))
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), loop
