@@ -24,7 +24,7 @@ _COPIES = ("aten.clone.default", "aten.alias.default", "aten.contiguous.default"
 class View(NamedTuple):
     map: Any  # plan.Map
     dims: tuple[Dim, ...]
-    start: tuple[int, int, int, int] = (0, 0, 0, 0)
+    start: tuple[int, ...] = (0, 0, 0, 0)
 
     def sizes(self) -> tuple[int, int, int, int]:
         return self.map.images, self.map.channels, self.map.height, self.map.width
