@@ -10,51 +10,12 @@
 #include <unordered_map>
 
 #include "checks.h"
+#include "cpu/seen.h"
 
 namespace uasparse {
 namespace {
 
-constexpr int64_t kSamples = 4;
 constexpr int64_t kGrain = 1 << 15;  // blocks that a thread checks at least
-
-// A mix of a few entries.
-uint64_t sample(const at::Tensor& tensor) {
-  const int64_t n = tensor.numel();
-  const auto mix = [n](const auto* data) {
-    uint64_t sum = 0;
-    if (n > 0)
-      for (int64_t i = 0; i < kSamples; ++i)
-        sum = (sum ^ static_cast<uint64_t>(data[(n - 1) * (2 * i + 1) / (2 * kSamples)])) * 0x9e3779b97f4a7c15u;
-    return sum;
-  };
-  switch (tensor.element_size()) {
-    case 2: return mix(static_cast<const uint16_t*>(tensor.const_data_ptr()));
-    case 4: return mix(static_cast<const uint32_t*>(tensor.const_data_ptr()));
-    default: return mix(static_cast<const uint64_t*>(tensor.const_data_ptr()));
-  }
-}
-
-// A tensor as it was when it was checked.
-struct Seen {
-  c10::weak_intrusive_ptr<c10::TensorImpl> impl;
-  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
-  const void* data;
-  int64_t size;
-  uint32_t version;
-  uint64_t entries;
-
-  explicit Seen(const at::Tensor& tensor)
-      : impl(tensor.getIntrusivePtr()), storage(tensor.storage().getWeakStorageImpl()), data(tensor.const_data_ptr()),
-        size(tensor.numel()), version(tensor.unsafeGetTensorImpl()->version_counter().current_version()),
-        entries(sample(tensor)) {}
-
-  bool is(const at::Tensor& tensor) const {
-    const c10::TensorImpl* now = tensor.unsafeGetTensorImpl();
-    return impl._unsafe_get_target() == now && now->version_counter().current_version() == version &&
-           storage._unsafe_get_target() == tensor.storage().unsafeGetStorageImpl() &&
-           tensor.const_data_ptr() == data && tensor.numel() == size && sample(tensor) == entries;
-  }
-};
 
 template <size_t N>
 using Tensors = std::array<const at::Tensor*, N>;
