@@ -235,6 +235,36 @@ def test_gradient_of_inactive_entries_is_zero():
     assert gradient[pattern.to_mask()].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [17, 32, 33, 65, 129, 200])
+def test_many_columns_and_any_batch(batch, dtype):
+    """Several blocks of columns, panels of every width, rows of odd and even lengths."""
+    pattern = _pattern(23, 1100, 0.1, seed=batch)
+    _check_against_reference(pattern, *_problem(pattern, (batch,), dtype, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_changed_pattern_is_noticed(dtype):
+    """What was derived from it is made anew, for both orders."""
+    pattern = _pattern(1100, 1200, 0.05)
+    problem = _problem(pattern, (70,), dtype, True)
+    _check_against_reference(pattern, *problem)
+    pattern.assign_(_pattern(1100, 1200, 0.05, seed=1))
+    _check_against_reference(pattern, *problem)
+    scores = torch.randn(pattern.shape, generator=torch.Generator().manual_seed(0))
+    ops.prune_grow(problem[1].detach(), pattern, 0.3, grow_scores=scores)
+    _check_against_reference(pattern, *problem)
+
+
+def test_a_pattern_of_inference_tensors():
+    with torch.inference_mode():
+        pattern = _pattern(9, 1200, 0.1)
+        assert pattern.col.is_inference()
+        input, weight, bias, _ = _problem(pattern, (40,), torch.float32, True)
+        got = _op(input.detach(), weight.detach(), pattern, bias.detach())
+        torch.testing.assert_close(got, reference(input, weight, pattern, bias).detach())
+
+
 def test_bfloat16_is_summed_in_float32():
     """1 + 4096 * 2^-12 is 2; bfloat16 sums would stay at 1."""
     pattern = _pattern(3, 4097, 1)

@@ -6,7 +6,8 @@
 //   grad input   input panel    = W^T x grad_output panel     tasks: panels x ranges of grid columns
 //   grad weight  dots of rows of the two panels (SDDMM)       tasks: ranges of grid rows, over all panels in order
 // Every number is computed by one task in a fixed order, so results do not depend on the number of threads.
-// Dense-stored weights are packed first and their gradient is unpacked; bfloat16 is computed in float32.
+// Dense-stored weights are packed first and their gradient is unpacked. bfloat16 is computed in float32 panels, or, where
+// masked_linear_bf16.h has kernels, in panels of its own. T is the type of sums, In that of panels and values.
 
 #include "cpu/masked_linear.h"
 
@@ -17,11 +18,15 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
 #include "cpu/isa.h"
+#include "cpu/masked_linear_bf16.h"
 #include "cpu/pattern.h"
+#include "cpu/segments.h"
 #include "cpu/verified.h"
 #include "cpu/workspace.h"
 
@@ -45,6 +50,14 @@ const LinearKernels<double>& linear_kernels<double>() {
   return portable::linear_double;
 }
 
+const Bf16Kernels* bf16_kernels() {
+#if defined(__x86_64__)
+  static const bool has = cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has) return &avx512bf16::linear;
+#endif
+  return nullptr;
+}
+
 namespace {
 
 // Outputs of a task, over all its panels: they stay in a core's L2 cache, as do the weights of one column block, which
@@ -58,6 +71,7 @@ struct Grid {
   const int32_t *crow, *col;  // col or
   const uint16_t* short_col;  // short_col, the other null
   const int32_t *ccol, *row, *perm;
+  std::array<const at::Tensor*, 2> by_rows, by_columns;  // crow and col, ccol and row
   int64_t rows, columns, blocks, bh, bw;
 
   int64_t out() const { return rows * bh; }
@@ -66,19 +80,19 @@ struct Grid {
 };
 
 // How the batch, or the part of it from `start` on, is cut into panels of numbers of T.
-template <typename T>
+template <typename T, typename In = T>
 struct Panels {
   static constexpr int64_t tile = kTileBytes / sizeof(T);
   int64_t start, batch, count, last;
 
   explicit Panels(int64_t batch, int64_t start = 0) : start(start), batch(batch), count(ceil_div(batch, tile)) {
-    constexpr int64_t unit = kLaneBytes / sizeof(T);
+    constexpr int64_t unit = kLaneBytes / sizeof(In);
     last = ceil_div(batch - (count - 1) * tile, unit) * unit;
   }
   int64_t width(int64_t panel) const { return panel + 1 < count ? tile : last; }
   int64_t batch_of(int64_t panel) const { return std::min(tile, batch - panel * tile); }
   int64_t lanes() const { return (count - 1) * tile + last; }
-  size_t bytes(int64_t channels) const { return sizeof(T) * lanes() * channels; }
+  size_t bytes(int64_t channels) const { return sizeof(In) * lanes() * channels; }
 
   // Groups of at most `most` panels of one width.
   std::vector<Panels> groups(int64_t most) const {
@@ -93,34 +107,37 @@ struct Panels {
   }
 };
 
-// Grid columns taken together: enough of them for ~40 blocks a row, for less does not pay for loading and storing the
-// row's outputs, and no fewer than what L1 and a part of L2 hold. Narrow panels (batch <= 16) are
-// bound by the weights instead, which are read in order if no columns are set apart.
+// Grid columns taken together: enough of them for ~30 blocks a row, for less does not pay for loading and storing the
+// row's outputs, and no fewer than what L1 holds. Narrow panels (batch <= 16) are bound by the weights instead, which are
+// read in order if no columns are set apart.
 int64_t column_block(const Grid& grid, int64_t columns, int64_t inputs_per_column, int64_t width_bytes) {
   const double density = static_cast<double>(grid.blocks) / static_cast<double>(grid.rows * grid.columns);
   const int64_t near = std::max<int64_t>(1, (width_bytes <= kLaneBytes ? 512 : 48) * 1024 /
                                                  (inputs_per_column * width_bytes));
-  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(40 / density, 1e9)) : columns;
+  const int64_t wanted = density > 0 ? static_cast<int64_t>(std::min(30 / density, 1e9)) : columns;
   return std::clamp<int64_t>(std::max(near, wanted), 1, columns);
 }
 
 // The panels that are packed and used together, before the next ones: so they are still in a near cache when they are used.
-template <typename T>
-std::vector<Panels<T>> parts_of(int64_t batch) {
-  return Panels<T>(batch).groups(kTaskPanels * at::get_num_threads());
+template <typename T, typename In>
+std::vector<Panels<T, In>> parts_of(int64_t batch) {
+  return Panels<T, In>(batch).groups(kTaskPanels * at::get_num_threads());
 }
 
 // The panels' rows of `tensor` [batch, channels], contiguous, packed.
-template <typename T>
-void pack_panels(const at::Tensor& tensor, const Panels<T>& panels, T* to) {
+template <typename T, typename In>
+void pack_panels(const at::Tensor& tensor, const Panels<T, In>& panels, In* to) {
   const LinearKernels<T>& kernels = linear_kernels<T>();
   const int64_t channels = tensor.size(1), chunk = 256, chunks = ceil_div(channels, chunk);
   at::parallel_for(0, panels.count * chunks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / chunks, c = task % chunks * chunk, width = panels.width(panel);
       const int64_t offset = (panels.start + panel * panels.tile) * channels + c, count = std::min(chunk, channels - c);
-      T* out = to + panel * panels.tile * channels + c * width;
-      if (tensor.scalar_type() == at::kBFloat16) {
+      In* out = to + panel * panels.tile * channels + c * width;
+      if constexpr (!std::is_same_v<T, In>) {
+        const auto* from = static_cast<const uint16_t*>(tensor.const_data_ptr()) + offset;
+        bf16_kernels()->pack(from, channels, panels.batch_of(panel), count, out, width);
+      } else if (tensor.scalar_type() == at::kBFloat16) {
         const auto* from = static_cast<const uint16_t*>(tensor.const_data_ptr()) + offset;
         kernels.pack_bf16(from, channels, panels.batch_of(panel), count, out, width);
       } else {
@@ -132,23 +149,24 @@ void pack_panels(const at::Tensor& tensor, const Panels<T>& panels, T* to) {
 }
 
 // The rows of result [batch, outputs] that are in the panels = what `product` describes. `rows` grid rows.
-template <typename T>
-void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, const at::Tensor& result) {
+template <typename T, typename In>
+void run_product(Product<T, In> product, const Segments& segments, int64_t rows, int64_t inputs,
+                 const Panels<T, In>& panels, const at::Tensor& result) {
   const LinearKernels<T>& kernels = linear_kernels<T>();
-  const int64_t outputs = result.size(1), inputs = product.columns * product.block_in, block = product.block_out;
+  const int64_t outputs = result.size(1), block = product.block_out;
   const int64_t threads = at::get_num_threads();
-  const std::vector<Panels<T>> groups = panels.groups(kTaskPanels);
+  const std::vector<Panels<T, In>> groups = panels.groups(kTaskPanels);
   const int64_t most = std::min(kTaskPanels, panels.count);
   int64_t chunk = std::max<int64_t>(1, kTaskOutputs / (block * most));
   if (threads > 1) chunk = std::clamp<int64_t>(ceil_div(rows * std::ssize(groups), 2 * threads), 1, chunk);
   const int64_t chunks = ceil_div(rows, chunk);
   at::parallel_for(0, std::ssize(groups) * chunks, 1, [&](int64_t begin, int64_t end) {
     const Workspace outs(sizeof(T) * chunk * block * most * panels.tile);
-    const Workspace scratch(sizeof(int32_t) * 2 * chunk);
     for (int64_t task = begin; task < end; ++task) {
-      const Panels<T>& group = groups[task / chunks];
+      const Panels<T, In>& group = groups[task / chunks];
       const int64_t row = task % chunks * chunk, count = std::min(chunk, rows - row);
-      Product<T> p = product;
+      Product<T, In> p = product;
+      p.starts = segments.starts, p.stride = segments.stride, p.column_blocks = segments.blocks;
       p.begin = row;
       p.end = row + count;
       p.panels = group.count;
@@ -158,8 +176,10 @@ void run_product(Product<T> product, int64_t rows, const Panels<T>& panels, cons
       p.in = product.in + (group.start - panels.start) * inputs;
       p.out = outs.as<T>();
       p.bias = product.bias ? product.bias + row * block : nullptr;
-      p.scratch = scratch.as<int32_t>();
-      kernels.product(p);
+      if constexpr (std::is_same_v<T, In>)
+        kernels.product(p);
+      else
+        bf16_kernels()->product(p);
       for (int64_t panel = 0; panel < group.count; ++panel) {
         const T* from = p.out + panel * p.out_panel;
         const int64_t offset = (group.start + panel * group.tile) * outputs + row * block;
@@ -199,21 +219,23 @@ void narrow_forward(const at::Tensor& input, const T* values, const T* bias, con
   });
 }
 
-template <typename T>
-void forward(const at::Tensor& input, const T* values, const T* bias, const Grid& grid, const at::Tensor& output) {
-  if (is_narrow(input.size(0), grid.bh * grid.bw, input.scalar_type()))
-    return narrow_forward(input, values, bias, grid, output);
-  const std::vector<Panels<T>> parts = parts_of<T>(input.size(0));
+template <typename T, typename In>
+void forward(const at::Tensor& input, const In* values, const T* bias, const Grid& grid, const at::Tensor& output) {
+  if constexpr (std::is_same_v<T, In>)
+    if (is_narrow(input.size(0), grid.bh * grid.bw, input.scalar_type()))
+      return narrow_forward(input, values, bias, grid, output);
+  const std::vector<Panels<T, In>> parts = parts_of<T, In>(input.size(0));
   const Workspace packed(parts.front().bytes(grid.in()));
-  Product<T> p{};
+  Product<T, In> p{};
   p.ptr = grid.crow, p.idx = grid.col, p.val = values;
-  p.columns = grid.columns, p.blocks = grid.blocks, p.block_out = grid.bh, p.block_in = grid.bw;
+  p.block_out = grid.bh, p.block_in = grid.bw;
   p.stride_out = grid.bw, p.stride_in = 1;
-  p.bias = bias, p.in = packed.as<T>();
-  for (const Panels<T>& part : parts) {
-    pack_panels<T>(input, part, packed.as<T>());
-    p.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * part.width(0));
-    run_product(p, grid.rows, part, output);
+  p.bias = bias, p.in = packed.as<In>();
+  for (const Panels<T, In>& part : parts) {
+    pack_panels(input, part, packed.as<In>());
+    const Segments segments = segments_of(*grid.by_rows[0], *grid.by_rows[1], grid.columns,
+                                          column_block(grid, grid.columns, grid.bw, sizeof(In) * part.width(0)));
+    run_product(p, segments, grid.rows, grid.in(), part, output);
   }
 }
 
@@ -229,55 +251,61 @@ void transpose_values(const T* values, const Grid& grid, T* to) {
   });
 }
 
-template <typename T>
-void input_gradient(const T* grad_panels, const Panels<T>& panels, const T* transposed, const Grid& grid,
+template <typename T, typename In>
+void input_gradient(const In* grad_panels, const Panels<T, In>& panels, const In* transposed, const Grid& grid,
                     const at::Tensor& grad_input) {
-  Product<T> p{};
+  Product<T, In> p{};
   p.ptr = grid.ccol, p.idx = grid.row, p.val = transposed;
-  p.columns = grid.rows, p.blocks = grid.blocks, p.block_out = grid.bw, p.block_in = grid.bh;
+  p.block_out = grid.bw, p.block_in = grid.bh;
   p.stride_out = 1, p.stride_in = grid.bw;
   p.in = grad_panels;
-  p.column_block = column_block(grid, grid.rows, grid.bh, sizeof(T) * panels.width(0));
-  run_product(p, grid.columns, panels, grad_input);
+  const Segments segments = segments_of(*grid.by_columns[0], *grid.by_columns[1], grid.rows,
+                                        column_block(grid, grid.rows, grid.bh, sizeof(In) * panels.width(0)));
+  run_product(p, segments, grid.columns, grid.out(), panels, grad_input);
 }
 
-template <typename T>
-void weight_gradient(const T* grad_panels, const T* input_panels, const Panels<T>& panels, const Grid& grid,
+template <typename T, typename In>
+void weight_gradient(const In* grad_panels, const In* input_panels, const Panels<T, In>& panels, const Grid& grid,
                      T* grad_values) {
-  const LinearKernels<T>& kernels = linear_kernels<T>();
-  const std::vector<Panels<T>> groups = panels.groups(kTaskPanels);
+  const std::vector<Panels<T, In>> groups = panels.groups(kTaskPanels);
   const int64_t most = std::max<int64_t>(1, kTaskOutputs / (grid.bh * std::min(kTaskPanels, panels.count)));
   const int64_t chunk = std::clamp<int64_t>(ceil_div(grid.rows, 4 * at::get_num_threads()), 1, most);
+  const Segments segments = segments_of(*grid.by_rows[0], *grid.by_rows[1], grid.columns,
+                                        column_block(grid, grid.columns, grid.bw, sizeof(In) * panels.width(0)));
   at::parallel_for(0, ceil_div(grid.rows, chunk), 1, [&](int64_t begin, int64_t end) {
-    const Workspace scratch(sizeof(int32_t) * 2 * chunk);
     for (int64_t task = begin; task < end; ++task) {
-      Sddmm<T> s{};
+      Sddmm<T, In> s{};
       s.ptr = grid.crow, s.idx = grid.col;
       s.begin = task * chunk, s.end = std::min(grid.rows, s.begin + chunk);
-      s.columns = grid.columns, s.blocks = grid.blocks, s.bh = grid.bh, s.bw = grid.bw;
-      s.column_block = column_block(grid, grid.columns, grid.bw, sizeof(T) * panels.width(0));
-      s.scratch = scratch.as<int32_t>();
+      s.starts = segments.starts, s.stride = segments.stride, s.column_blocks = segments.blocks;
+      s.bh = grid.bh, s.bw = grid.bw;
       s.grad = grad_values;
       s.grad_panel = panels.tile * grid.out(), s.input_panel = panels.tile * grid.in();
-      for (const Panels<T>& group : groups) {
+      for (const Panels<T, In>& group : groups) {
         s.grad_output = grad_panels + (group.start - panels.start) * grid.out();
         s.input = input_panels + (group.start - panels.start) * grid.in();
         s.panels = group.count;
         s.width = group.last;
         s.accumulate = group.start > 0;
-        kernels.sddmm(s);
+        if constexpr (std::is_same_v<T, In>)
+          linear_kernels<T>().sddmm(s);
+        else
+          bf16_kernels()->sddmm(s);
       }
     }
   });
 }
 
-template <typename T>
-void bias_gradient(const T* grad_panels, const Panels<T>& panels, int64_t outputs, T* sums) {
+template <typename T, typename In>
+void bias_gradient(const In* grad_panels, const Panels<T, In>& panels, int64_t outputs, T* sums) {
   at::parallel_for(0, outputs, 512, [&](int64_t begin, int64_t end) {
     for (int64_t panel = 0; panel < panels.count; ++panel) {
       const int64_t width = panels.width(panel);
-      const T* from = grad_panels + panel * panels.tile * outputs + begin * width;
-      linear_kernels<T>().row_sums(from, width, end - begin, sums + begin, panels.start + panel > 0);
+      const In* from = grad_panels + panel * panels.tile * outputs + begin * width;
+      if constexpr (std::is_same_v<T, In>)
+        linear_kernels<T>().row_sums(from, width, end - begin, sums + begin, panels.start + panel > 0);
+      else
+        bf16_kernels()->row_sums(from, width, end - begin, sums + begin, panels.start + panel > 0);
     }
   });
 }
@@ -296,7 +324,7 @@ Grid check_grid(const at::Tensor& crow, const at::Tensor& col, const at::Tensor&
   return {crow.const_data_ptr<int32_t>(), is_short ? nullptr : col.const_data_ptr<int32_t>(),
           is_short ? reinterpret_cast<const uint16_t*>(col.const_data_ptr<int16_t>()) : nullptr,
           ccol.const_data_ptr<int32_t>(), row.const_data_ptr<int32_t>(), perm.const_data_ptr<int32_t>(),
-          grid.rows, grid.columns, col.numel(), block[0], block[1]};
+          {&crow, &col}, {&ccol, &row}, grid.rows, grid.columns, col.numel(), block[0], block[1]};
 }
 
 void check_input(const at::Tensor& input, const at::Tensor& weight, const Grid& grid) {
@@ -306,19 +334,26 @@ void check_input(const at::Tensor& input, const at::Tensor& weight, const Grid& 
   check_like(weight, "weight", input, "masked_linear");
 }
 
-// Packed, contiguous values in the type of the computation.
+// Whether bfloat16 is multiplied as it lies.
+bool in_words(at::ScalarType type, int64_t batch, const Grid& grid) {
+  return type == at::kBFloat16 && batch > 16 && grid.bh * grid.bw == 1 && bf16_kernels() != nullptr;
+}
+
+// Packed, contiguous values in the type of the panels.
+template <typename T, typename In>
 at::Tensor compute_values(const at::Tensor& weight, bool dense, const at::Tensor& crow, const at::Tensor& col,
                           at::IntArrayRef block) {
   const at::Tensor packed = dense ? pack(weight, crow, col, block) : weight.contiguous();
-  return packed.to(compute_type(weight.scalar_type()));
+  return std::is_same_v<T, In> ? packed.to(compute_type(weight.scalar_type())) : packed;
 }
 
+// Calls body(T, In).
 template <typename Body>
-void dispatch(at::ScalarType type, Body body) {
+void dispatch(at::ScalarType type, bool words, Body body) {
   switch (type) {
     case at::kFloat:
-    case at::kBFloat16: return body(float{});
-    case at::kDouble: return body(double{});
+    case at::kBFloat16: return words ? body(float{}, uint16_t{}) : body(float{}, float{});
+    case at::kDouble: return body(double{}, double{});
     default:
       TORCH_CHECK_TYPE(false, "masked_linear: expected float32, float64 or bfloat16, got ", type, ".");
   }
@@ -343,13 +378,12 @@ at::Tensor masked_linear(const at::Tensor& input, const at::Tensor& weight, cons
   sizes.back() = grid.out();
   at::Tensor output = at::empty(sizes, input.options().memory_format(at::MemoryFormat::Contiguous));
   if (output.numel() == 0) return output;
-  dispatch(input.scalar_type(), [&](auto number) {
-    using T = decltype(number);
+  dispatch(input.scalar_type(), in_words(input.scalar_type(), batch, grid), [&]<typename T, typename In>(T, In) {
     const at::Tensor rows = input.reshape({-1, grid.in()}).contiguous();
-    const at::Tensor values = compute_values(weight, dense, crow, col, block);
+    const at::Tensor values = compute_values<T, In>(weight, dense, crow, col, block);
     const at::Tensor offset = bias ? bias->contiguous().to(compute_type(bias->scalar_type())) : at::Tensor();
-    forward<T>(rows, values.const_data_ptr<T>(), bias ? offset.const_data_ptr<T>() : nullptr, grid,
-               output.view({-1, grid.out()}));
+    forward<T, In>(rows, static_cast<const In*>(values.const_data_ptr()), bias ? offset.const_data_ptr<T>() : nullptr, grid,
+                   output.view({-1, grid.out()}));
   });
   return output;
 }
@@ -380,29 +414,29 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_linear_backward(
     grad_weight = at::zeros(output_mask[1] ? weight.sizes() : at::IntArrayRef{0}, options);
     return {grad_input, grad_weight, grad_bias.zero_()};
   }
-  dispatch(input.scalar_type(), [&](auto number) {
-    using T = decltype(number);
+  dispatch(input.scalar_type(), in_words(input.scalar_type(), batch, grid), [&]<typename T, typename In>(T, In) {
     const auto [to_input, to_weight, to_bias] = output_mask;
-    const std::vector<Panels<T>> parts = parts_of<T>(batch);
+    const std::vector<Panels<T, In>> parts = parts_of<T, In>(batch);
     const Workspace grads(parts.front().bytes(grid.out())), inputs(to_weight ? parts.front().bytes(grid.in()) : 0);
-    const Workspace transposed(to_input ? sizeof(T) * grid.values() : 0);
+    const Workspace transposed(to_input ? sizeof(In) * grid.values() : 0);
     if (to_input)
-      transpose_values(compute_values(weight, dense, crow, col, block).const_data_ptr<T>(), grid, transposed.as<T>());
+      transpose_values(static_cast<const In*>(compute_values<T, In>(weight, dense, crow, col, block).const_data_ptr()), grid,
+                       transposed.as<In>());
     std::vector<int64_t> packed_sizes = {to_weight ? grid.blocks : 0};
     if (to_weight && grid.bh * grid.bw > 1) packed_sizes.insert(packed_sizes.end(), {grid.bh, grid.bw});
     const at::Tensor values = at::empty(packed_sizes, options.dtype(compute));
     const at::Tensor sums = at::empty(grad_bias.sizes(), options.dtype(compute));
     const at::Tensor grad_rows = grad_output.reshape({-1, grid.out()}).contiguous();
     const at::Tensor input_rows = to_weight ? input.reshape({-1, grid.in()}).contiguous() : at::Tensor();
-    for (const Panels<T>& part : parts) {
-      pack_panels<T>(grad_rows, part, grads.as<T>());
+    for (const Panels<T, In>& part : parts) {
+      pack_panels(grad_rows, part, grads.as<In>());
       if (to_input)
-        input_gradient<T>(grads.as<T>(), part, transposed.as<T>(), grid, grad_input.view({-1, grid.in()}));
+        input_gradient(grads.as<In>(), part, transposed.as<In>(), grid, grad_input.view({-1, grid.in()}));
       if (to_weight) {
-        pack_panels<T>(input_rows, part, inputs.as<T>());
-        weight_gradient<T>(grads.as<T>(), inputs.as<T>(), part, grid, values.mutable_data_ptr<T>());
+        pack_panels(input_rows, part, inputs.as<In>());
+        weight_gradient(grads.as<In>(), inputs.as<In>(), part, grid, values.mutable_data_ptr<T>());
       }
-      if (to_bias) bias_gradient<T>(grads.as<T>(), part, grid.out(), sums.mutable_data_ptr<T>());
+      if (to_bias) bias_gradient(grads.as<In>(), part, grid.out(), sums.mutable_data_ptr<T>());
     }
     grad_weight = values.to(input.scalar_type());
     if (to_weight && dense) grad_weight = unpack(grad_weight, crow, col, shape, block);

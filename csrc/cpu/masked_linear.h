@@ -17,20 +17,21 @@ constexpr int64_t kLaneBytes = 64;   // widths are multiples of this, the widest
 struct Blocks {
   const int32_t *ptr, *idx;  // blocks of each grid row, ascending
   int64_t begin, end;        // grid rows of this call
-  int64_t columns, blocks;   // of the whole grid
-  int64_t column_block;      // grid columns taken together, so that their inputs stay in a near cache
-  int32_t* scratch;          // [2 * (end - begin)]
+  // Grid columns are taken in blocks, so that their inputs stay in a near cache (segments.h).
+  const int32_t* starts;
+  int64_t stride, column_blocks;
 };
 
 // out[o, :] = bias[o] + sum of val * in[i, :] over the blocks of grid rows [begin, end), for each of a few panels.
 // The weight's transpose is the same product with the order by columns and the strides exchanged.
-template <typename T>
+// Numbers of type In, sums of type T.
+template <typename T, typename In = T>
 struct Product : Blocks {
-  const T* val;                   // [blocks] of block_out x block_in numbers
+  const In* val;                  // [blocks] of block_out x block_in numbers
   int64_t block_out, block_in;    // outputs and inputs of a block
   int64_t stride_out, stride_in;  // steps inside a block's values
   const T* bias;                  // for the output rows of begin onwards, or null
-  const T* in;                    // panels [columns * block_in][width]
+  const In* in;                   // panels [columns * block_in][width]
   T* out;                         // panels [(end - begin) * block_out][width]
   int64_t panels, width;
   int64_t in_panel, out_panel;    // steps from panel to panel
@@ -39,10 +40,10 @@ struct Product : Blocks {
 };
 
 // grad[block, y, x] (+)= grad_output[row * bh + y, :] . input[column * bw + x, :] over the panels' widths.
-template <typename T>
+template <typename T, typename In = T>
 struct Sddmm : Blocks {
   int64_t bh, bw;
-  const T *grad_output, *input;  // panels of all outputs and inputs
+  const In *grad_output, *input;  // panels of all outputs and inputs
   T* grad;                       // all values, in the order by rows
   int64_t panels, width;
   int64_t grad_panel, input_panel;

@@ -1,8 +1,8 @@
 // Kernels of masked_linear for one instruction set (included by masked_linear_<isa>.cpp; see masked_linear.h).
 //
 // Tiling. A call works on one panel (a tile of the batch, [channels][width]) and a range of grid rows. Grid columns are
-// taken `column_block` at a time so that their part of the input panel stays in L1 while all rows of the range pass over
-// it; `cursor` remembers how far each row has come. Inside, the width is cut into strips of NV vectors, held in registers
+// taken in blocks so that their part of the input panel stays in L1 while all rows of the range pass over it; where
+// a row passes from one to the next is listed (segments.h). Inside, the width is cut into strips of NV vectors, held in registers
 // while a row's nonzeros of this column block go by. A strip that is a whole panel wide takes 8 AVX2 or 4 AVX-512
 // vectors; the weight's gradient holds the strip of grad_output in registers and folds L dot products (L lanes) at once.
 
@@ -13,34 +13,6 @@ namespace uasparse::UASPARSE_ISA {
 namespace {
 
 // ---- product ----------------------------------------------------------------------------------------------------
-
-// The first of [first, last) whose index is not below limit; indices ascend. `total` bounds what may be read.
-// 32 indices are compared at once, so that the usual segment takes no branch that depends on its length.
-UASPARSE_INLINE int64_t segment_end(const int32_t* idx, int64_t first, int64_t last, int64_t limit, int64_t total) {
-  int64_t i = first;
-#if UASPARSE_VECTOR_BYTES > 16
-  typedef int Ints __attribute__((vector_size(32)));
-  typedef float Floats __attribute__((vector_size(32)));
-  for (; i < last && i + 32 <= total; i += 32) {
-    uint32_t below = 0;
-#pragma GCC unroll 4
-    for (int part = 0; part < 4; ++part) {
-      Ints v;
-      __builtin_memcpy(&v, idx + i + 8 * part, sizeof v);
-      const Ints less = v < static_cast<int>(limit);
-      below |= static_cast<uint32_t>(__builtin_ia32_movmskps256(reinterpret_cast<Floats>(less))) << (8 * part);
-    }
-    if (below != 0xffffffffu) {
-      i += __builtin_ctz(~below);
-      return i < last ? i : last;
-    }
-  }
-#else
-  (void)total;
-#endif
-  while (i < last && idx[i] < limit) ++i;
-  return i < last ? i : last;
-}
 
 // The first `count` <= L lanes, from memory (zeros after them) and to memory.
 template <typename T>
@@ -75,6 +47,25 @@ UASPARSE_INLINE void store_first(T* to, Vec<T> v, int64_t count) {
 
 UASPARSE_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
+constexpr int kPanelVectors = kTileBytes / UASPARSE_VECTOR_BYTES;  // of a full panel's width
+
+// Unstructured: one output over the whole width of a full panel, where registers hold it.
+template <typename T>
+UASPARSE_INLINE void full_tile(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out, const T* bias) {
+  constexpr int L = kLanes<T>, NV = kPanelVectors;
+  Vec<T> acc[NV];
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) acc[v] = bias ? broadcast<T>(*bias) : load(out + v * L);
+  for (int64_t i = first; i < last; ++i) {
+    const T* x = in + static_cast<uint64_t>(static_cast<uint32_t>(p.idx[i])) * (NV * L);
+    const T scale = p.val[i];
+#pragma GCC unroll 16
+    for (int v = 0; v < NV; ++v) acc[v] += scale * load(x + v * L);
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < NV; ++v) store<T>(out + v * L, acc[v]);
 }
 
 // Unstructured: one output, one strip of NV vectors. Narrow strips take U nonzeros together, each with accumulators of
@@ -152,13 +143,14 @@ UASPARSE_INLINE void block_tile(const Product<T>& p, const T* in, int64_t first,
     for (int v = 0; v < NV; ++v) store<T>(out + o * width + v * L, acc[o][v]);
 }
 
-constexpr int kPanelVectors = kTileBytes / UASPARSE_VECTOR_BYTES;  // of a full panel's width
 constexpr int kStrip = kPanelVectors < 8 ? kPanelVectors : 8;      // accumulators of one output
 constexpr int kBlockStrip = UASPARSE_VECTOR_BYTES == 64 ? 4 : 2;   // and of each of 4 outputs
 
 template <typename T>
 UASPARSE_INLINE void single_row(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out, const T* bias) {
   constexpr int L = kLanes<T>;
+  if constexpr (kPanelVectors <= 4)
+    if (p.width == kPanelVectors * L) return full_tile(p, in, first, last, out, bias);
   int64_t lane = 0;
   for (; lane + kStrip * L <= p.width; lane += kStrip * L) single_tile<T, kStrip>(p, in + lane, first, last, out + lane, bias);
   if constexpr (kStrip > 4)
@@ -177,33 +169,22 @@ UASPARSE_INLINE void block_rows(const Product<T>& p, const T* in, int64_t first,
   for (; lane < p.width; lane += L) block_tile<T, OB, 1>(p, in + lane, first, last, val, out + lane, bias);
 }
 
-// Calls visit(panel, row of the range, first, last, first column block?) for the nonzeros of each row in each column block. The
-// segments are found once for all panels; that pass also fetches the values into a near cache.
+// Calls visit(panel, row of the range, first, last, first column block?) for the nonzeros of each row in each column block.
+// What the row after the next one has there is asked for: it lies where the processor does not expect it.
 template <typename P, typename Visit>
 UASPARSE_INLINE void for_each_segment(const P& p, int64_t panel_step, Visit visit) {
   const int64_t rows = p.end - p.begin;
-  int32_t *firsts = p.scratch, *lasts = p.scratch + rows;
-  const int32_t* ptr = p.ptr + p.begin;
-  if (rows == 0) return;
-  const int64_t ahead = (ptr[rows] - ptr[0]) / rows * p.column_block / p.columns;
-  for (int64_t r = 0; r < rows; ++r) lasts[r] = ptr[r];
-  for (int64_t c = 0; c < p.columns; c += p.column_block) {
-    const int64_t limit = c + p.column_block;
-    if (limit >= p.columns) {
-      for (int64_t r = 0; r < rows; ++r) firsts[r] = lasts[r], lasts[r] = ptr[r + 1];
-    } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        if (r + 4 < rows)
-          for (int64_t i = 0; i <= ahead; i += 16) {
-            __builtin_prefetch(p.idx + lasts[r + 4] + i);
-            p.prefetch_values(lasts[r + 4] + i);
-          }
-        firsts[r] = lasts[r];
-        lasts[r] = static_cast<int32_t>(segment_end(p.idx, firsts[r], ptr[r + 1], limit, p.blocks));
-      }
-    }
+  for (int64_t b = 0; b < p.column_blocks; ++b) {
+    const int32_t *firsts = p.starts + b * p.stride + p.begin, *lasts = firsts + p.stride;
     for (int64_t panel = 0; panel < p.panels; panel += panel_step)
-      for (int64_t r = 0; r < rows; ++r) visit(panel, r, firsts[r], lasts[r], c == 0);
+      for (int64_t r = 0; r < rows; ++r) {
+        if (p.column_blocks > 1 && r + 2 < rows)
+          for (int64_t i = firsts[r + 2]; i < lasts[r + 2] + 15; i += 16) {
+            __builtin_prefetch(p.idx + i);
+            p.prefetch_values(i);
+          }
+        visit(panel, r, firsts[r], lasts[r], b == 0);
+      }
   }
 }
 

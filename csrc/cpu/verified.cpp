@@ -5,9 +5,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "cpu/remembered.h"
-
 #include "checks.h"
+#include "cpu/remembered.h"
 
 namespace uasparse {
 namespace {
