@@ -25,10 +25,11 @@ class FeatureNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, num_classes: int | None = None) -> None:
         super().__init__()
-        outputs = head_of(model).out_features
+        outputs = int(head_of(model).out_features)  # type: ignore[arg-type]
         if num_classes is not None and not 0 < num_classes <= outputs:
             raise ValueError(f"Expected num_classes from 1 to the {outputs} outputs of the network, got {num_classes}.")
-        self.model, self.num_classes = model, num_classes or outputs
+        self.model = model
+        self.num_classes: int = num_classes or outputs
 
     def forward(self, x: Tensor, return_feature: bool = False) -> Any:
         logits, features = self._run(x)
@@ -44,7 +45,7 @@ class FeatureNetwork(nn.Module):
     def get_fc_layer(self) -> nn.Linear:
         """The head of the K classes as a dense layer of its own."""
         head = head_of(self.model)
-        weight = head.dense_weight() if isinstance(head, ua.SparseLinear) else head.weight
+        weight: Any = head.dense_weight() if isinstance(head, ua.SparseLinear) else head.weight
         layer = nn.Linear(weight.shape[1], self.num_classes, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
             layer.weight.copy_(weight[: self.num_classes])
