@@ -49,25 +49,6 @@ UASPARSE_INLINE void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
-constexpr int kPanelVectors = kTileBytes / UASPARSE_VECTOR_BYTES;  // of a full panel's width
-
-// Unstructured: one output over the whole width of a full panel, where registers hold it.
-template <typename T>
-UASPARSE_INLINE void full_tile(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out, const T* bias) {
-  constexpr int L = kLanes<T>, NV = kPanelVectors;
-  Vec<T> acc[NV];
-#pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) acc[v] = bias ? broadcast<T>(*bias) : load(out + v * L);
-  for (int64_t i = first; i < last; ++i) {
-    const T* x = in + static_cast<uint64_t>(static_cast<uint32_t>(p.idx[i])) * (NV * L);
-    const T scale = p.val[i];
-#pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) acc[v] += scale * load(x + v * L);
-  }
-#pragma GCC unroll 16
-  for (int v = 0; v < NV; ++v) store<T>(out + v * L, acc[v]);
-}
-
 // Unstructured: one output, one strip of NV vectors. Narrow strips take U nonzeros together, each with accumulators of
 // its own, for NV alone would not cover the latency of a multiply-add.
 template <typename T, int NV>
@@ -143,14 +124,13 @@ UASPARSE_INLINE void block_tile(const Product<T>& p, const T* in, int64_t first,
     for (int v = 0; v < NV; ++v) store<T>(out + o * width + v * L, acc[o][v]);
 }
 
+constexpr int kPanelVectors = kTileBytes / UASPARSE_VECTOR_BYTES;  // of a full panel's width
 constexpr int kStrip = kPanelVectors < 8 ? kPanelVectors : 8;      // accumulators of one output
 constexpr int kBlockStrip = UASPARSE_VECTOR_BYTES == 64 ? 4 : 2;   // and of each of 4 outputs
 
 template <typename T>
 UASPARSE_INLINE void single_row(const Product<T>& p, const T* in, int64_t first, int64_t last, T* out, const T* bias) {
   constexpr int L = kLanes<T>;
-  if constexpr (kPanelVectors <= 4)
-    if (p.width == kPanelVectors * L) return full_tile(p, in, first, last, out, bias);
   int64_t lane = 0;
   for (; lane + kStrip * L <= p.width; lane += kStrip * L) single_tile<T, kStrip>(p, in + lane, first, last, out + lane, bias);
   if constexpr (kStrip > 4)

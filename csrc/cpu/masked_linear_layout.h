@@ -28,12 +28,16 @@ template <typename T>
 UASPARSE_INLINE Vec<T> load_numbers(const T* from) {
   return load(from);
 }
+// Vectors at a time: conversions one by one would take longer than a product.
+typedef uint16_t Halves __attribute__((vector_size(UASPARSE_VECTOR_BYTES / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(UASPARSE_VECTOR_BYTES)));
+
 template <typename T>
 UASPARSE_INLINE Vec<T> load_numbers(const uint16_t* from) {
-  Vec<T> v{};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) v[i] = to_number(from[i]);
-  return v;
+  static_assert(sizeof(T) == 4);
+  Halves halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+  return reinterpret_cast<Vec<T>>(__builtin_convertvector(halves, Bits32) << 16);
 }
 template <typename T>
 UASPARSE_INLINE void store_numbers(T* to, Vec<T> v) {
@@ -41,8 +45,11 @@ UASPARSE_INLINE void store_numbers(T* to, Vec<T> v) {
 }
 template <typename T>
 UASPARSE_INLINE void store_numbers(uint16_t* to, Vec<T> v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<T>; ++i) from_number(v[i], to + i);
+  static_assert(sizeof(T) == 4);
+  const Bits32 bits = reinterpret_cast<Bits32>(v), is_nan = reinterpret_cast<Bits32>(v != v);
+  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+  const Halves halves = __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
 }
 
 template <typename T, int H>
