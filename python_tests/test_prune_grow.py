@@ -595,3 +595,16 @@ def test_resize_refuses_bad_blocks_and_changes_nothing(dropped, grown):
     with pytest.raises(ValueError, match="active"):
         resize(weight, pattern, *(torch.tensor(x, dtype=torch.int64) for x in (dropped, grown)))
     assert all(torch.equal(a, b) for a, b in zip((weight, *pattern.tensors()), before, strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 200, 1500])
+def test_blocks_to_drop_that_are_not_active_are_refused_before_anything_is_written(k):
+    # All that grows is in the first row, and what is to drop, not active, in the last: the first was planned by then.
+    pattern = ua.SparsityPattern.from_mask(torch.arange(4000).view(2, 2000) < 10)
+    weight = torch.randn(10)
+    tensors = [t.clone() for t in (pattern.crow, pattern.col, pattern.ccol, pattern.row, pattern.perm)]
+    kept = [t.clone() for t in (weight, *tensors)]
+    dropped, grown = torch.arange(2000, 2000 + k), torch.arange(100, 100 + k)
+    with pytest.raises(ValueError, match=r"which is not active"):
+        torch.ops.uasparse.prune_grow_(weight, [], *tensors, dropped, grown, [2, 2000], [1, 1])
+    assert all(torch.equal(now, before) for now, before in zip((weight, *tensors), kept, strict=True))

@@ -46,7 +46,8 @@ struct Bits {
 // rows begin then.
 struct Moves {
   Moves(int64_t blocks, int64_t rows, int64_t most)
-      : dropped(blocks), grown(blocks), lists(2 * 8 * most), out(lists.as<int64_t>()), in(out + most), starts(rows + 1) {}
+      : dropped(blocks), grown(blocks + most), lists(2 * 8 * most), out(lists.as<int64_t>()), in(out + most),
+        starts(rows + 1) {}  // plan() may have written all of `most` when it finds one to drop that is not active
   Bits dropped, grown;
   Workspace lists;
   int64_t *out, *in, count = 0;
