@@ -600,7 +600,7 @@ def test_resize_refuses_bad_blocks_and_changes_nothing(dropped, grown):
 @pytest.mark.parametrize("k", [1, 200, 1500])
 def test_blocks_to_drop_that_are_not_active_are_refused_before_anything_is_written(k):
     # All that grows is in the first row, and what is to drop, not active, in the last: the first was planned by then.
-    pattern = ua.SparsityPattern.from_mask(torch.arange(4000).view(2, 2000) < 10)
+    pattern = SparsityPattern.from_mask(torch.arange(4000).view(2, 2000) < 10)
     weight = torch.randn(10)
     tensors = [t.clone() for t in (pattern.crow, pattern.col, pattern.ccol, pattern.row, pattern.perm)]
     kept = [t.clone() for t in (weight, *tensors)]
