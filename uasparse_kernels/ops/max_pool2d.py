@@ -39,7 +39,6 @@ def max_pool2d(
         and not ceil_mode
         and transformed() is None
         and _library.has_kernel("max_pool2d", input)
-        and transformed() is None
     )
     if not ours:
         return F.max_pool2d(input, kernel, steps, pads, spread, ceil_mode)
