@@ -453,7 +453,7 @@ def damage(rng, arguments, i) -> str:
     tensor = arguments[i]
     if 0 in tensor.stride():
         tensor = arguments[i] = tensor.clone()
-    how = rng.choice(["one", "one", "swap", "noise", "reverse", "shift", "zeros", "freed", "repeat", "new"])
+    how = rng.choice(["one", "one", "swap", "noise", "reverse", "shift", "zeros", "freed", "repeat", "new", "others"])
     n, j = len(tensor), rng.randrange(len(tensor))
     info = torch.iinfo(tensor.dtype)
     extremes = [0, -1, 1, n - 1, n, n + 1, 7, info.min, info.max, int(tensor[j]) + 1, int(tensor[j]) - 1]
@@ -472,6 +472,9 @@ def damage(rng, arguments, i) -> str:
         tensor.zero_()
     elif how == "repeat":
         tensor[1:] = tensor[:-1].clone()
+    elif how == "others":  # ascending, in range as a list of places, and not those that belong there
+        limit = min(max(n, rng.choice([1, 2, 8]) * (abs(int(tensor.max())) % 4096 + 1)), info.max)
+        tensor.copy_(torch.randperm(limit)[:n].sort().values)
     elif how == "freed":
         arguments[i] = tensor.clone()
         arguments[i].untyped_storage().resize_(rng.choice([0, 2]))

@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <cstring>
 
 namespace uasparse {
 namespace {
@@ -49,21 +48,6 @@ void accumulate(std::vector<int32_t>& counts) {
 }
 
 int64_t rows_a_task(const ConvWeight& w) { return std::max<int64_t>(1, kGrain * w.out / std::max<int64_t>(1, w.nonzeros())); }
-
-int64_t blocks_of(int64_t channels, int64_t channels_a_block) {
-  return (channels + channels_a_block - 1) / channels_a_block;
-}
-
-template <typename T>
-T number(T x) {
-  return x;
-}
-inline float number(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 }  // namespace
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -38,6 +39,22 @@ struct ConvTaps {
 // Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about twenty
 // nonzeros a destination channel, as a tile is loaded and stored once a block.
 int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels);
+
+inline int64_t blocks_of(int64_t channels, int64_t channels_a_block) {
+  return (channels + channels_a_block - 1) / channels_a_block;
+}
+
+// A weight as the kernels multiply it.
+template <typename T>
+T number(T x) {
+  return x;
+}
+inline float number(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
 // Entries of a product: those of key (block * channels + channel) * segments + segment are [first[key], first[key + 1]).
 template <typename T>

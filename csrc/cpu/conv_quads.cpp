@@ -2,23 +2,10 @@
 
 #include <ATen/Parallel.h>
 
-#include <cstring>
-
 namespace uasparse {
 namespace {
 
 constexpr int64_t kGrain = 1 << 12;  // quads a thread sorts at least
-
-template <typename T>
-T number(T x) {
-  return x;
-}
-inline float number(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
 
 // How weights of a block follow each other in the weight's storage.
 struct Steps {
@@ -48,10 +35,6 @@ void for_all_blocks(const ConvWeight& w, Visit visit) {
 
 void accumulate(std::vector<int32_t>& counts) {
   for (size_t i = 1; i < counts.size(); ++i) counts[i] += counts[i - 1];
-}
-
-int64_t blocks_of(int64_t channels, int64_t channels_a_block) {
-  return (channels + channels_a_block - 1) / channels_a_block;
 }
 
 }  // namespace
