@@ -55,7 +55,7 @@ def draw_page(
     inner = GridSpecFromSubplotSpec(ROWS, COLUMNS, grid[2, :])
     for number, (image, says, right) in enumerate(pictures):
         axis = figure.add_subplot(inner[number // COLUMNS, number % COLUMNS])
-        axis.imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axis.set_title(says, fontsize=8, color=GOOD if right else BAD)
         axis.set(xticks=[], yticks=[])
     figure.suptitle(
