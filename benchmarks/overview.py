@@ -74,7 +74,7 @@ def draw(rows: list[tuple[str, list[float | None], list[float | None]]], path: P
             title=f"Times as fast as dense: {title}", yticks=range(len(rows)), yticklabels=[row[0] for row in rows]
         )
     axes[0].invert_yaxis()
-    axes[1].legend(loc="lower right", fontsize="small")
+    axes[1].legend(loc="center right", bbox_to_anchor=(1, 0.62), fontsize="small")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
