@@ -8,9 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from uasparse_kernels.training.compare import auroc_table, compare
 from uasparse_kernels.training.config import ARM_PARTS
-from uasparse_kernels.training.suites import SUITES, Suite
+from uasparse_kernels.training.study.compare import auroc_table, compare
+from uasparse_kernels.training.study.suites import SUITES, Suite
 
 BASELINE = "rigl"
 OWN_SCORE = {"moon": "moon"} | dict.fromkeys(ARM_PARTS["unknowns"], "u")  # the score that a part of an arm brings
