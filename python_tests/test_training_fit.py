@@ -20,19 +20,21 @@ from torch import nn
 import uasparse_kernels as ua
 from uasparse_kernels.training import recipe, report
 from uasparse_kernels.training.checkpoint import load_checkpoint, read_json, save_checkpoint
-from uasparse_kernels.training.compare import compare, spread
 from uasparse_kernels.training.config import FitConfig, with_arm
 from uasparse_kernels.training.data import load_train_test
 from uasparse_kernels.training.demo import demo
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
 from uasparse_kernels.training.evaluate import evaluate_checkpoint, load_model
 from uasparse_kernels.training.losses import LOSSES, LossSpec
-from uasparse_kernels.training.models import MODELS, build_model, head_of
+from uasparse_kernels.training.models import MODELS, build_model
 from uasparse_kernels.training.recipe import Trainer, learning_rate
 from uasparse_kernels.training.run import fit
-from uasparse_kernels.training.scores import SCORES
-from uasparse_kernels.training.suites import Suite, plan
+from uasparse_kernels.training.study.compare import compare, spread
+from uasparse_kernels.training.study.suites import Suite, plan
 from uasparse_kernels.unknowns import Vote
+from uasparse_kernels.unknowns.errors import UnknownsError
+from uasparse_kernels.unknowns.head import head_of
+from uasparse_kernels.unknowns.scores import SCORES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,7 +185,7 @@ def test_vote_refuses_a_topology_that_changes():
     model = sparse_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     topology = ua.DynamicSparsity(model, optimizer, method="set", total_steps=8, delta_t=2, stop_fraction=0.5)
-    with pytest.raises(TrainingError, match=r"Expected a frozen topology"):
+    with pytest.raises(UnknownsError, match=r"Expected a frozen topology"):
         Vote(model, topology)
     while not topology.frozen:
         model(torch.randn(4, 12)).sum().backward()
@@ -191,7 +193,7 @@ def test_vote_refuses_a_topology_that_changes():
     vote = Vote(model, topology)
     topology = type("Thawed", (), {"frozen": False})()
     vote.topology = topology
-    with pytest.raises(TrainingError, match=r"Expected a frozen topology"):
+    with pytest.raises(UnknownsError, match=r"Expected a frozen topology"):
         vote.update(model)
 
 
@@ -216,7 +218,7 @@ def test_vote_is_the_mean_with_fresh_batch_norm():
         if isinstance(mine, ua.SparseLinear):
             assert mine.pattern.equal(theirs.pattern)
     assert not result.training
-    with pytest.raises(TrainingError, match=r"at least one update"):
+    with pytest.raises(UnknownsError, match=r"at least one update"):
         Vote(model).result(batches)
 
 

@@ -14,14 +14,14 @@ from rich.table import Table
 
 from uasparse_kernels.training import report
 from uasparse_kernels.training.checkpoint import write_json
-from uasparse_kernels.training.compare import compare
 from uasparse_kernels.training.config import ARM_PARTS
 from uasparse_kernels.training.data import load_unknown_sets
 from uasparse_kernels.training.demo_page import answers, draw_page
 from uasparse_kernels.training.demo_speed import SECONDS, Speed, measure_speed
 from uasparse_kernels.training.evaluate import load_run
 from uasparse_kernels.training.predict import SCORES as LOGIT_SCORES
-from uasparse_kernels.training.suites import SUITES, Suite, plan
+from uasparse_kernels.training.study.compare import compare
+from uasparse_kernels.training.study.suites import SUITES, Suite, plan
 
 BASELINE = "rigl"
 OWN_SCORE = {"moon": "moon"} | dict.fromkeys(ARM_PARTS["unknowns"], "u")  # the score that a part of an arm brings

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import cfgs, make_layers
 
-import uasparse_kernels as ua
 from uasparse_kernels.training.errors import TrainingError
 
 STEMS = ("auto", "cifar", "imagenet")
@@ -47,14 +46,6 @@ def build_model(name: str, num_outputs: int, in_channels: int, image_size: int, 
             f"{smallest}."
         )
     return MODELS[name](ModelSpec(num_outputs, in_channels, image_size, stem))
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """Returns the last linear layer (dense or sparse); its input are the penultimate features."""
-    heads = [m for m in model.modules() if isinstance(m, nn.Linear | ua.SparseLinear)]
-    if not heads:
-        raise TrainingError(f"{type(model).__name__} has no linear layer, so no penultimate features to score.")
-    return heads[-1]
 
 
 def _mlp(spec: ModelSpec) -> nn.Module:

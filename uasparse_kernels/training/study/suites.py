@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, fields, replace
 
 from uasparse_kernels.training.config import FIXED_SPARSITY, FitConfig, with_arm
-from uasparse_kernels.training.scores import CHEAP_SCORES, SCORES
+from uasparse_kernels.unknowns.scores import CHEAP_SCORES, SCORES
 
 
 @dataclass(frozen=True)
