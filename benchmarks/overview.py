@@ -1,20 +1,17 @@
-"""The first table and picture of the README, from the results of the suites networks and serve; measures nothing.
-
-python -m benchmarks.overview
-"""
+"""The table and the picture of the README, from the stored results of the suites networks and serve."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, plots
+from benchmarks import harness
 
 TRAIN = "zen5/networks"
 SERVE = "serve"
 PICTURE = harness.RESULTS / "overview.png"
 LEVELS = (0.8, 0.9, 0.95)
+Rows = list[tuple[str, list[float | None], list[float | None]]]
 # What a network is called here, in the suite networks (one thread, uniform density), and in the suite serve.
 NETWORKS = (
     ("ResNet-50", "ResNet-50 224 b8 uniform, 1 thread", "resnet50, batch 1"),
@@ -37,7 +34,7 @@ def speedups(name: str) -> dict[tuple[str, float], float]:
     }
 
 
-def overview() -> list[tuple[str, list[float | None], list[float | None]]]:
+def overview() -> Rows:
     """A row a network: its name, and the speed-up of a training step and of inference at each of LEVELS."""
     train, serve = speedups(TRAIN), speedups(SERVE)
     rows = []
@@ -46,7 +43,7 @@ def overview() -> list[tuple[str, list[float | None], list[float | None]]]:
     return rows
 
 
-def markdown(rows: list[tuple[str, list[float | None], list[float | None]]]) -> str:
+def markdown(rows: Rows) -> str:
     names = [f"{kind} {level:.0%}" for kind in ("training", "serving") for level in LEVELS]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for name, train, serve in rows:
@@ -55,7 +52,7 @@ def markdown(rows: list[tuple[str, list[float | None], list[float | None]]]) -> 
     return "\n".join(lines) + "\n"
 
 
-def draw(rows: list[tuple[str, list[float | None], list[float | None]]], path: Path) -> None:
+def draw(rows: Rows) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,16 +72,5 @@ def draw(rows: list[tuple[str, list[float | None], list[float | None]]], path: P
         )
     axes[0].invert_yaxis()
     axes[1].legend(loc="center right", bbox_to_anchor=(1, 0.62), fontsize="small")
-    figure.savefig(path, dpi=130)
+    figure.savefig(PICTURE, dpi=130)
     plt.close(figure)
-
-
-def main() -> None:
-    rows = overview()
-    draw(rows, PICTURE)
-    written = [page for page in harness.PAGES if plots.insert("overview", markdown(rows), page)]
-    print("written:", PICTURE, *written)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,8 @@
 """Makes of the pages a site: hooks of mkdocs.
 
 Pages link to files outside of docs/ (results, plots, sources) by relative paths, as they are read in the repository.
-These files are copied into the site, and the links follow. Docstrings have Sphinx's roles and ``::``, which Markdown has
-not.
+These files are copied into the site, and the links follow. Docstrings have Sphinx's roles and ``::``, which Markdown
+has not.
 """
 
 import posixpath
