@@ -1,6 +1,6 @@
 """Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite.
 
-python -m benchmarks.plots    puts the tables of all stored results into the pages
+python -m benchmarks.plots    puts the tables of all stored results into the pages, and draws the overview
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import harness
+from benchmarks import harness, overview
 
 Rows = Sequence[dict[str, Any]]
 
@@ -130,6 +130,7 @@ def insert_stored(page: Path) -> None:
     """Puts the tables of all stored results into a page, each where the page has its marks."""
     for file in harness.RESULTS.rglob("*.json"):
         insert(harness.table_name(file), markdown(json.loads(file.read_text()).get("rows", [])), page)
+    insert("overview", overview.markdown(overview.overview()), page)
 
 
 def draw(suite: str, rows: Rows, folder: Path) -> list[Path]:
@@ -187,5 +188,6 @@ def _dense(row: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
+    overview.draw(overview.overview())
     for page in harness.PAGES:
         insert_stored(page)

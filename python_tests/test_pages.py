@@ -9,7 +9,7 @@ import pages
 import pytest
 
 import uasparse_kernels as ua
-from uasparse_kernels import _library, ops, topology
+from uasparse_kernels import _library, ops, topology, unknowns
 
 DOCS = sorted(path.relative_to(pages.ROOT).as_posix() for path in (pages.ROOT / "docs").rglob("*.md"))
 # Pages whose code needs names or a surrounding of their own, and the tests that give it.
@@ -109,6 +109,7 @@ def test_the_api_page_has_every_public_name():
     modules = {"nn", "ops", "topology", "METHODS"}
     references = {name for name in ops.__all__ if name.endswith("_reference")}
     public = {*ua.__all__, *ua.nn.__all__, *ops.__all__, *topology.__all__, *ua.inference.__all__}
+    public |= {*unknowns.__all__}
     assert public - modules - references - {"SparseLayer"} <= shown
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from uasparse_kernels.training.batches import AUGMENTATIONS
 from uasparse_kernels.training.data import SPEC_HELP
-from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError, told
 from uasparse_kernels.training.losses import LOSSES
 from uasparse_kernels.training.models import MODELS, STEMS
 from uasparse_kernels.unknowns.patch_shuffle import UNKNOWNS, PatchShuffle
@@ -156,7 +156,8 @@ class FitConfig:
         if self.loss == "reweight" and self.unknowns != "none":
             raise TrainingError("Expected no synthetic unknowns with the loss reweight: it has no output for them.")
         if self.unknowns == "patch-shuffle":
-            PatchShuffle(0, share=self.unknown_share, grids=self.unknown_grids, seams=self.unknown_seams)
+            with told():
+                PatchShuffle(0, share=self.unknown_share, grids=self.unknown_grids, seams=self.unknown_seams)
         _ = self.holdout_classes, self.unknown_grids, self.unknown_seams
 
     def _check_types(self) -> None:

@@ -26,7 +26,7 @@ from uasparse_kernels.training.batches import Batches, Normalise
 from uasparse_kernels.training.checkpoint import check_form
 from uasparse_kernels.training.config import FIXED_SPARSITY, INITIAL_SPARSITY, FitConfig
 from uasparse_kernels.training.data import TrainTest, check_classes
-from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
+from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError, told
 from uasparse_kernels.training.losses import LOSSES, LossSpec
 from uasparse_kernels.training.models import build_model
 from uasparse_kernels.training.processes import rank_and_world
@@ -307,7 +307,8 @@ class Trainer:
             grids, seams = config.unknown_grids, config.unknown_seams
             unknowns = PatchShuffle(unknown_label, share=config.unknown_share, grids=grids, seams=seams)
             images = self.data.train.images
-            unknowns.check(min(config.batch_size, len(images)), *images.shape[-2:])
+            with told():
+                unknowns.check(min(config.batch_size, len(images)), *images.shape[-2:])
         return Batches(
             self.data.train,
             self.normalise,

@@ -40,7 +40,7 @@ from uasparse_kernels.training.evaluate import Evaluation, check_scores, config_
 from uasparse_kernels.training.metrics import classification_metrics
 from uasparse_kernels.training.processes import is_first, wait_for_all
 from uasparse_kernels.training.recipe import Trainer
-from uasparse_kernels.training.scores import collect
+from uasparse_kernels.unknowns.scores import collect
 
 log = logging.getLogger("uasparse_kernels.training")
 

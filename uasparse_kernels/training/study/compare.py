@@ -32,8 +32,7 @@ from uasparse_kernels.training.data import TrainTest, check_unknown_names, unkno
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
 from uasparse_kernels.training.evaluate import check_scores, evaluate_checkpoint, load_data, read_results
 from uasparse_kernels.training.run import fit, pick_device
-from uasparse_kernels.training.scores import SCORES
-from uasparse_kernels.training.study import (
+from uasparse_kernels.training.study.statistics import (
     KNOWN_METRICS,
     SCALED_METRICS,
     check_settings,
@@ -41,7 +40,8 @@ from uasparse_kernels.training.study import (
     read_study,
     shared_settings,
 )
-from uasparse_kernels.training.suites import Run, Suite, plan
+from uasparse_kernels.training.study.suites import Run, Suite, plan
+from uasparse_kernels.unknowns.scores import SCORES
 
 MANY_ARMS = 16  # beyond, a summary is told by report-study
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pytorch_ood.detector import GEN, KNN, ODIN, EnergyBased, Entropy, MaxLogit, MaxSoftmax, ViM
@@ -20,14 +20,22 @@ from pytorch_ood.detector.ash import ash_s
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from uasparse_kernels.training.batches import Normalise
-from uasparse_kernels.training.models import head_of
+from uasparse_kernels.unknowns.head import head_of
 
 FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
 KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10
 REACT_QUANTILE = 0.9  # of all activations, the paper's choice
 ASH_PRUNED = 0.65  # share of an image's features that ASH-S sets to zero: the least that its paper tries
 DEAD_VARIANCE = 1e-10  # of the largest: below, a direction of the features is one that did not vary in fitting
+
+
+class Normalise(Protocol):
+    """Makes a network's input of uint8 images [N, C, H, W]; `std` is what it divides each channel by."""
+
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+    def __call__(self, images: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
