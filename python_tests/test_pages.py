@@ -7,6 +7,7 @@ import tomllib
 
 import pages
 import pytest
+import torch
 
 import uasparse_kernels as ua
 from uasparse_kernels import _library, ops, topology, unknowns
@@ -116,3 +117,13 @@ def test_the_api_page_has_every_public_name():
 def test_every_page_is_in_the_navigation():
     navigation = (pages.ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
     assert {page.removeprefix("docs/") for page in DOCS} <= set(re.findall(r"[\w/-]+\.md", navigation))
+
+
+def test_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.randn(8, 12), torch.arange(8)
+    names = {"torch": torch, "epochs": 6, "loader": [(x, y)] * 2, "x": x}
+    names["model"] = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 11))
+    blocks = [block for _, blocks in pages.sections("README.md") for block in blocks if block[0] == "python"]
+    pages.run(blocks, names, tmp_path, None)
+    assert names["loss_fn"].epoch == names["epochs"] and names["topology"].steps == 12
