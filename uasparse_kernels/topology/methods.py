@@ -399,8 +399,8 @@ class SRigL(Method):
         counts = row_counts(pattern)
         if not bool(((counts == counts.max()) | (counts == 0)).all()):
             raise ValueError(
-                f"Expected the same number of active blocks in each row, got {int(counts.min())} to {int(counts.max())}; "
-                'call sparsify(model, sparsity, structure="fan-in") first.'
+                f"Expected the same number of active blocks in each row, got {int(counts.min())} to {int(counts.max())}"
+                '; call sparsify(model, sparsity, structure="fan-in") first.'
             )
 
     def update(self, update: Update) -> list[Change]:
