@@ -2,7 +2,7 @@
 
 Pages link to files outside of docs/ (results, plots, sources) by relative paths, as they are read in the repository.
 These files are copied into the site, and the links follow. Docstrings have Sphinx's roles and ``::``, which Markdown
-has not.
+does not know.
 """
 
 import posixpath

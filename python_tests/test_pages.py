@@ -7,9 +7,10 @@ import tomllib
 
 import pages
 import pytest
+import torch
 
 import uasparse_kernels as ua
-from uasparse_kernels import _library, ops, topology
+from uasparse_kernels import _library, ops, topology, unknowns
 
 DOCS = sorted(path.relative_to(pages.ROOT).as_posix() for path in (pages.ROOT / "docs").rglob("*.md"))
 # Pages whose code needs names or a surrounding of their own, and the tests that give it.
@@ -109,9 +110,20 @@ def test_the_api_page_has_every_public_name():
     modules = {"nn", "ops", "topology", "METHODS"}
     references = {name for name in ops.__all__ if name.endswith("_reference")}
     public = {*ua.__all__, *ua.nn.__all__, *ops.__all__, *topology.__all__, *ua.inference.__all__}
+    public |= {*unknowns.__all__}
     assert public - modules - references - {"SparseLayer"} <= shown
 
 
 def test_every_page_is_in_the_navigation():
     navigation = (pages.ROOT / "mkdocs.yml").read_text().split("\nnav:")[1]
     assert {page.removeprefix("docs/") for page in DOCS} <= set(re.findall(r"[\w/-]+\.md", navigation))
+
+
+def test_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    x, y = torch.randn(8, 12), torch.arange(8)
+    names = {"torch": torch, "epochs": 6, "loader": [(x, y)] * 2, "x": x}
+    names["model"] = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 11))
+    blocks = [block for _, blocks in pages.sections("README.md") for block in blocks if block[0] == "python"]
+    pages.run(blocks, names, tmp_path, None)
+    assert names["loss_fn"].epoch == names["epochs"] and names["topology"].steps == 12

@@ -69,7 +69,9 @@ class Keep:
             norms = block_scores(scores, block)
         if not bool(norms.isfinite().all()):
             what = "weights" if self._scores is None else "scores"
-            raise ValueError(f"{name or type(module).__name__}: expected finite {what} to choose by, got others.")
+            raise ValueError(
+                f"{name or type(module).__name__}: expected finite {what} to choose by, got NaN or infinity."
+            )
         return norms
 
     def change(self, name: str, layer: SparseLayer, density: float, structure: str | None) -> tuple[Tensor, Tensor]:
@@ -107,7 +109,7 @@ class Keep:
             expected = " or ".join(map(str, sorted(shapes, key=len)))
             raise ValueError(f"Expected scores of shape {expected} for {key}, got {tuple(score.shape)}.")
         if not bool(score.isfinite().all()):
-            raise ValueError(f"Expected finite scores for {key}, got others.")
+            raise ValueError(f"Expected finite scores for {key}, got NaN or infinity.")
         return score.detach().to(weight.device)
 
 
