@@ -127,6 +127,25 @@ class _SmallResNet(nn.Module):
         return self.fc(self.pool(x).flatten(1))
 
 
+def _resnet8(spec: ModelSpec) -> nn.Module:
+    """64 and 128 channels, so that blocks of weights fit, on maps of 1/4 and 1/8 of the size: 0.5 million weights."""
+
+    def conv(inputs: int, outputs: int) -> list[nn.Module]:
+        layer = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+        return [layer, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+    return nn.Sequential(
+        *conv(spec.in_channels, 64),
+        *conv(64, 64),
+        BasicBlock(64, 64),
+        *conv(64, 128),
+        BasicBlock(128, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, spec.num_outputs),
+    )
+
+
 def _resnet20(spec: ModelSpec) -> nn.Module:
     """The usual small network for CIFAR-10, 0.27 million weights."""
     return _SmallResNet(spec, width=16, blocks=3, stride=1)
@@ -184,6 +203,7 @@ def _vgg16_bn(spec: ModelSpec) -> nn.Module:
 MODELS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "mlp": _mlp,
     "convnet": _convnet,
+    "resnet8": _resnet8,
     "resnet20": _resnet20,
     "resnet9": _ResNet9,
     "resnet18": _resnet(torchvision.models.resnet18),
