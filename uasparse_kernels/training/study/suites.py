@@ -173,6 +173,22 @@ _cifar = Suite(
     lean=True,
 )
 
+# On a CPU, an accuracy that people use. Settings: those of a first run (resnet9, 90 %, 16 epochs, rate 0.05 to 0.002),
+# which had 83.3 %, with four times the weights at the same cost. Classes left out: two animals and two vehicles, or
+# three and one; 6 are known.
+CPU_FAR = (*COLOUR_FAR, "textures")
+CPU_ARMS = ("rigl+vote", "rigl+vote+hard-shuffle", "rigl", "rigl+moon+vote")
+CPU_SPLITS = ("0,3,5,9", "1,2,6,8", "0,4,6,7")
+_cifar_cpu = Suite(
+    FitConfig(data="cifar10", model="resnet9-wide", epochs=16, warmup_epochs=2, lr_max=0.1, lr_min=0.002),
+    arms=CPU_ARMS,
+    unknowns=CPU_FAR,
+    seeds=(0, 1, 2),
+    sparsities=(0.9,),
+    scores=tuple(SCORES),
+    lean=True,
+)
+
 SUITES: dict[str, Suite] = {
     "demo": Suite(
         FitConfig(epochs=6, warmup_epochs=1, batch_size=128, delta_t=50),
@@ -208,6 +224,15 @@ SUITES: dict[str, Suite] = {
                 arms=("static", "static+4x1", "static+16x16"),
                 start="dense",
             ),
+        ),
+    ),
+    # Crops and flips, a residual network of 6.6 million weights: half a core-hour a sparse run, one a dense run.
+    "cifar-cpu": replace(
+        _cifar_cpu,
+        also=(
+            replace(_cifar_cpu, arms=("dense",), seeds=(0, 1)),
+            replace(_cifar_cpu, sparsities=(0.95,)),
+            replace(_cifar_cpu, arms=CPU_ARMS[:2], seeds=(0,), holdouts=CPU_SPLITS),
         ),
     ),
     # The paper's protocol (100 epochs, batches of 128, SGD), for a GPU; --arm and --minutes choose and limit.
