@@ -20,10 +20,7 @@ import uasparse_kernels as ua
 RESULTS = Path(__file__).resolve().parent / "results"
 # Where the tables of the results are shown.
 _ROOT = Path(__file__).parents[1]
-PAGES = (
-    _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("cpu-kernels", "gpu-kernels", "evidence/choices", "methods")),
-)
+PAGES = (_ROOT / "README.md", *sorted((_ROOT / "docs").rglob("*.md")))
 
 
 def table_name(path: Path) -> str:

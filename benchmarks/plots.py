@@ -1,7 +1,11 @@
-"""Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite."""
+"""Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite.
+
+python -m benchmarks.plots    puts the tables of all stored results into the pages
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import harness
 
 Rows = Sequence[dict[str, Any]]
 
@@ -120,6 +126,12 @@ def insert(suite: str, text: str, page: Path) -> bool:
     return True
 
 
+def insert_stored(page: Path) -> None:
+    """Puts the tables of all stored results into a page, each where the page has its marks."""
+    for file in harness.RESULTS.rglob("*.json"):
+        insert(harness.table_name(file), markdown(json.loads(file.read_text()).get("rows", [])), page)
+
+
 def draw(suite: str, rows: Rows, folder: Path) -> list[Path]:
     """Speed-up over dense against sparsity, a panel for each shape and a line for each rival, where there are several
     sparsities a shape; returns the files written."""
@@ -172,3 +184,8 @@ def _place(row: dict[str, Any]) -> float:
 
 def _dense(row: dict[str, Any]) -> float:
     return min(ms for name, ms in row["ms"].items() if name.startswith("dense"))
+
+
+if __name__ == "__main__":
+    for page in harness.PAGES:
+        insert_stored(page)

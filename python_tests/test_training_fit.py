@@ -7,7 +7,6 @@ import resource
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -495,21 +494,14 @@ def test_spread():
 
 
 def test_demo_on_small_data(tmp_path, capsys):
-    suite = Suite(
-        TINY, ("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"), ("noise", "mirrored"), scores=("msp", "u", "moon")
-    )
-    demo(tmp_path, suite=suite, device="cpu", console=Console(width=160))
+    arms = ("rigl", "rigl+moon+vote", "rigl+vote+hard-shuffle")
+    suite = Suite(TINY, arms, ("noise", "mirrored"), scores=("msp", "u", "moon", "mahalanobis"))
+    summary = demo(tmp_path, suite=suite, device="cpu", console=Console(width=80), jobs=1, seconds=0.01)
     printed = capsys.readouterr().out
-    for expected in (
-        "s / epoch",
-        "active parameters",
-        "of dense",
-        "AUROC",
-        "comparison.png",
-        "summary.json",
-        "one seed",
-    ):
+    tables = printed[printed.index("Unknown images found") : printed.index("One picture")]
+    assert max(map(len, tables.splitlines())) <= 80 and "…" not in printed
+    for expected in ("Training step", "Inference", "Memory", "Accuracy", "(by outputs)", "(by features)"):
         assert expected in printed
-    assert "rigl+moon+vote: " in printed and " by moon (" in printed and " by u (" in printed
-    listed = printed[printed.index("Results:") :].replace("Results:", "").replace("Figures:", "").split()
-    assert len(listed) == 2 + 3 * 4 and all(Path(path).exists() for path in listed)
+    assert f"MOON {summary['arms']['rigl+moon+vote']['known']['accuracy']['mean'] * 100:.1f}" in printed
+    assert (tmp_path / "demo.png").is_file() and read_json(tmp_path / "summary.json")["speed"] == summary["speed"]
+    assert min(summary["speed"].values()) > 0

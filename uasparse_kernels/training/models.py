@@ -61,22 +61,19 @@ def _mlp(spec: ModelSpec) -> nn.Module:
     )
 
 
-def _convnet(spec: ModelSpec) -> nn.Module:
-    """Four 3x3 convolutions, 47k weights with one input channel; strides instead of pooling, for speed on a CPU."""
+def _convnet(*widths: int) -> Callable[[ModelSpec], nn.Module]:
+    """3x3 convolutions of these widths; every other one has stride 2, instead of pooling, for speed on a CPU."""
 
-    def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
-        conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        return [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    def build(spec: ModelSpec) -> nn.Module:
+        layers: list[nn.Module] = []
+        inputs = spec.in_channels
+        for index, outputs in enumerate(widths):
+            conv = nn.Conv2d(inputs, outputs, 3, stride=1 if index % 2 else 2, padding=1, bias=False)
+            layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            inputs = outputs
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, spec.num_outputs))
 
-    return nn.Sequential(
-        *block(spec.in_channels, 16, stride=2),
-        *block(16, 32, stride=1),
-        *block(32, 48, stride=2),
-        *block(48, 64, stride=1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, spec.num_outputs),
-    )
+    return build
 
 
 def _resnet(factory: Callable[..., nn.Module]) -> Callable[[ModelSpec], nn.Module]:
@@ -216,7 +213,8 @@ def _vgg16_bn(spec: ModelSpec) -> nn.Module:
 
 MODELS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "mlp": _mlp,
-    "convnet": _convnet,
+    "convnet": _convnet(16, 32, 48, 64),  # 47 thousand weights for grey images
+    "convnet-wide": _convnet(32, 64, 128, 256),  # 391 thousand
     "resnet8": _resnet8,
     "resnet20": _resnet20,
     "resnet9": _resnet9,

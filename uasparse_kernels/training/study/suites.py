@@ -191,9 +191,19 @@ _cifar_cpu = Suite(
 
 SUITES: dict[str, Suite] = {
     "demo": Suite(
-        FitConfig(epochs=6, warmup_epochs=1, batch_size=128, delta_t=50),
+        FitConfig(
+            model="convnet-wide",
+            augment="none",
+            distribution="uniform",
+            epochs=6,
+            warmup_epochs=1,
+            delta_t=50,
+            lr_max=0.2,
+            lr_min=0.01,
+        ),
         arms=("rigl", "rigl+moon+vote", "rigl+vote+hard-shuffle"),
         unknowns=("mnist", "photos", "blobs", "noise", "inverted"),
+        scores=(*CHEAP_SCORES, "mahalanobis"),
     ),
     # A CPU's study: two more seeds at 90 and 95 %, seven of the ten classes in six splits for what the claims rest on
     # (near-OOD; they differ by far more than seeds), and another drop score where magnitude leaves few outputs alive.
