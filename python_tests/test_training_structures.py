@@ -70,6 +70,24 @@ def test_cifar_on_a_cpu():
     assert len({run.folder for run in runs}) == len(runs)
 
 
+def test_cifar_on_a_cpu_runs(tmp_path):
+    """On digits, a few steps: one with classes held out, the published loss, and a dense one."""
+    tiny = FitConfig(data="digits", limit_train=192, epochs=5, warmup_epochs=1, batch_size=32, delta_t=3)
+    given = {"data", "limit_train", "epochs", "warmup_epochs", "batch_size", "delta_t", "seeds", "score"}
+    suite = changed(SUITES["cifar-cpu"], Suite(tiny, (), (), scores=("u", "energy")), given)
+    suite = replace(suite, unknowns=("noise",), also=tuple(replace(grid, unknowns=("noise",)) for grid in suite.also))
+    kinds = {(run.config.arm, bool(run.config.holdout)): run for run in reversed(plan(suite))}
+    assert len(kinds) == 7 and {run.config.model for run in kinds.values()} == {"resnet9-wide"}
+    data = load_data(tiny)
+    for run in (kinds["rigl+vote+hard-shuffle", True], kinds["rigl+moon+vote", False], kinds["dense", False]):
+        results = fit(
+            run.config, tmp_path / run.folder, unknowns=run.unknowns, scores=suite.scores, lean=True, device="cpu",
+            console=Console(quiet=True), data=None if run.config.holdout else data,
+        )  # fmt: skip
+        assert ("holdout" in results["unknown"]) == bool(run.config.holdout)
+        assert 0 <= results["unknown"]["noise"]["energy"]["auroc"] <= 1
+
+
 def test_a_network_starts_as_the_largest_weights_of_another(study):
     dense, _, _ = load_model(study / "dense" / "seed0")
     before = {name: value.clone() for name, value in dense.named_parameters()}
