@@ -25,11 +25,12 @@ from benchmarks.bench_networks import step
 from uasparse_kernels.training.config import FitConfig
 from uasparse_kernels.training.evaluate import load_model
 from uasparse_kernels.training.recipe import build_network
+from uasparse_kernels.training.study.structures import FORWARD, NAMES, SERVED, STEP
 from uasparse_kernels.training.study.suites import SUITES, Suite, plan
 
 BATCH = 128
 IMAGE = (1, 28, 28)
-PASSES = ("step", "forward", "serving, batch 128", "serving, batch 1")
+PASSES = (STEP, FORWARD, *SERVED)
 
 
 def networks(suite: Suite, runs: Path | None) -> Iterator[tuple[FitConfig, nn.Module]]:
@@ -43,40 +44,31 @@ def networks(suite: Suite, runs: Path | None) -> Iterator[tuple[FitConfig, nn.Mo
                 yield run.config, load_model(runs / run.folder)[0]
 
 
-def calls(model: nn.Module, which: str, x: Tensor) -> Callable[[], Any]:
-    """One of PASSES; the model may change."""
-    if which == "step":
-        return step(model, x)
-    if which == "forward":
-        return harness.forward_call(model, x)
-    served, few = ua.optimize_for_inference(model.eval(), x), x[: int(which.rsplit(" ", 1)[1])].contiguous()
-    return lambda: served(few)
-
-
 def rows(suite: Suite, runs: Path | None, seconds: float, passes: tuple[str, ...] = PASSES) -> Iterator[dict[str, Any]]:
     x, last = torch.randn(BATCH, *IMAGE), {"memory_format": torch.channels_last}
-    found = list(networks(suite, runs))
+    found = {(structure_of(config), config.sparsity): model for config, model in networks(suite, runs)}
+    dense = found.pop(("dense", 0.0))
+    served: dict[tuple[str, float], nn.Module] = {}
+    if any(which.startswith("serving") for which in passes):
+        served = {key: ua.optimize_for_inference(copy.deepcopy(model).eval(), x) for key, model in found.items()}
     for which in passes:
-        variants: dict[Any, Callable[[], Any]] = {}
-        for config, model in found:
-            if config.method == "dense":
-                few = x[:1] if which.endswith(" 1") else x
-                plain: Any = {"step": step}.get(which, harness.forward_call)
-                variants["dense"] = plain(copy.deepcopy(model), few)
-                variants["dense channels_last"] = plain(copy.deepcopy(model).to(**last), few.to(**last))
-                continue
-            variants[structure_of(config), config.sparsity] = calls(copy.deepcopy(model), which, x)
+        few = x[: int(which.rsplit(" ", 1)[1])] if which in PASSES[2:] else x
+        plain: Callable[[nn.Module, Tensor], Callable[[], Any]] = step if which == "step" else harness.forward_call
+        variants = {"dense": plain(copy.deepcopy(dense), few)}
+        variants["dense channels_last"] = plain(copy.deepcopy(dense).to(**last), few.to(**last))
+        ours = {key: f"{key[0]} at {key[1]:.0%}" for key in found}
+        for key, name in ours.items():
+            variants[name] = harness.forward_call(served[key], few) if which in PASSES[2:] else plain(found[key], few)
         times = harness.interleave(variants, seconds=seconds, rounds=5)
-        dense = {name: s for name, s in times.items() if isinstance(name, str)}
-        for (structure, sparsity), spent in (pair for pair in times.items() if isinstance(pair[0], tuple)):
-            compared = harness.compare(dense | {"ours": spent})
+        rivals = {name: times[name] for name in ("dense", "dense channels_last")}
+        for (structure, sparsity), name in ours.items():
+            compared = harness.compare(rivals | {"ours": times[name]})
             yield {"shape": structure, "sparsity": sparsity, "pass": which} | compared
 
 
 def structure_of(config: FitConfig) -> str:
     """As the study names it."""
-    named = {"srigl": "fan-in", "2:4": "2:4"}.get(config.method, config.block)
-    return "unstructured" if named == "1x1" else named
+    return NAMES.get(config.method, config.block).replace("1x1", "unstructured")
 
 
 def run(seconds: float) -> list[dict[str, Any]]:

@@ -72,7 +72,7 @@ def test_cifar_on_a_cpu():
 
 def test_cifar_on_a_cpu_runs(tmp_path):
     """On digits, a few steps: one with classes held out, the published loss, and a dense one."""
-    tiny = FitConfig(data="digits", limit_train=192, epochs=5, warmup_epochs=1, batch_size=32, delta_t=3)
+    tiny = FitConfig(data="digits", limit_train=192, epochs=5, warmup_epochs=1, batch_size=32, delta_t=9)
     given = {"data", "limit_train", "epochs", "warmup_epochs", "batch_size", "delta_t", "seeds", "score"}
     suite = changed(SUITES["cifar-cpu"], Suite(tiny, (), (), scores=("u", "energy")), given)
     suite = replace(suite, unknowns=("noise",), also=tuple(replace(grid, unknowns=("noise",)) for grid in suite.also))
