@@ -31,6 +31,7 @@ SUITES = {
     "recipe": "bench_recipe",
     "serve": "bench_serve",
     "init": "bench_init",
+    "structures": "bench_structures",
     "distributed": "bench_distributed",
 }
 

@@ -45,7 +45,7 @@ def markdown(rows: Rows) -> str:
         return _costs(rows)
     if rows and "accuracy" in rows[0]:
         return _accuracies(rows)
-    if rows and "roof_ms" in rows[0]:
+    if rows and {"roof_ms", "mode"} & rows[0].keys():
         if "times_dense" not in rows[0]:
             return _gpu_ratios(rows)
         rows = [_gpu_speedups(row) for row in rows if row["ms"]["dense"] > 0]
@@ -88,7 +88,7 @@ def _gpu_speedups(row: dict[str, Any]) -> dict[str, Any]:
     elif "channels" in row:
         shape = f"256x{row['channels']}@{row['size']} 3x3" + ("/2" if row["stride"] == 2 else "")
     else:
-        shape = f"{row['model']}, {row['batch']}"
+        shape = f"{row['model']}, {row['batch']}" + (f", compiled ({row['mode']})" if "mode" in row else "")
     block = f"{row['block']}x{row['block']}" if row["block"] > 1 else "unstructured"
     rivals = [name for name in ("dense", "torch BSR", "torch CSR") if row["ms"].get(name, math.nan) > 0]
     return {

@@ -61,7 +61,7 @@ def test_the_table_accounts_for_every_parameter():
     for name, text in {
         "embed": "nn.Embedding has no sparse form",
         "attention.in_proj_weight": "nn.MultiheadAttention has no sparse form",
-        "attention.out_proj": "NonDynamicallyQuantizableLinear may be used",
+        "attention.out_proj": "the forward of MultiheadAttention reads its weight",
         "layers.2": "exempt",
         "position": "a parameter that Model holds itself",
     }.items():

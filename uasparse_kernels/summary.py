@@ -146,6 +146,8 @@ def _why_dense(matrix: Matrix, candidates: Any, skipped: dict[str, str], bases: 
     if matrix.layer in candidates:
         return "left dense by sparsify or its caller" if has_sparse else "sparsify was not called"
     cls = type(module)
+    if matrix.tensor.dim() == 3 and min(matrix.shape) > 1 and not cls.__module__.startswith("torch."):
+        return f"{cls.__qualname__} holds stacks of matrices (experts) as single parameters, which have no sparse form"
     if not cls.__module__.startswith("torch.") and next(module.children(), None) is not None:
         return f"a parameter that {cls.__qualname__} holds itself"
     where = "nn" if cls.__module__.startswith("torch.nn.modules") else cls.__module__

@@ -1,4 +1,4 @@
-"""Command line: python -m training fit | evaluate | export | predict | compare | report-study | mixture | demo."""
+"""Command line: python -m training fit | evaluate | export | predict | compare | demo, and what tells of studies."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from uasparse_kernels.training.study.compare import compare, print_summary
 from uasparse_kernels.training.study.mixture import REGIONS, mixture
 from uasparse_kernels.training.study.report import write_study
 from uasparse_kernels.training.study.statistics import judge, read_study
+from uasparse_kernels.training.study.structures import write_structures
 from uasparse_kernels.training.study.suites import SUITES, Suite, changed
 from uasparse_kernels.unknowns.scores import SCORES
 
@@ -100,6 +101,10 @@ def fit_command(
         ),
     ] = "",
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/fit"),
+    start: Annotated[
+        Path | None,
+        typer.Option(help="A finished run to start from: its weights of largest magnitude stay, and are fine-tuned."),
+    ] = None,
     ood: Ood = [],  # noqa: B006
     score: ScoreNames = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
@@ -112,7 +117,9 @@ def fit_command(
     """
     _set_threads(threads)
     with joined(device) as device:
-        results = fit(config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console)
+        results = fit(
+            config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console, start=start
+        )
     if results:  # of the first process
         _print_results(results, config.arm)
         console.print(f"Run folder: {out}", soft_wrap=True)
@@ -243,6 +250,25 @@ def report_study_command(
         for judgement in judge(claims, rows):
             console.print(f"  {judgement.verdict:>13}: {judgement.claim.text}", highlight=False, soft_wrap=True)
     for path in written:
+        console.print(f"Written: {path}", soft_wrap=True)
+
+
+@app.command("report-structures")
+def report_structures_command(
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of `compare --suite structures`; without, from what is stored.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of numbers and figure.")] = Path("docs/evidence"),
+    times: Annotated[Path, typer.Option(help="JSON of `python -m benchmarks structures`.")] = Path(
+        "benchmarks/results/zen5/structures.json"
+    ),
+    gpu: Annotated[Path, typer.Option(help="JSON of `python -m benchmarks.gpu linear`.")] = Path(
+        "benchmarks/results/h200/gpu-linear.json"
+    ),
+    page: Annotated[Path, typer.Option(help="The page whose tables are renewed.")] = Path("docs/structures.md"),
+) -> None:
+    """What each structure costs in accuracy and gives in time: the tables of a page, and a figure."""
+    for path in write_structures(folder, out, times, gpu, page):
         console.print(f"Written: {path}", soft_wrap=True)
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pytorch_ood.detector import GEN, KNN, ODIN, EnergyBased, Entropy, MaxLogit, MaxSoftmax, ViM
@@ -29,13 +29,7 @@ ASH_PRUNED = 0.65  # share of an image's features that ASH-S sets to zero: the l
 DEAD_VARIANCE = 1e-10  # of the largest: below, a direction of the features is one that did not vary in fitting
 
 
-class Normalise(Protocol):
-    """Makes a network's input of uint8 images [N, C, H, W]; `std` is what it divides each channel by."""
-
-    @property
-    def std(self) -> tuple[float, ...]: ...
-
-    def __call__(self, images: Tensor) -> Tensor: ...
+Normalise = Callable[[Tensor], Tensor]  # makes a network's input of images as they are held
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +42,11 @@ class Outputs:
 
 @dataclass
 class Judge:
-    """A network with all that scoring needs: its images' normalisation and outputs on training images to fit on."""
+    """A network with all that scoring needs: its images' normalisation and outputs on training images to fit on.
+
+    `normalise` is called on images [N, C, H, W] and gives the network's input (`lambda x: x` where they are that). If
+    it divides channels, its attribute `std` says by what: ODIN takes its step in pixels.
+    """
 
     model: nn.Module
     normalise: Normalise
@@ -69,7 +67,7 @@ class Judge:
         labels: Tensor,
         device: torch.device,
     ) -> Judge:
-        """`images` (uint8) and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
+        """`images` and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FIT_IMAGES]
         fit = collect(model, images[order], normalise, device)
         return cls(model.eval(), normalise, num_classes, fit, labels[order], device)
@@ -93,7 +91,7 @@ class Judge:
 def collect(
     model: nn.Module, images: Tensor, normalise: Normalise, device: torch.device | str, batch_size: int = 500
 ) -> Outputs:
-    """Runs uint8 images [N, C, H, W] through the network in eval mode; features are the input of its last layer."""
+    """Runs images [N, C, H, W] through the network in eval mode; features are the input of its last layer."""
     features: list[Tensor] = []
     hook = head_of(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float().cpu()))
     try:
@@ -254,7 +252,8 @@ def _energy_of(judge: Judge) -> Callable[[Tensor], Tensor]:
 
 def _odin(judge: Judge) -> Callable[[Tensor], Tensor]:
     class_logits = _ClassLogits(judge.model, judge.num_classes)
-    detector = ODIN(class_logits, norm_std=list(judge.normalise.std))
+    std = getattr(judge.normalise, "std", None)
+    detector = ODIN(class_logits, norm_std=None if std is None else list(std))
     return lambda images: torch.cat([detector.predict(x).cpu() for x in judge.batches(images)])
 
 
@@ -271,7 +270,7 @@ class _ClassLogits(nn.Module):
 
 @dataclass(frozen=True)
 class Score:
-    """`make(judge)` gives a function of Outputs, or of uint8 images where `takes` says so."""
+    """`make(judge)` gives a function of Outputs, or of images where `takes` says so."""
 
     make: Callable[[Judge], Callable[[Any], Tensor]]
     title: str
