@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
@@ -28,6 +29,7 @@ _LAYERS: dict[type, Any] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 _BETWEEN: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
 
 
+@with_open_attention
 def sparsify(
     model: nn.Module,
     sparsity: float,
@@ -66,6 +68,10 @@ def sparsify(
     of smallest magnitude (or score), or grow at random (or by scores of the dense weight's shape) from zero. Modules
     and parameters stay the same objects, and blocks as they are; packed weights take another size, for which
     optimisers with state (momentum) have to be made anew.
+
+    ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`, the same object, whose
+    projections are layers of the names ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``; its own
+    name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` go by its dense names too.
 
     ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
     forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
@@ -244,7 +250,9 @@ def densify(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if _FUSED in module.__dict__:
             module.__dict__.update(module.__dict__.pop(_FUSED))
-    return _replace(model, layers)
+    model = _replace(model, layers)
+    join_attention(model)
+    return model
 
 
 def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]]:
@@ -262,7 +270,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]
         if type(module) not in _LAYERS:
             cls = f"{type(module).__module__}.{type(module).__qualname__}"
             skipped[name] = f"its class {cls} may be used in ways that a sparse layer does not serve"
-        elif name in readers and not _has_fused_evaluation(model, name):
+        elif name in readers:
             skipped[name] = f"the forward of {readers[name]} reads its weight, instead of calling it"
         elif id(getattr(module, "weight", None)) not in users:
             skipped[name] = "its weight is no parameter (is it parametrised?)"
@@ -294,17 +302,6 @@ def _turn(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) 
 
 
 _FUSED = "_fused_evaluation"  # what a module was told by torch about its fused path, and is told again by densify()
-
-
-def _has_fused_evaluation(model: nn.Module, name: str) -> bool:
-    """Whether a layer's weight is read by the fused path of ``nn.TransformerEncoderLayer`` alone."""
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    is_torchs = isinstance(owner, nn.TransformerEncoderLayer) and type(owner).forward is _ENCODER_FORWARD
-    return is_torchs and child in ("linear1", "linear2")
-
-
-_ENCODER_FORWARD = nn.TransformerEncoderLayer.forward
 
 
 def _leave_fused_evaluation(model: nn.Module) -> None:

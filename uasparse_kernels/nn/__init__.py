@@ -1,5 +1,6 @@
 """Sparse layers, the unknown-aware loss, and faster batch norms and pooling."""
 
+from uasparse_kernels.nn.attention import SparseMultiheadAttention
 from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
@@ -14,5 +15,6 @@ __all__ = [
     "SparseDelta",
     "SparseLayer",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "UnknownAwareLoss",
 ]
