@@ -15,7 +15,7 @@ import torch
 import typer
 
 import uasparse_kernels as ua
-from benchmarks import harness, plots
+from benchmarks import harness, overview, plots
 
 SUITES = {
     "linear": "bench_masked_linear",
@@ -31,6 +31,7 @@ SUITES = {
     "recipe": "bench_recipe",
     "serve": "bench_serve",
     "init": "bench_init",
+    "structures": "bench_structures",
     "distributed": "bench_distributed",
 }
 
@@ -60,6 +61,10 @@ def main(
         written = [path, *plots.draw(suite, rows, folder)]
         if name := harness.table_name(path):
             written += [page for page in harness.PAGES if plots.insert(name, plots.markdown(rows), page)]
+            if name in (overview.TRAIN, overview.SERVE):
+                overview.draw(overview.overview())
+                plots.insert("overview", overview.markdown(overview.overview()), harness.PAGES[0])
+                written.append(overview.PICTURE)
         print("written:", *written)
 
 

@@ -1,7 +1,11 @@
-"""Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite."""
+"""Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite.
+
+python -m benchmarks.plots    puts the tables of all stored results into the pages, and draws the overview
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks import harness, overview
 
 Rows = Sequence[dict[str, Any]]
 
@@ -39,7 +45,7 @@ def markdown(rows: Rows) -> str:
         return _costs(rows)
     if rows and "accuracy" in rows[0]:
         return _accuracies(rows)
-    if rows and "roof_ms" in rows[0]:
+    if rows and {"roof_ms", "mode"} & rows[0].keys():
         if "times_dense" not in rows[0]:
             return _gpu_ratios(rows)
         rows = [_gpu_speedups(row) for row in rows if row["ms"]["dense"] > 0]
@@ -82,7 +88,7 @@ def _gpu_speedups(row: dict[str, Any]) -> dict[str, Any]:
     elif "channels" in row:
         shape = f"256x{row['channels']}@{row['size']} 3x3" + ("/2" if row["stride"] == 2 else "")
     else:
-        shape = f"{row['model']}, {row['batch']}"
+        shape = f"{row['model']}, {row['batch']}" + (f", compiled ({row['mode']})" if "mode" in row else "")
     block = f"{row['block']}x{row['block']}" if row["block"] > 1 else "unstructured"
     rivals = [name for name in ("dense", "torch BSR", "torch CSR") if row["ms"].get(name, math.nan) > 0]
     return {
@@ -118,6 +124,13 @@ def insert(suite: str, text: str, page: Path) -> bool:
     before, rest = content.split(start, 1)
     page.write_text(before + start + text + end + rest.split(end, 1)[1])
     return True
+
+
+def insert_stored(page: Path) -> None:
+    """Puts the tables of all stored results into a page, each where the page has its marks."""
+    for file in harness.RESULTS.rglob("*.json"):
+        insert(harness.table_name(file), markdown(json.loads(file.read_text()).get("rows", [])), page)
+    insert("overview", overview.markdown(overview.overview()), page)
 
 
 def draw(suite: str, rows: Rows, folder: Path) -> list[Path]:
@@ -172,3 +185,9 @@ def _place(row: dict[str, Any]) -> float:
 
 def _dense(row: dict[str, Any]) -> float:
     return min(ms for name, ms in row["ms"].items() if name.startswith("dense"))
+
+
+if __name__ == "__main__":
+    overview.draw(overview.overview())
+    for page in harness.PAGES:
+        insert_stored(page)

@@ -372,7 +372,7 @@ def test_blocks_that_are_none_are_refused(block):
 
 def test_what_changes_nothing_is_said(caplog):
     with pytest.raises(ValueError, match="without"):
-        ua.sparsify(nn.Sequential(nn.Conv1d(3, 4, 3), nn.LSTM(4, 4)), 0.9)
+        ua.sparsify(nn.Sequential(nn.ConvTranspose1d(3, 4, 3), nn.LSTM(4, 4)), 0.9)
     ua.sparsify(Network(), 0.9, filter=lambda *_: False)
     assert "No layer was made sparse" in caplog.text and "left out by the filter" in caplog.text
 

@@ -87,7 +87,7 @@ def why_closed(model: nn.Module) -> dict[str, str]:
     attentions = {name: m for name, m in model.named_modules() if type(m) is nn.MultiheadAttention}
     if not attentions:
         return {}
-    readers = read_weights(model)
+    readers = read_weights(model, apart_from=nn.MultiheadAttention)
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     found = {}
     for name, module in attentions.items():

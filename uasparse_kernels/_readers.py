@@ -16,17 +16,20 @@ from torch import nn
 _HARMLESS = {"device", "dtype", "is_cuda", "is_meta", "layout", "requires_grad"}
 
 
-def read_weights(model: nn.Module) -> dict[str, str]:
+def read_weights(model: nn.Module, apart_from: type[nn.Module] | None = None) -> dict[str, str]:
     """Layers whose ``weight`` the forward of a module above them reads (``self.qkv.weight``), and that module's class.
 
     Of an attention's ``in_proj_weight`` or ``in_proj_bias`` the layer is its ``in_proj``, be there one or not.
     Found in the source of ``forward`` and of the methods that it uses; what is not found there is noticed at the first
     topology update (``DynamicSparsity``).
+
+    Args:
+        apart_from: a class (exactly) that may read.
     """
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         kind: Any = type(module)
-        for path in _paths_read(kind):
+        for path in _paths_read(kind) if kind is not apart_from else ():
             found.setdefault(".".join(filter(None, (name, path))), type(module).__name__)
     return found
 
@@ -34,7 +37,7 @@ def read_weights(model: nn.Module) -> dict[str, str]:
 @functools.cache
 def _paths_read(cls: Any) -> frozenset[str]:
     """Of a class, the ``path`` of every ``self.path.weight`` that its forward reads as a tensor."""
-    if cls.__module__.startswith("uasparse_kernels.") or cls is nn.MultiheadAttention:
+    if cls.__module__.startswith("uasparse_kernels."):
         return frozenset()
     paths, waiting, seen = set(), ["forward"], {"forward"}
     while waiting:

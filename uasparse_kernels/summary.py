@@ -155,6 +155,8 @@ def _why_dense(matrix: Matrix, candidates: set[str], skipped: dict[str, str], ba
     if matrix.layer in candidates and matrix.name.endswith("weight"):
         return "left dense by sparsify or its caller" if has_sparse else "sparsify was not called"
     cls = type(module)
+    if matrix.tensor.dim() == 3 and min(matrix.shape) > 1 and not cls.__module__.startswith("torch."):
+        return f"{cls.__qualname__} holds stacks of matrices (experts) as single parameters, which have no sparse form"
     if not cls.__module__.startswith("torch.") and next(module.children(), None) is not None:
         return f"a parameter that {cls.__qualname__} holds itself"
     where = "nn" if cls.__module__.startswith("torch.nn.modules") else cls.__module__

@@ -8,7 +8,6 @@ other bytes.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -204,19 +203,15 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     rest: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = f"{name}.weight" if name else "weight"
-        dense = tensors.pop(key).to(layer.weight.device)
+        dense = layer.pattern_view(tensors.pop(key).to(layer.weight.device))
         if layer.pattern.block == (1, 1):
             pattern = SparsityPattern.from_mask(dense != 0)
         elif bool((dense[~layer.pattern.to_mask()] != 0).any()):
             raise ValueError(f"{key}: expected zeros outside the layer's blocks.")
         else:
             pattern = layer.pattern
-        # In the layer's own state, whatever its storage.
-        twin = copy.deepcopy(layer).to_dense()
-        twin.weight.data.copy_(dense)
-        kind: Any = type(layer)
-        twin = kind.from_dense(twin, pattern=pattern, storage=layer.storage)
-        rest |= {f"{name}.{k}" if name else k: v for k, v in twin.state_dict().items() if k != "bias"}
+        prefix = f"{name}." if name else ""
+        rest |= {key: pattern.pack(dense), **pattern.state_dict(prefix=prefix + "pattern.")}
     model.load_state_dict(tensors | rest)
     return model
 
