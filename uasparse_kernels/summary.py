@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from uasparse_kernels._attention import why_closed
 from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, matrices
 from uasparse_kernels._table import bytes_of, render
 from uasparse_kernels.convert import _candidates
@@ -102,6 +103,14 @@ def summary(model: nn.Module) -> Summary:
     """
     rows, covered, active, held = [], 0, 0, 0
     candidates, skipped = _candidates(model)
+    coverable = set(candidates)
+    for name, reason in why_closed(model).items():
+        for layer in (name, f"{name}.out_proj" if name else "out_proj"):
+            skipped.pop(layer, None)  # that the attention itself reads its weight is no reason
+            if reason:
+                skipped[layer] = reason
+            else:
+                coverable.add(layer)
     has_sparse = any(isinstance(module, SparseLayer) for module in model.modules())
     bases = {f"{n}.base" if n else "base" for n, m in model.named_modules() if isinstance(m, SparseDelta)}
     all_matrices = list(matrices(model))
@@ -120,7 +129,7 @@ def summary(model: nn.Module) -> Summary:
             covered, active = covered + matrix.size, active + pattern.nnz
         else:
             structure, density, storage, indices = "dense", 1.0, "dense", 0
-            because = _why_dense(matrix, candidates, skipped, bases, has_sparse)
+            because = _why_dense(matrix, coverable, skipped, bases, has_sparse)
             if (tied := users[id(tensor)][1:]) and matrix.layer not in skipped:
                 because += f"; {', '.join(tied)} {'is' if len(tied) == 1 else 'are'} tied to it"
             active += matrix.size
@@ -142,15 +151,15 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _why_dense(matrix: Matrix, candidates: Any, skipped: dict[str, str], bases: set[str], has_sparse: bool) -> str:
+def _why_dense(matrix: Matrix, candidates: set[str], skipped: dict[str, str], bases: set[str], has_sparse: bool) -> str:
     module: nn.Module = matrix.module
     if module in DENSE_BECAUSE:
         return DENSE_BECAUSE[module]
     if matrix.layer in bases:
         return "the base of a sparse delta"
-    if matrix.layer in skipped and matrix.name == "weight":
+    if matrix.layer in skipped and matrix.name.endswith("weight"):
         return skipped[matrix.layer]
-    if matrix.layer in candidates:
+    if matrix.layer in candidates and matrix.name.endswith("weight"):
         return "left dense by sparsify or its caller" if has_sparse else "sparsify was not called"
     cls = type(module)
     if matrix.tensor.dim() == 3 and min(matrix.shape) > 1 and not cls.__module__.startswith("torch."):
