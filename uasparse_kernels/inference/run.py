@@ -237,8 +237,9 @@ class OptimizedModel(nn.Module):
         """Compiles the model by AOTInductor to a ``.pt2`` package, which C++ programs run without Python.
 
         It takes inputs of the captured sizes and this batch, contiguous ones, and gives the outputs as a flat list. It
-        needs this package's compiled part (``_C.abi3.so``) to be loaded, and serves machines that have this one's
-        instruction sets. Source of the format: torch.export and AOTInductor (examples/serve_cpp is a program for it).
+        needs this package's compiled part (``_C_torch*.abi3.so``) to be loaded, and serves machines that have this
+        one's instruction sets. Source of the format: torch.export and AOTInductor (examples/serve_cpp is a program
+        for it).
 
         Raises:
             ValueError: for a path that does not end in ``.pt2``, or a batch below 1.
