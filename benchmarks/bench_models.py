@@ -3,8 +3,8 @@
 python -m benchmarks models                      on demand only: minutes, and needs torchvision, timm and transformers
 
 Each network is made from its configuration, nothing is downloaded; those of transformers are tiny, so that embeddings
-weigh more there than in real sizes. Each runs in a process of its own with a limit of time. ``UASPARSE_BENCH_NETWORKS``:
-some of them, by parts of their names, separated by commas.
+weigh more there than in real sizes. Each runs in a process of its own with a limit of time.
+``UASPARSE_BENCH_NETWORKS``: some of them, by parts of their names, separated by commas.
 """
 
 from __future__ import annotations

@@ -25,8 +25,14 @@ _AVX512: _crossovers.Table = {
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.39, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.42}},
     },
     "masked_conv2d": {
-        "float32": {"1x1": {"narrow tap": 1.0, "one tap": 0.5, "taps": 0.7}, "blocks": {"narrow tap": 1.0, "one tap": 0.6, "taps": 0.61}},
-        "bfloat16": {"1x1": {"narrow tap": 0.33, "one tap": 0.33, "taps": 0.33}, "blocks": {"narrow tap": 0.3, "one tap": 0.3, "taps": 0.3}},
+        "float32": {
+            "1x1": {"narrow tap": 1.0, "one tap": 0.5, "taps": 0.7},
+            "blocks": {"narrow tap": 1.0, "one tap": 0.6, "taps": 0.61},
+        },
+        "bfloat16": {
+            "1x1": {"narrow tap": 0.33, "one tap": 0.33, "taps": 0.33},
+            "blocks": {"narrow tap": 0.3, "one tap": 0.3, "taps": 0.3},
+        },
     },
 }
 _AVX2: _crossovers.Table = {
@@ -35,8 +41,14 @@ _AVX2: _crossovers.Table = {
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 1.0, ">16": 1.0}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
     },
     "masked_conv2d": {
-        "float32": {"1x1": {"narrow tap": 0.64, "one tap": 0.64, "taps": 0.64}, "blocks": {"narrow tap": 0.61, "one tap": 0.61, "taps": 0.61}},
-        "bfloat16": {"1x1": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0}, "blocks": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0}},
+        "float32": {
+            "1x1": {"narrow tap": 0.64, "one tap": 0.64, "taps": 0.64},
+            "blocks": {"narrow tap": 0.61, "one tap": 0.61, "taps": 0.61},
+        },
+        "bfloat16": {
+            "1x1": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
+            "blocks": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
+        },
     },
 }
 DEFAULT = _AVX512 if _library.compiled is not None and _library.compiled.cpu_isa() == "avx512" else _AVX2
