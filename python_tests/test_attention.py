@@ -253,7 +253,7 @@ def test_it_is_made_of_a_dense_one_and_drawn_as_that():
     dense = nn.MultiheadAttention(64, 4, add_bias_kv=True)
     module = SparseMultiheadAttention.from_dense(dense, sparsity=0.5)
     assert type(dense) is nn.MultiheadAttention and module.in_proj.pattern.density == 0.5
-    with pytest.raises(TypeError, match="Expected an nn.MultiheadAttention"):
+    with pytest.raises(TypeError, match=r"Expected an nn\.MultiheadAttention"):
         SparseMultiheadAttention.from_dense(module, sparsity=0.5)
     before = module.out_proj.weight.clone()
     module._reset_parameters()
