@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from uasparse_kernels._attention import why_closed
 from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, matrices
@@ -113,6 +114,10 @@ def summary(model: nn.Module) -> Summary:
     has_sparse = any(isinstance(module, SparseLayer) for module in model.modules())
     bases = {f"{n}.base" if n else "base" for n, m in model.named_modules() if isinstance(m, SparseDelta)}
     all_matrices = list(matrices(model))
+    users: dict[int, list[str]] = {}
+    for layer, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(layer)
     for matrix in all_matrices:
         module, tensor = matrix.module, matrix.tensor
         name = matrix.layer if matrix.name == "weight" else ".".join(filter(None, (matrix.layer, matrix.name)))
@@ -125,6 +130,8 @@ def summary(model: nn.Module) -> Summary:
         else:
             structure, density, storage, indices = "dense", 1.0, "dense", 0
             because = _why_dense(matrix, coverable, skipped, bases, has_sparse)
+            if (tied := users[id(tensor)][1:]) and matrix.layer not in skipped:
+                because += f"; {', '.join(tied)} {'is' if len(tied) == 1 else 'are'} tied to it"
             active += matrix.size
         size = _bytes(tensor) + indices
         held += size
@@ -159,6 +166,8 @@ def _why_dense(matrix: Matrix, candidates: set[str], skipped: dict[str, str], ba
         return f"{cls.__qualname__} holds stacks of matrices (experts) as single parameters, which have no sparse form"
     if not cls.__module__.startswith("torch.") and next(module.children(), None) is not None:
         return f"a parameter that {cls.__qualname__} holds itself"
+    if isinstance(module, ParametrizationList):
+        return "it is parametrised"
     where = "nn" if cls.__module__.startswith("torch.nn.modules") else cls.__module__
     return f"{where}.{cls.__qualname__} has no sparse form"
 
