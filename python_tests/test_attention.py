@@ -249,6 +249,19 @@ def test_files_and_states(tmp_path, kdim):
             assert torch.equal(target.state_dict()[name], value), name
 
 
+def test_it_is_made_of_a_dense_one_and_drawn_as_that():
+    dense = nn.MultiheadAttention(64, 4, add_bias_kv=True)
+    module = SparseMultiheadAttention.from_dense(dense, sparsity=0.5)
+    assert type(dense) is nn.MultiheadAttention and module.in_proj.pattern.density == 0.5
+    with pytest.raises(TypeError, match=r"Expected an nn\.MultiheadAttention"):
+        SparseMultiheadAttention.from_dense(module, sparsity=0.5)
+    before = module.out_proj.weight.clone()
+    module._reset_parameters()
+    deviation = module.in_proj.weight.detach().std() * 0.5**0.5
+    torch.testing.assert_close(deviation, dense.in_proj_weight.detach().std(), rtol=0.1, atol=0)
+    assert not module.in_proj.bias.any() and torch.equal(module.out_proj.weight, before)
+
+
 def test_nested_tensors_and_wrong_sizes_are_refused():
     module = SparseMultiheadAttention(8, 2, batch_first=True, sparsity=0.5)
     x = torch.randn(2, 3, 8)

@@ -67,7 +67,13 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
     def from_dense(
         cls, module: nn.MultiheadAttention, *, sparsity: float, block: Sequence[int] = (1, 1), storage: str = "auto"
     ) -> SparseMultiheadAttention:
-        """A sparse module of a dense one (copied), each projection as by :meth:`SparseLinear.from_dense`."""
+        """A sparse module of a dense one (copied), each projection as by :meth:`SparseLinear.from_dense`.
+
+        Raises:
+            TypeError: for a module of another class.
+        """
+        if type(module) is not nn.MultiheadAttention:
+            raise TypeError(f"Expected an nn.MultiheadAttention, got {type(module).__name__}.")
         made: Any = copy.deepcopy(module)
         made.__class__ = cls
         return made._make_sparse(sparsity=sparsity, block=block, storage=storage)
@@ -90,12 +96,16 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         return {name: layer for name, layer in self.named_children() if name in ("in_proj", *_SEPARATE, "out_proj")}
 
     def _reset_parameters(self) -> None:
-        """As the dense module does; a sparse layer draws for its own fan-in."""
+        """As the dense module does (which leaves out_proj's weight); sparse weights are scaled to their fan-in."""
         if "in_proj" not in self._modules and "q_proj" not in self._modules:
             super()._reset_parameters()  # called by nn.MultiheadAttention's constructor
             return
-        for layer in self.projections().values():
-            layer.reset_parameters()
+        for name, layer in self.projections().items():
+            if name != "out_proj" and isinstance(layer, SparseLayer):
+                layer.set_dense_weight(nn.init.xavier_uniform_(layer.weight.new_empty(layer.pattern.shape)))
+                layer.scale_to_fan_in_()
+            elif name != "out_proj":
+                nn.init.xavier_uniform_(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         for bias in (self.bias_k, self.bias_v):
