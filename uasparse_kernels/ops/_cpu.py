@@ -18,15 +18,21 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # by op, dtype, structure and, of a linear layer, how many vectors the weight meets (forward alone up to 16, else a
 # training step), of a convolution, whether it has one tap: with few channels memory bounds dense and sparse alike.
 # Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2);
-# those of one tap on a Zen 5, held to AVX2 for the second table.
+# float32 convolutions of one tap by steps of a ResNet-50's layers on a Zen 5 (AVX-512; docs/cpu-kernels.md).
 _AVX512: _crossovers.Table = {
     "masked_linear": {
         "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.39, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.42}},
     },
     "masked_conv2d": {
-        "float32": {"1x1": {"narrow tap": 1.0, "one tap": 0.5, "taps": 0.7}, "blocks": {"narrow tap": 1.0, "one tap": 0.6, "taps": 0.61}},
-        "bfloat16": {"1x1": {"narrow tap": 0.33, "one tap": 0.33, "taps": 0.33}, "blocks": {"narrow tap": 0.3, "one tap": 0.3, "taps": 0.3}},
+        "float32": {
+            "1x1": {"narrow tap": 1.0, "one tap": 0.5, "taps": 0.7},
+            "blocks": {"narrow tap": 1.0, "one tap": 0.6, "taps": 0.61},
+        },
+        "bfloat16": {
+            "1x1": {"narrow tap": 0.33, "one tap": 0.33, "taps": 0.33},
+            "blocks": {"narrow tap": 0.3, "one tap": 0.3, "taps": 0.3},
+        },
     },
 }
 _AVX2: _crossovers.Table = {
@@ -35,8 +41,14 @@ _AVX2: _crossovers.Table = {
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 1.0, ">16": 1.0}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
     },
     "masked_conv2d": {
-        "float32": {"1x1": {"narrow tap": 0.64, "one tap": 0.64, "taps": 0.64}, "blocks": {"narrow tap": 0.61, "one tap": 0.61, "taps": 0.61}},
-        "bfloat16": {"1x1": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0}, "blocks": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0}},
+        "float32": {
+            "1x1": {"narrow tap": 0.64, "one tap": 0.64, "taps": 0.64},
+            "blocks": {"narrow tap": 0.61, "one tap": 0.61, "taps": 0.61},
+        },
+        "bfloat16": {
+            "1x1": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
+            "blocks": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
+        },
     },
 }
 DEFAULT = _AVX512 if _library.compiled is not None and _library.compiled.cpu_isa() == "avx512" else _AVX2
