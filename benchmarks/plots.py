@@ -21,6 +21,8 @@ Rows = Sequence[dict[str, Any]]
 
 def table(suite: str, rows: Rows) -> None:
     """Prints the rows: time, speed-up over each rival, GFLOP/s on nonzeros, percent of the roof."""
+    if rows and "verdict" in rows[0]:
+        print(markdown(rows))
     compared = [row for row in rows if "speedup_over" in row]
     if not compared:
         return
@@ -39,8 +41,10 @@ def table(suite: str, rows: Rows) -> None:
 
 def markdown(rows: Rows) -> str:
     """Speed-up over dense (and over each other rival) by shape and sparsity, as the README shows it; of the suite
-    recipe what each arm costs, and of init the accuracies.
+    recipe what each arm costs, of init the accuracies, and of models what became sparse.
     """
+    if rows and "verdict" in rows[0]:
+        return _verdicts(rows)
     if rows and "more_time" in rows[0]:
         return _costs(rows)
     if rows and "accuracy" in rows[0]:
@@ -78,6 +82,17 @@ def _accuracies(rows: Rows) -> str:
     for row in rows:
         cells = (", ".join(f"{value:.3f}" for value in row["accuracy"][scale]) for scale in scales)
         lines.append(f"| {row['shape']} | {row['sparsity']:.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _verdicts(rows: Rows) -> str:
+    lines = ["| network | all works | sparse layers | share of weights | sparsity | what stays dense |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        dense = [f"{reason} ({share:.1%})" for reason, share in row.get("dense", {}).items() if share >= 0.01]
+        shares = [f"{row[name]:.1%}" if name in row else "" for name in ("covered", "sparsity")]
+        cells = (row["shape"], row["verdict"], str(row.get("layers", "")), *shares, "; ".join(dense))
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -134,8 +134,12 @@ PyModuleDef module = {
 
 }  // namespace
 
-// Only what the stable ABI has: one build serves every Python from 3.11 on.
-PyMODINIT_FUNC PyInit__C() {
+#define INIT_OF(name) PyInit_##name
+#define INIT(name) INIT_OF(name)
+
+// Only what Python's stable ABI has: one build serves every Python from 3.11 on. The name says for which torch
+// (uasparse_kernels/_compiled.py).
+PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() {
   PyObject* m = PyModule_Create(&module);
   if (m == nullptr) return nullptr;
   if (PyModule_AddStringConstant(m, "torch_version", UASPARSE_TORCH_VERSION) < 0 ||

@@ -1,7 +1,7 @@
 """Builds the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, beside the package as it is.
 
-The build is a folder with a package of its own: links to the Python sources, and its own ``_C``. A process imports it
-where ``environment()`` is its environment. Nothing of the real package is touched.
+The build is a folder with a package of its own: links to the Python sources, and a compiled part of its own. A process
+imports it where ``environment()`` is its environment. Nothing of the real package is touched.
 """
 
 import os
@@ -13,6 +13,8 @@ import sysconfig
 import torch
 from torch.utils import cpp_extension
 
+NAME = "_C_torch" + "_".join(torch.__version__.split(".")[:2])
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "sanitized"
 # vptr would want type information that torch does not export; what the others find, AddressSanitizer finds too where it
@@ -20,7 +22,8 @@ FOLDER = ROOT / "build" / "sanitized"
 LEFT_OUT = "-fno-sanitize=vptr,null,object-size,pointer-overflow"
 SANITIZERS = ["-fsanitize=address,undefined", LEFT_OUT, "-fno-sanitize-recover=undefined"]
 FLAGS = ["-O1", "-g1", "-std=c++20", "-fPIC", "-fno-omit-frame-pointer", "-fno-math-errno", "-fno-trapping-math"]
-FLAGS += ["-fopenmp", "-DTORCH_EXTENSION_NAME=_C", "-DPy_LIMITED_API=0x030b0000", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+FLAGS += ["-fopenmp", f"-DTORCH_EXTENSION_NAME={NAME}", "-DPy_LIMITED_API=0x030b0000"]
+FLAGS += ["-DTORCH_API_INCLUDE_EXTENSION_H"]
 FLAGS += [f'-DUASPARSE_TORCH_VERSION=\\"{torch.__version__}\\"', *SANITIZERS]
 # What nearly every file includes: read once.
 HEADERS = ["ATen/Parallel.h", "ATen/core/Tensor.h", "ATen/ops/empty.h", "torch/library.h"]
@@ -38,7 +41,7 @@ def build() -> pathlib.Path:
     package.mkdir(parents=True, exist_ok=True)
     for source in (ROOT / "uasparse_kernels").iterdir():
         link = package / source.name
-        if source.name not in ("__pycache__",) and not source.name.startswith("_C.") and not link.is_symlink():
+        if source.name not in ("__pycache__",) and not source.name.startswith("_C") and not link.is_symlink():
             link.symlink_to(source)
     header = FOLDER / "torch_headers.h"
     if not header.exists() or header.read_text() != HEADER:
@@ -67,7 +70,7 @@ def build() -> pathlib.Path:
     for source, name, include in zip(sources, objects, headers, strict=True):
         lines += [f"build {name}: compile {source}" + (" | torch_headers.h.gch" if include else "")]
         lines += ["  include = -include torch_headers.h"] if include else []
-    lines += [f"build uasparse_kernels/_C.abi3.so: link {' '.join(objects)}", ""]
+    lines += [f"build uasparse_kernels/{NAME}.abi3.so: link {' '.join(objects)}", ""]
     (FOLDER / "build.ninja").write_text("\n".join(lines))
     done = subprocess.run(["ninja", "-C", str(FOLDER)], capture_output=True, text=True)
     if done.returncode != 0:

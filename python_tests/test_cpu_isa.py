@@ -13,12 +13,12 @@ HERE = pathlib.Path(__file__).parent
 
 
 @pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
-@pytest.mark.parametrize("op", ["masked_linear", "masked_conv2d", "batch_norm"])
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
-def test_other_instruction_sets(isa, op):
-    """All tests of the op where the kernels are told to use less than this CPU has (they choose once per process)."""
+def test_other_instruction_sets(isa):
+    """All tests of ops where the kernels are told to use less than this CPU has (they choose once per process)."""
     command = [sys.executable, "-m", "pytest", "-m", "not cuda", "-k", "not forced and not opcheck and not compile"]
-    command += ["-p", "no:cacheprovider", str(HERE / f"test_{op}.py")]
+    command += ["-p", "no:cacheprovider"]
+    command += [str(HERE / f"test_{op}.py") for op in ("masked_linear", "masked_conv2d", "batch_norm")]
     done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -46,7 +46,7 @@ def study(tmp_path_factory):
 
 def test_the_grid():
     runs = plan(SUITES["structures"])
-    assert len({run.folder for run in runs}) == len(runs) == 3 * (1 + 3 * (len(STRUCTURED_ARMS) - 1) + 1 + 9)
+    assert len({run.folder for run in runs}) == len(runs) == 3 * (1 + 3 * (len(STRUCTURED_ARMS) - 1) + 1 + 6 + 9)
     for arm in STRUCTURED_ARMS:
         assert with_arm(TINY, arm).arm == arm
     started = [run for run in runs if run.start]
@@ -56,7 +56,7 @@ def test_the_grid():
         assert run.start_folder == f"dense/seed{run.config.seed}"
     wish = Suite(replace(TINY, momentum=0.5), ("rigl",), ())
     new = changed(SUITES["structures"], wish, {"momentum"})
-    assert [grid.config.epochs for grid in new.grids] == [4, 1]  # grids keep what is not given
+    assert [grid.config.epochs for grid in new.grids] == [4, 4, 1]  # grids keep what is not given
     assert {grid.config.momentum for grid in new.grids} == {0.5}
     assert [run.label for run in plan(changed(SUITES["structures"], wish, {"arm"}))][:2] == ["rigl@0.9", "rigl@0.8"]
     assert not any(run.start for run in plan(changed(SUITES["structures"], wish, {"arm"})))

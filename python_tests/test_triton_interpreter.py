@@ -1,6 +1,5 @@
 """Runs the tests of the Triton kernels under Triton's interpreter, in a process that leaves this one as it is."""
 
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -8,6 +7,8 @@ import sys
 
 import numpy
 import pytest
+
+from uasparse_kernels import _library
 
 triton = pytest.importorskip("triton")
 HERE = pathlib.Path(__file__).parent
@@ -20,7 +21,7 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 )
 @pytest.mark.parametrize("name", ["masked_linear", "masked_conv2d", "pattern", "dispatch"])
 def test_kernels(name):
-    if importlib.util.find_spec("uasparse_kernels._C") is None:
+    if _library.compiled is None:
         pytest.skip("needs the compiled ops")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"{HERE}/test_triton_{name}.py"]
     run = subprocess.run(

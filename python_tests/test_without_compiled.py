@@ -3,12 +3,17 @@
 import subprocess
 import sys
 
+import pytest
+import torch
+
+from uasparse_kernels import _compiled
+
 SCRIPT = """
 import sys, warnings
-sys.modules["uasparse_kernels._C"] = None
+import torch
+sys.modules["uasparse_kernels._C_torch" + "_".join(torch.__version__.split(".")[:2])] = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import torch
     import uasparse_kernels as ua
 told = [w for w in caught if "compiled kernels could not be loaded" in str(w.message)]
 assert len(told) == 1, [str(w.message) for w in caught]
@@ -47,3 +52,21 @@ def test_everything_works_on_the_references():
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "fine"
+
+
+def test_a_build_for_another_torch_is_not_loaded():
+    """A file of another torch's name lies there alone: one line says what was built, what is here and what to do."""
+    built = _compiled.built_for()
+    if not built:
+        pytest.skip("nothing is compiled here")
+    with pytest.raises(ImportError) as told:
+        _compiled.load("_C_torch9_99")
+    assert str(told.value).startswith(f"uasparse_kernels was built for torch {' and '.join(built)}, but torch ")
+    assert torch.__version__ in str(told.value) and "pip install" in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_which_torch_a_package_was_built_for(tmp_path):
+    for name in ("_C_torch2_9.abi3.so", "_C_torch2_14.abi3.so", "_C_torch2_14.so", "_C.abi3.so", "_library.py"):
+        (tmp_path / name).touch()
+    assert _compiled.built_for(tmp_path) == ["2.9", "2.14"]

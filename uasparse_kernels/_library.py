@@ -5,22 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-import warnings
 from types import ModuleType
 
 import torch
 
-try:
-    from uasparse_kernels import _C as compiled  # type: ignore[attr-defined]
-except ImportError as error:
-    compiled: ModuleType | None = None  # type: ignore[no-redef]
-    warnings.warn(
-        f"uasparse_kernels: the compiled kernels could not be loaded ({error}); slow references in eager torch serve "
-        "instead. Install the package with a C++ compiler present to build them.",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+from uasparse_kernels import _compiled
 
+compiled: ModuleType | None = _compiled.load()
 if compiled is not None:
     # After the schemas: the implementations that are written in Python.
     from uasparse_kernels import triton as _triton

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, pattern_shape, warn_of_the_rest
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
@@ -31,6 +32,7 @@ _BETWEEN: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: BatchNorm2d,
 _CONVOLUTIONS = nn.Conv2d | nn.Conv1d | SparseConv2d | SparseConv1d
 
 
+@with_open_attention
 def sparsify(
     model: nn.Module,
     sparsity: float,
@@ -72,6 +74,10 @@ def sparsify(
     of smallest magnitude (or score), or grow at random (or by scores of the dense weight's shape) from zero. Modules
     and parameters stay the same objects, and blocks as they are; packed weights take another size, for which
     optimisers with state (momentum) have to be made anew.
+
+    ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`, the same object, whose
+    projections are layers of the names ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``; its own
+    name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` go by its dense names too.
 
     ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
     forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
@@ -250,7 +256,9 @@ def densify(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if _FUSED in module.__dict__:
             module.__dict__.update(module.__dict__.pop(_FUSED))
-    return _replace(model, layers)
+    model = _replace(model, layers)
+    join_attention(model)
+    return model
 
 
 def _candidates(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
@@ -267,7 +275,7 @@ def _candidates(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
             skipped[name] = reason
         elif kind_of(type(module)) is None:
             continue
-        elif name in readers and not _has_fused_evaluation(model, name):
+        elif name in readers:
             skipped[name] = f"the forward of {readers[name]} reads its weight, instead of calling it"
         elif id(getattr(module, "weight", None)) not in users:
             skipped[name] = "its weight is no parameter (is it parametrised?)"
@@ -299,17 +307,6 @@ def _turn(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) 
 
 
 _FUSED = "_fused_evaluation"  # what a module was told by torch about its fused path, and is told again by densify()
-
-
-def _has_fused_evaluation(model: nn.Module, name: str) -> bool:
-    """Whether a layer's weight is read by the fused path of ``nn.TransformerEncoderLayer`` alone."""
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    is_torchs = isinstance(owner, nn.TransformerEncoderLayer) and type(owner).forward is _ENCODER_FORWARD
-    return is_torchs and child in ("linear1", "linear2")
-
-
-_ENCODER_FORWARD = nn.TransformerEncoderLayer.forward
 
 
 def _leave_fused_evaluation(model: nn.Module) -> None:

@@ -26,16 +26,20 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 void run(const BatchNormForward& problem, int64_t first, int64_t last, float* scratch) {
   switch (cpu_isa()) {
+#if defined(__x86_64__)
     case Isa::avx512: return avx512::batch_norm_forward(problem, first, last, scratch);
     case Isa::avx2: return avx2::batch_norm_forward(problem, first, last, scratch);
+#endif
     default: return portable::batch_norm_forward(problem, first, last, scratch);
   }
 }
 
 void run(const BatchNormBackward& problem, int64_t first, int64_t last, float* scratch) {
   switch (cpu_isa()) {
+#if defined(__x86_64__)
     case Isa::avx512: return avx512::batch_norm_backward(problem, first, last, scratch);
     case Isa::avx2: return avx2::batch_norm_backward(problem, first, last, scratch);
+#endif
     default: return portable::batch_norm_backward(problem, first, last, scratch);
   }
 }

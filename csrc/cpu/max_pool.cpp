@@ -20,8 +20,10 @@ namespace {
 
 void run(const MaxPool& problem, int64_t first, int64_t last, float* scratch) {
   switch (cpu_isa()) {
+#if defined(__x86_64__)
     case Isa::avx512: return avx512::max_pool(problem, first, last, scratch);
     case Isa::avx2: return avx2::max_pool(problem, first, last, scratch);
+#endif
     default: return portable::max_pool(problem, first, last, scratch);
   }
 }

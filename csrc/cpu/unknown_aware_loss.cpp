@@ -31,8 +31,10 @@ enum Reduction { kNone = 0, kMean = 1, kSum = 2 };
 template <typename T>
 void forward_rows(const LossProblem<T>& problem, int64_t begin, int64_t end, T* losses, T* saved, LossSums* sums) {
   switch (cpu_isa()) {
+#if defined(__x86_64__)
     case Isa::avx512: return avx512::loss_forward(problem, begin, end, losses, saved, sums);
     case Isa::avx2: return avx2::loss_forward(problem, begin, end, losses, saved, sums);
+#endif
     default: return portable::loss_forward(problem, begin, end, losses, saved, sums);
   }
 }
@@ -41,9 +43,11 @@ template <typename T>
 void backward_rows(const LossProblem<T>& problem, int64_t begin, int64_t end, const T* saved, const T* grad_loss,
                    int64_t grad_stride, T scale, T* grad) {
   switch (cpu_isa()) {
+#if defined(__x86_64__)
     case Isa::avx512:
       return avx512::loss_backward(problem, begin, end, saved, grad_loss, grad_stride, scale, grad);
     case Isa::avx2: return avx2::loss_backward(problem, begin, end, saved, grad_loss, grad_stride, scale, grad);
+#endif
     default: return portable::loss_backward(problem, begin, end, saved, grad_loss, grad_stride, scale, grad);
   }
 }

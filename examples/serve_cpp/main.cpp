@@ -1,5 +1,5 @@
 // Runs a network that optimized.package("net.pt2") wrote, without Python (docs/serving.md):
-//   serve _C.abi3.so net.pt2 1 3 224 224 < image.f32 > logits.f32      numbers are float32, as in memory
+//   serve _C_torch*.abi3.so net.pt2 1 3 224 224 < image.f32 > logits.f32      numbers are float32, as in memory
 
 #include <ATen/ops/empty.h>
 #include <dlfcn.h>
@@ -11,7 +11,7 @@
 #include <vector>
 
 int main(int count, char** arguments) try {
-  if (count < 4) throw std::runtime_error("usage: serve _C.abi3.so net.pt2 SIZE... < input > output");
+  if (count < 4) throw std::runtime_error("usage: serve _C_torch*.abi3.so net.pt2 SIZE... < input > output");
   // The ops of uasparse_kernels register themselves.
   if (dlopen(arguments[1], RTLD_NOW | RTLD_GLOBAL) == nullptr) throw std::runtime_error(dlerror());
   // Without it a package takes inputs of other sizes than its own unseen.

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uasparse_kernels._attention import as_dense_names, as_own_names
 from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.pattern import SparsityPattern
@@ -174,7 +175,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Layers are written as dense ones (their zeros cost a bit each), so that :func:`load_sparse` takes the file into
     sparse and dense models alike. Active weights that are exactly zero are not told apart from inactive ones.
     """
-    write(path, _state(model), {"kind": "state"})
+    write(path, as_dense_names(model, _state(model)), {"kind": "state"})
 
 
 def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -189,7 +190,7 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     tensors, content = read(path)
     if content.get("kind") == "optimized":
         raise ValueError(f"{os.fspath(path)} holds an optimised model; load it with load_optimized().")
-    own = _state(model)
+    own, tensors = _state(model), as_own_names(model, tensors)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         raise ValueError(

@@ -17,6 +17,7 @@ from uasparse_kernels.inference import files
 from uasparse_kernels.inference.builder import LOAD, LOOKUP, ROWS, STORE, Call, Plan
 from uasparse_kernels.inference.fuse import by_sample, fuse
 from uasparse_kernels.inference.graph import Graph, Ref, capture, fill, fill_all
+from uasparse_kernels.inference.normal import normalise
 from uasparse_kernels.inference.package import package
 from uasparse_kernels.inference.plan import make_plan, shapes_of
 
@@ -79,7 +80,7 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
             "Expected parameters and inputs all of float32, or all of float64, got "
             f"{', '.join(sorted(map(str, dtypes)))}; call model.float(), and .float() of the inputs."
         )
-    return OptimizedModel(capture(model, arguments, dynamic_batch))
+    return OptimizedModel(normalise(capture(model, arguments, dynamic_batch)))
 
 
 class OptimizedModel(nn.Module):
@@ -236,8 +237,9 @@ class OptimizedModel(nn.Module):
         """Compiles the model by AOTInductor to a ``.pt2`` package, which C++ programs run without Python.
 
         It takes inputs of the captured sizes and this batch, contiguous ones, and gives the outputs as a flat list. It
-        needs this package's compiled part (``_C.abi3.so``) to be loaded, and serves machines that have this one's
-        instruction sets. Source of the format: torch.export and AOTInductor (examples/serve_cpp is a program for it).
+        needs this package's compiled part (``_C_torch*.abi3.so``) to be loaded, and serves machines that have this
+        one's instruction sets. Source of the format: torch.export and AOTInductor (examples/serve_cpp is a program
+        for it).
 
         Raises:
             ValueError: for a path that does not end in ``.pt2``, or a batch below 1.

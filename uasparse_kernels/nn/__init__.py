@@ -1,5 +1,6 @@
 """Sparse layers, the unknown-aware loss, and faster batch norms and pooling."""
 
+from uasparse_kernels.nn.attention import SparseMultiheadAttention
 from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
@@ -18,6 +19,7 @@ __all__ = [
     "SparseDelta",
     "SparseLayer",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SparseTransposedLinear",
     "UnknownAwareLoss",
     "register_layer",

@@ -19,7 +19,7 @@ from torch.fx import Proxy
 from uasparse_kernels import ops
 from uasparse_kernels.nn.registry import add_kind, make_dense
 from uasparse_kernels.ops._common import replace_data_
-from uasparse_kernels.ops._cpu import crossover
+from uasparse_kernels.ops._cpu import crossover, wide
 from uasparse_kernels.ops._cuda import is_packed_by_default
 from uasparse_kernels.ops.masked_conv2d import as_pair
 from uasparse_kernels.pattern import SparsityPattern
@@ -626,7 +626,7 @@ def resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype |
     if pattern.device.type == "cuda":
         return "packed" if is_packed_by_default(op, pattern) else "dense"
     structure = "1x1" if pattern.block == (1, 1) else "blocks"
-    limit, _ = crossover(op, dtype or torch.get_default_dtype(), structure, ">16")
+    limit, _ = crossover(op, dtype or torch.get_default_dtype(), structure, wide(pattern.shape))
     return "packed" if pattern.density <= limit else "dense"
 
 

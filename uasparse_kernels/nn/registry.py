@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple
@@ -153,7 +154,7 @@ def make_sparse(name: str, module: Any, **options: Any) -> Any:
             raise ValueError(f"{called}: expected a layer of the pattern that was given, got another.")
     elif (
         layer.pattern.block != tuple(options["block"])
-        or abs(layer.pattern.density - 1 + options["sparsity"]) * layer.pattern.nnz > layer.pattern.num_blocks
+        or abs(layer.pattern.density - 1 + options["sparsity"]) * math.prod(layer.pattern.grid) > 1.001
     ):
         raise ValueError(
             f"{called}: expected sparsity {options['sparsity']:g} in blocks {tuple(options['block'])}, got "

@@ -21,8 +21,11 @@ from uasparse_kernels.training.report import save_figure
 from uasparse_kernels.training.study.statistics import spread_of
 
 NAMES = {"srigl": "fan-in", "2:4": "2:4", "dense": "dense"}  # of methods that are a structure; else it is the block
-ORDER = ("dense", "unstructured", "fan-in", "4x1", "16x1", "4x4", "16x16", "32x32", "2:4")
+BY_SHARE = " by share"  # blocks that are dropped by their share of an output
+BLOCKS = ("4x1", "16x1", "4x4", "16x16", "32x32")
+ORDER = ("dense", "unstructured", "fan-in", *(name for b in BLOCKS for name in (b, b + BY_SHARE)), "2:4")
 STEP, FORWARD, SERVED = "step", "forward", ("serving, batch 128", "serving, batch 1")
+SHOWN = 4.0  # points of accuracy in the figure
 GPU_SHAPE = {"out": 4096, "inp": 4096, "tokens": 8192}
 
 
@@ -53,7 +56,7 @@ def read_runs(folder: Path) -> list[StructureRun]:
     for file in sorted(folder.rglob("results.json")):
         results = read_results(file)
         config, known = FitConfig.from_dict(results["config"]), results["known"]
-        structure = NAMES.get(config.method, config.block).replace("1x1", "unstructured")
+        structure = structure_of(config)
         about = structure, config.sparsity, "start" in results, config.seed, config.epochs
         runs.append(StructureRun(*about, round(known["accuracy"], 5), round(known["nll"], 5)))
     if not runs:
@@ -61,6 +64,11 @@ def read_runs(folder: Path) -> list[StructureRun]:
             f"Expected finished runs below {folder}, found none: run `compare --suite structures` first."
         )
     return runs
+
+
+def structure_of(config: FitConfig) -> str:
+    name = NAMES.get(config.method, config.block).replace("1x1", "unstructured")
+    return name + BY_SHARE if config.drop == "relative" else name
 
 
 def write_structures(folder: Path | None, out: Path, times: Path, gpu: Path, page: Path) -> list[Path]:
@@ -150,7 +158,7 @@ def scratch_table(cells: Cells, faster: Times) -> str:
         plain = {run.seed: run.accuracy for run in cells.get(("unstructured", sparsity, False), [])}
         differences = [run.accuracy - plain[run.seed] for run in group if run.seed in plain]
         less = f"{100 * statistics.fmean(differences):+.2f}" if differences and structure != "unstructured" else ""
-        ratios = faster.get((structure, sparsity), {})
+        ratios = faster.get((structure.removesuffix(BY_SHARE), sparsity), {})
         cells_ = [f"**{ratios[name]:.1f}**" if name in ratios else "" for name in (STEP, FORWARD, *SERVED)]
         name = structure if structure == "dense" else f"{sparsity:.0%} {structure}"
         lines.append(f"| {name} | {len(group)} | {accuracy_of(group)} | {less} | {' | '.join(cells_)} |")
@@ -178,7 +186,7 @@ def gpu_table(rows: Sequence[dict[str, Any]]) -> str:
             continue
         block, kind, sparsity = row["block"], row["kind"], 1 - row["density"]
         structure = f"{block}x{block}" if block > 1 else "unstructured"
-        found[f"{sparsity:.0%} {structure}, {kind}"][row["step"]] = f"**{row['times_dense']['ours']:.1f}**"
+        found[f"{100 * sparsity:.3g}% {structure}, {kind}"][row["step"]] = f"**{row['times_dense']['ours']:.1f}**"
         if "torch 2:4 (50 %)" in row["times_dense"]:
             found[f"50% 2:4, {kind} (torch's)"][row["step"]] = f"**{row['times_dense']['torch 2:4 (50 %)']:.1f}**"
     for name, passes in sorted(found.items()):
@@ -187,22 +195,29 @@ def gpu_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(cells: Cells, faster: Times) -> Figure:
-    """Accuracy against the speed-up of a training step: a line a structure, a point a sparsity."""
+    """Accuracy against the speed-up of a training step: a line a structure, a point a sparsity, the sparser the faster.
+
+    What is more than SHOWN points below the best is told in words.
+    """
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    best = 100 * max((statistics.fmean(run.accuracy for run in group) for group in cells.values()), default=1.0)
     dense = cells.get(("dense", 0.0, False))
     if dense:
         axis.plot(1, 100 * statistics.fmean(run.accuracy for run in dense), "k*", markersize=12, label="dense")
     for structure in ORDER[1:]:
+        timed = structure.removesuffix(BY_SHARE)
         points = [
-            (faster[structure, sparsity][STEP], 100 * statistics.fmean(run.accuracy for run in group), sparsity)
+            (faster[timed, sparsity][STEP], 100 * statistics.fmean(run.accuracy for run in group), sparsity)
             for (name, sparsity, pruned), group in sorted(cells.items())
-            if name == structure and not pruned and STEP in faster.get((name, sparsity), {})
+            if name == structure and not pruned and STEP in faster.get((timed, sparsity), {})
         ]
         if points:
-            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", label=structure)
-            for x, y, sparsity in points:
-                axis.annotate(f"{sparsity:.0%}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize="xx-small")
-    axis.set(xlabel="speed-up of a training step over dense", ylabel="accuracy, %")
+            style = "--" if structure != timed else "-"
+            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], style, marker="o", label=structure)
+            lowest = [y for _, y, _ in points if y < best - SHOWN]
+            if lowest:
+                axis.annotate(f"to {min(lowest):.0f} %", (points[-1][0], best - SHOWN), ha="right", fontsize="x-small")
+    axis.set(xlabel="speed-up of a training step over dense", ylabel="accuracy, %", ylim=(best - SHOWN, best + 0.3))
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     return figure

@@ -223,11 +223,13 @@ SUITES: dict[str, Suite] = {
         unknowns=COLOUR_FAR,
         sparsities=(0.9,),
     ),
-    # Accuracy by structure; `time-structures` measures what each gives. Beside it, dense networks pruned by magnitude
-    # at once, and fine-tuned for a quarter of the epochs.
+    # Accuracy by structure; `python -m benchmarks structures` measures what each gives. Beside it, large blocks dropped
+    # by their share of an output, without which few outputs stay alive, and dense networks pruned by magnitude at
+    # once, and fine-tuned for a quarter of the epochs.
     "structures": replace(
         _structures,
         also=(
+            replace(_structures, arms=("rigl+16x16+relative", "rigl+32x32+relative")),
             replace(
                 _structures,
                 config=replace(_structures.config, epochs=1, lr_max=0.02),

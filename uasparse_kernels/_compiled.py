@@ -1,0 +1,50 @@
+"""Finds the compiled ops (``torch.ops.uasparse``) that were built for the torch that is here.
+
+torch's C++ interface changes from one minor version to the next, so a build serves one of them, and its file's name
+says which: a package may hold several side by side, and one for another torch is never loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import re
+import warnings
+from types import ModuleType
+
+import torch
+
+PREFIX = "_C_torch"
+NAME = PREFIX + "_".join(torch.__version__.split(".")[:2])
+FOLDER = pathlib.Path(__file__).parent
+
+
+def built_for(folder: pathlib.Path = FOLDER) -> list[str]:
+    """The minor versions of torch, as "2.14", that the package in ``folder`` has compiled parts for."""
+    found = {match[1] for file in folder.iterdir() if (match := re.match(PREFIX + r"(\d+_\d+)\.[^/]*so$", file.name))}
+    return [version.replace("_", ".") for version in sorted(found, key=lambda v: [int(part) for part in v.split("_")])]
+
+
+def load(name: str = NAME) -> ModuleType | None:
+    """The compiled module; ``None``, with a warning, where none was built or it does not load.
+
+    Raises:
+        ImportError: The package was built, but for other versions of torch.
+    """
+    try:
+        return importlib.import_module(f"uasparse_kernels.{name}")
+    except ImportError as error:
+        versions = built_for()
+        if versions and name.removeprefix(PREFIX).replace("_", ".") not in versions:
+            raise ImportError(
+                f"uasparse_kernels was built for torch {' and '.join(versions)}, but torch {torch.__version__} is "
+                f"installed: install torch {versions[-1]}, or build the package for this torch "
+                "(pip install --no-build-isolation --no-deps --force-reinstall . in its source folder)."
+            ) from None
+        warnings.warn(
+            f"uasparse_kernels: the compiled kernels could not be loaded ({error}); slow references in eager torch "
+            "serve instead. Install the package with a C++ compiler present to build them.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
