@@ -70,7 +70,7 @@ def _by_crossover(density: float, limit: float, source: str) -> Choice:
 _by_known_crossover = functools.lru_cache(_by_crossover)  # formatting would cost more than all the rest
 
 
-@torch.compiler.assume_constant_result
+@_library.constant_when_compiled
 def crossover(op: str, dtype: torch.dtype, structure: str, width: str) -> tuple[float, str]:
     """The density up to which the sparse kernel is faster, and where that is known from."""
     return _crossover(op, "bfloat16" if dtype == torch.bfloat16 else "float32", structure, width)
