@@ -30,6 +30,7 @@ SUITES = {
     "batch-norm": "bench_batch_norm",
     "recipe": "bench_recipe",
     "serve": "bench_serve",
+    "serve-memory": "bench_serve_memory",
     "init": "bench_init",
     "distributed": "bench_distributed",
 }
