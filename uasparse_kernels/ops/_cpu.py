@@ -93,7 +93,7 @@ def wide(shape: tuple[int, ...]) -> str:
     return "one tap" if min(shape[:2]) > 128 else "narrow tap"
 
 
-@torch.compiler.assume_constant_result
+@_library.constant_when_compiled
 def crossover(op: str, dtype: torch.dtype, structure: str, width: str) -> tuple[float, str]:
     """The density up to which the sparse kernel is faster, and where that is known from."""
     return _crossover(op, "bfloat16" if dtype == torch.bfloat16 else "float32", structure, width)
