@@ -1,6 +1,6 @@
 """Runs suites of benchmarks: prints a table of each, and writes its JSON and its plot.
 
-python -m benchmarks                    all suites of the CPU
+python -m benchmarks                    all suites of the CPU but models
 python -m benchmarks linear conv        some of them
 python -m benchmarks linear --folder benchmarks/results/avx2    kept, and shown, apart from those of another machine
 """
@@ -15,7 +15,7 @@ import torch
 import typer
 
 import uasparse_kernels as ua
-from benchmarks import harness, plots
+from benchmarks import harness, overview, plots
 
 SUITES = {
     "linear": "bench_masked_linear",
@@ -31,8 +31,11 @@ SUITES = {
     "recipe": "bench_recipe",
     "serve": "bench_serve",
     "init": "bench_init",
+    "structures": "bench_structures",
     "distributed": "bench_distributed",
+    "models": "bench_models",
 }
+ON_DEMAND = {"models"}  # no speeds
 
 
 def main(
@@ -46,7 +49,7 @@ def main(
         raise typer.BadParameter(f"Expected suites of {', '.join(SUITES)}, got {', '.join(unknown)}.")
     # As `python -m training` does, for the rivals too: else new pages can cost as much as a kernel.
     ua.keep_freed_memory()
-    for suite in suites or SUITES:
+    for suite in suites or [name for name in SUITES if name not in ON_DEMAND]:
         harness.pin(None if suite in ("threads", "networks") else threads)  # these use both cores
         torch.set_num_threads(threads)
         print(f"\n{suite}, {threads} thread{'s' if threads > 1 else ''}", flush=True)
@@ -60,6 +63,10 @@ def main(
         written = [path, *plots.draw(suite, rows, folder)]
         if name := harness.table_name(path):
             written += [page for page in harness.PAGES if plots.insert(name, plots.markdown(rows), page)]
+            if name in (overview.TRAIN, overview.SERVE):
+                overview.draw(overview.overview())
+                plots.insert("overview", overview.markdown(overview.overview()), harness.PAGES[0])
+                written.append(overview.PICTURE)
         print("written:", *written)
 
 

@@ -21,7 +21,12 @@ from benchmarks import gpu
 from uasparse_kernels import SparsityPattern
 from uasparse_kernels.ops._common import dense_form, pattern_tensors
 
-DTYPES = {"bf16": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee")}
+DTYPES = {
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp16": (torch.float16, "ieee"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
 
 
 class Cell(NamedTuple):

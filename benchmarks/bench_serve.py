@@ -100,25 +100,18 @@ def _row(
 
 @torch.no_grad()
 def prune(model: nn.Module, sparsity: float, in_projections: bool = True) -> nn.Module:
-    first = True
+    """The model with random weights left, as a dense one: the rivals run it too."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-        if isinstance(module, nn.Conv2d) and (first or module.groups > 1):
-            first = False
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            if not module.weight.any():  # a head that starts at zero
-                module.weight.normal_(0, 0.02)
-            _prune_weight(module.weight, sparsity)
-        if isinstance(module, nn.MultiheadAttention) and in_projections:
-            _prune_weight(module.in_proj_weight, sparsity)
-    return model.eval()
+        elif isinstance(module, nn.Linear) and not module.weight.any():  # a head that starts at zero
+            module.weight.normal_(0, 0.02)
 
+    def is_pruned(name: str, module: nn.Module) -> bool:
+        return getattr(module, "groups", 1) == 1 and (in_projections or not name.endswith("in_proj"))
 
-def _prune_weight(weight: Tensor, sparsity: float) -> None:
-    weight.view(-1)[torch.randperm(weight.numel())[: round(weight.numel() * sparsity)]] = 0
-    weight.mul_((1 - sparsity) ** -0.5)
+    return ua.densify(ua.sparsify(model, sparsity, distribution="uniform", filter=is_pruned)).eval()
 
 
 def rivals(

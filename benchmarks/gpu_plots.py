@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import harness, plots
 
-SUITES = ("gpu-linear", "gpu-conv", "gpu-step")
+SUITES = ("gpu-linear", "gpu-conv", "gpu-step", "gpu-small")
 _NOT_A_PANEL = ("density", "ms", "times_dense", "roof_ms", "of_roof", "error", "error_dense", "peak_bytes")
 
 

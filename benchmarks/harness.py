@@ -20,10 +20,7 @@ import uasparse_kernels as ua
 RESULTS = Path(__file__).resolve().parent / "results"
 # Where the tables of the results are shown.
 _ROOT = Path(__file__).parents[1]
-PAGES = (
-    _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("cpu-kernels", "gpu-kernels", "evidence/choices", "methods")),
-)
+PAGES = (_ROOT / "README.md", *sorted((_ROOT / "docs").rglob("*.md")))
 
 
 def table_name(path: Path) -> str:
@@ -160,10 +157,19 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "isa": info["cpu_isa"],
         "gpu": info["gpu"],
+        **({"driver": _driver()} if info["gpu"] else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "uasparse_kernels": commit or info["uasparse_kernels"],
     }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {error}"
 
 
 def save(suite: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **facts: Any) -> Path:

@@ -1,7 +1,11 @@
-"""Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite."""
+"""Tables in the terminal and plots of speed-up against sparsity, from the rows of a suite.
+
+python -m benchmarks.plots    puts the tables of all stored results into the pages, and draws the overview
+"""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +14,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import harness, overview
+
 Rows = Sequence[dict[str, Any]]
 
 
 def table(suite: str, rows: Rows) -> None:
     """Prints the rows: time, speed-up over each rival, GFLOP/s on nonzeros, percent of the roof."""
+    if rows and "verdict" in rows[0]:
+        print(markdown(rows))
     compared = [row for row in rows if "speedup_over" in row]
     if not compared:
         return
@@ -33,13 +41,15 @@ def table(suite: str, rows: Rows) -> None:
 
 def markdown(rows: Rows) -> str:
     """Speed-up over dense (and over each other rival) by shape and sparsity, as the README shows it; of the suite
-    recipe what each arm costs, and of init the accuracies.
+    recipe what each arm costs, of init the accuracies, and of models what became sparse.
     """
+    if rows and "verdict" in rows[0]:
+        return _verdicts(rows)
     if rows and "more_time" in rows[0]:
         return _costs(rows)
     if rows and "accuracy" in rows[0]:
         return _accuracies(rows)
-    if rows and "roof_ms" in rows[0]:
+    if rows and {"roof_ms", "mode"} & rows[0].keys():
         if "times_dense" not in rows[0]:
             return _gpu_ratios(rows)
         rows = [_gpu_speedups(row) for row in rows if row["ms"]["dense"] > 0]
@@ -75,6 +85,17 @@ def _accuracies(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _verdicts(rows: Rows) -> str:
+    lines = ["| network | all works | sparse layers | share of weights | sparsity | what stays dense |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in rows:
+        dense = [f"{reason} ({share:.1%})" for reason, share in row.get("dense", {}).items() if share >= 0.01]
+        shares = [f"{row[name]:.1%}" if name in row else "" for name in ("covered", "sparsity")]
+        cells = (row["shape"], row["verdict"], str(row.get("layers", "")), *shares, "; ".join(dense))
+        lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def _gpu_speedups(row: dict[str, Any]) -> dict[str, Any]:
     """A row of gpu-linear, gpu-conv or gpu-step as the CPU suites have them: over dense, and torch's BSR or CSR."""
     if "tokens" in row:
@@ -82,7 +103,7 @@ def _gpu_speedups(row: dict[str, Any]) -> dict[str, Any]:
     elif "channels" in row:
         shape = f"256x{row['channels']}@{row['size']} 3x3" + ("/2" if row["stride"] == 2 else "")
     else:
-        shape = f"{row['model']}, {row['batch']}"
+        shape = f"{row['model']}, {row['batch']}" + (f", compiled ({row['mode']})" if "mode" in row else "")
     block = f"{row['block']}x{row['block']}" if row["block"] > 1 else "unstructured"
     rivals = [name for name in ("dense", "torch BSR", "torch CSR") if row["ms"].get(name, math.nan) > 0]
     return {
@@ -118,6 +139,13 @@ def insert(suite: str, text: str, page: Path) -> bool:
     before, rest = content.split(start, 1)
     page.write_text(before + start + text + end + rest.split(end, 1)[1])
     return True
+
+
+def insert_stored(page: Path) -> None:
+    """Puts the tables of all stored results into a page, each where the page has its marks."""
+    for file in harness.RESULTS.rglob("*.json"):
+        insert(harness.table_name(file), markdown(json.loads(file.read_text()).get("rows", [])), page)
+    insert("overview", overview.markdown(overview.overview()), page)
 
 
 def draw(suite: str, rows: Rows, folder: Path) -> list[Path]:
@@ -172,3 +200,9 @@ def _place(row: dict[str, Any]) -> float:
 
 def _dense(row: dict[str, Any]) -> float:
     return min(ms for name, ms in row["ms"].items() if name.startswith("dense"))
+
+
+if __name__ == "__main__":
+    overview.draw(overview.overview())
+    for page in harness.PAGES:
+        insert_stored(page)

@@ -4,6 +4,7 @@ mistake in them."""
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import sys
@@ -14,6 +15,8 @@ import torch
 from benchmarks import (
     bench_gpu_masked_conv2d,
     bench_gpu_masked_linear,
+    bench_gpu_networks,
+    bench_gpu_small,
     bench_gpu_step,
     bench_gpu_topk_indices,
     bench_gpu_unknown_aware_loss,
@@ -21,6 +24,7 @@ from benchmarks import (
     gpu_check,
     gpu_plots,
     gpu_warm,
+    plots,
 )
 from uasparse_kernels.ops import _cuda
 from uasparse_kernels.ops._cuda_crossovers import measure_crossovers
@@ -97,6 +101,36 @@ def test_steps(model, block):
     assert row["times_dense"]["ours"] == 1 and row["of_roof"] > 0
 
 
+@pytest.mark.parametrize("model", ["conv stage", "ViT-B/16 blocks", "ResNet-50"])
+def test_networks(model, monkeypatch):
+    """Compiled and eager steps of the sparse network have one loss, and so have the dense ones."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torchvision = pytest.importorskip("torchvision")
+    monkeypatch.setattr(torchvision.models, "resnet50", torchvision.models.resnet18)  # for time
+    monkeypatch.setattr(bench_gpu_networks, "VIT_BLOCKS", 1)
+    cell = bench_gpu_networks.Cell(model, 64 if model == "ResNet-50" else 32, 2, "fp32", 0.25, 16)
+
+    class Losses:
+        def medians_ms(self, variants):
+            losses = {name: call() for name, call in variants.items()}
+            for name in ("dense", "ours"):
+                assert 0 < losses[name] < 100
+                torch.testing.assert_close(losses[name], losses[f"{name}, eager"], rtol=1e-3, atol=1e-3)
+            return dict.fromkeys(variants, 2.0)
+
+    row = bench_gpu_networks.measure(cell, Losses(), ROOFS)
+    bench_gpu_networks.show(row)
+    assert row["sparse_layers"] >= 4 and row["active_weights"] < 0.3 * row["sparse_weights"]
+    assert "compiled (default)" in plots.markdown([row])
+
+
+def test_small_batches():
+    cell = next(bench_gpu_small.cells())._replace(out=32, inp=64)
+    assert (cell.tokens, cell.block, cell.step) == (1, 1, False)
+    row = bench_gpu_small.measure(cell._replace(kind="fp32"), Once("dense", {"dense", "ours"}), ROOFS)
+    bench_gpu_small.show(row)
+
+
 def test_cells():
     linear, conv, steps = (
         list(suite.cells()) for suite in (bench_gpu_masked_linear, bench_gpu_masked_conv2d, bench_gpu_step)
@@ -145,8 +179,14 @@ def test_stages_of_gpu_check(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     stages = gpu_check.stages(tmp_path)
     assert [stage.name for stage in stages if "gpu-" in stage.name] == [
-        *("gpu-linear", "gpu-conv", "gpu-step", "gpu-topk", "gpu-loss")
+        *("gpu-networks", "gpu-loss", "gpu-small", "gpu-linear", "gpu-conv", "gpu-step", "gpu-topk")
     ]
+    assert sum(stage.seconds for stage in stages[:3]) < 330
+    names = [stage.name for stage in gpu_check.ordered(stages, None, ["gpu-conv"])]
+    assert names[:3] == ["facts", "build", "gpu-conv"] and len(names) == len(stages)
+    assert [stage.name for stage in gpu_check.ordered(stages, ["tests"], [])] == ["tests"]
+    with pytest.raises(SystemExit, match="expected stages of facts, build"):
+        gpu_check.ordered(stages, None, ["gpu-con"])
     for stage in stages:
         if stage.command[1] == "-m":
             assert importlib.util.find_spec(stage.command[2]) is not None

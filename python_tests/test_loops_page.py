@@ -1,4 +1,4 @@
-"""The code of docs/loops.md runs, in the order of the page."""
+"""The code of docs/loops.md and docs/processes.md runs, section by section."""
 
 import pages
 import pytest
@@ -10,7 +10,12 @@ from transformers import BertConfig
 
 import uasparse_kernels as ua
 
-PAGE = [(heading, blocks) for heading, blocks in pages.sections("docs/loops.md") if blocks]
+PAGE = [
+    (heading, blocks)
+    for page in ("docs/loops.md", "docs/processes.md")
+    for heading, blocks in pages.sections(page)
+    if blocks
+]
 
 
 def make_network():

@@ -274,7 +274,7 @@ def test_dense_and_sparse_layers_share_a_budget():
 
 def test_one_threshold_does_not_grow():
     model = ua.sparsify(mlp(20, 30, 40), 0.5)
-    with pytest.raises(ValueError, match="what leaves, not where to grow"):
+    with pytest.raises(ValueError, match="only takes weights away"):
         ua.sparsify(model, 0.1, keep="magnitude", distribution="global")
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import uasparse_kernels as ua
 from uasparse_kernels import _library
 from uasparse_kernels.inference import files
-from uasparse_kernels.inference.plan import AFFINE, CONV, LOAD, POOL, ROWS, STORE
+from uasparse_kernels.inference.builder import AFFINE, CONV, LOAD, POOL, ROWS, STORE
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
 

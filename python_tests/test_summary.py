@@ -32,7 +32,7 @@ def test_the_table_accounts_for_every_parameter():
     before = ua.summary(model)
     assert before.sparsity == before.covered == 0 and before.weights + before.others == dense
     assert before.bytes == before.dense_bytes == 4 * dense
-    ua.sparsify(model, 0.75, distribution="uniform", exempt=["layers.2"], block=(4, 4))
+    ua.sparsify(model, 0.75, distribution="uniform", exempt=["layers.2", "attention"], block=(4, 4))
     result = ua.summary(model)
     rows = {row.layer: row for row in result.rows}
     assert list(rows) == [
@@ -60,8 +60,8 @@ def test_the_table_accounts_for_every_parameter():
     reasons = {name: row.dense_because for name, row in rows.items() if row.dense_because}
     for name, text in {
         "embed": "nn.Embedding has no sparse form",
-        "attention.in_proj_weight": "nn.MultiheadAttention has no sparse form",
-        "attention.out_proj": "NonDynamicallyQuantizableLinear may be used",
+        "attention.in_proj_weight": "exempt",
+        "attention.out_proj": "exempt",
         "layers.2": "exempt",
         "position": "a parameter that Model holds itself",
     }.items():
@@ -117,3 +117,30 @@ def test_a_table_of_calls_with_totals():
     total = sum(row.ms for row in timed)
     assert math.isclose(sum(row.share for row in timed), 1) and f"{total:.3f} ms" in str(timed)
     assert max(map(len, [*text.splitlines(), *str(timed).splitlines()])) <= 100
+
+
+def test_what_has_no_sparse_form_is_named_with_the_reason():
+    class Experts(nn.Module):  # as Mixtral and Qwen-MoE hold theirs
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj, self.down_proj = nn.Parameter(torch.ones(4, 16, 8)), nn.Parameter(torch.ones(4, 8, 16))
+
+    tied = nn.Embedding(11, 16)
+    head = nn.Linear(16, 11, bias=False)
+    head.weight = tied.weight
+    parts = {"embed": tied, "head": head, "rnn": nn.LSTM(16, 16), "experts": Experts(), "fc": nn.Linear(16, 16)}
+    parts |= {"up": nn.ConvTranspose2d(4, 4, 2), "volume": nn.Conv3d(4, 4, 2), "bag": nn.EmbeddingBag(11, 16)}
+    parts |= {"normed": nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 2))}
+    rows = {row.layer: row for row in ua.summary(ua.sparsify(nn.ModuleDict(parts), 0.5)).rows}
+    for name, text in {
+        "embed": "nn.Embedding has no sparse form; head is tied to it",
+        "rnn.weight_ih_l0": "nn.LSTM has no sparse form",
+        "up": "nn.ConvTranspose2d has no sparse form",
+        "volume": "nn.Conv3d has no sparse form",
+        "bag": "nn.EmbeddingBag has no sparse form",
+        "experts.gate_up_proj": "Experts holds stacks of matrices (experts) as single parameters",
+        "experts.down_proj": "Experts holds stacks of matrices",
+        "normed.parametrizations.weight.original1": "parametrised",
+        "fc": "",
+    }.items():
+        assert text in rows[name].dense_because if text else not rows[name].dense_because

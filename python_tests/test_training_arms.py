@@ -19,9 +19,10 @@ from uasparse_kernels.training.errors import TrainingError
 from uasparse_kernels.training.evaluate import evaluate
 from uasparse_kernels.training.losses import LOSSES, LossSpec
 from uasparse_kernels.training.recipe import Trainer, topology_method
-from uasparse_kernels.training.scores import SCORES
 from uasparse_kernels.training.weight_dropout import WeightDropout
+from uasparse_kernels.unknowns.errors import UnknownsError
 from uasparse_kernels.unknowns.patch_shuffle import PatchShuffle, shuffle_patches
+from uasparse_kernels.unknowns.scores import SCORES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -235,7 +236,7 @@ def test_settings_of_unknowns():
     assert config.arm == "rigl+vote+hard-shuffle"
     with pytest.raises(TrainingError, match="patches per side as 4 or 2,4"):
         replace(TINY, unknown_grid="two")
-    with pytest.raises(TrainingError, match="one for each of 3 grids, got 2"):
+    with pytest.raises(UnknownsError, match="one for each of 3 grids, got 2"):
         PatchShuffle(9, grids=(2, 4, 8), seams=(0, 1))
-    with pytest.raises(TrainingError, match="half of the 2x2 patches, got 2"):
+    with pytest.raises(UnknownsError, match="half of the 2x2 patches, got 2"):
         shuffle_patches(torch.rand(1, 1, 8, 8), 4, generator(), 2)

@@ -15,7 +15,8 @@ from uasparse_kernels.training import data as data_module
 from uasparse_kernels.training import sources
 from uasparse_kernels.training.batches import Batches, Normalise, random_crop, random_flip
 from uasparse_kernels.training.data import GENERATED, ImageSet, TrainTest, fit_images, load_train_test, load_unknowns
-from uasparse_kernels.training.errors import DataError, TrainingError
+from uasparse_kernels.training.errors import DataError
+from uasparse_kernels.unknowns.errors import UnknownsError
 from uasparse_kernels.unknowns.patch_shuffle import PatchShuffle, shuffle_patches
 
 rng = np.random.RandomState(0)
@@ -315,9 +316,9 @@ def test_patch_shuffle_replaces_a_share_of_the_batch():
 
 
 def test_patch_shuffle_refuses_what_it_cannot_cut():
-    with pytest.raises(TrainingError, match=r"divides 9x9 images, got 4"):
+    with pytest.raises(UnknownsError, match=r"divides 9x9 images, got 4"):
         shuffle_patches(torch.zeros(1, 1, 9, 9), 4, torch.Generator())
-    with pytest.raises(TrainingError, match=r"between 0 and 1, got 1.5"):
+    with pytest.raises(UnknownsError, match=r"between 0 and 1, got 1.5"):
         PatchShuffle(3, share=1.5)
 
 

@@ -20,13 +20,14 @@ pytest.importorskip("pytorch_ood")
 import uasparse_kernels as ua
 from uasparse_kernels import _library
 from uasparse_kernels.training import __main__ as cli
-from uasparse_kernels.training import predict, scores
+from uasparse_kernels.training import predict
 from uasparse_kernels.training.config import FitConfig
 from uasparse_kernels.training.errors import CheckpointError, DataError, TrainingError
 from uasparse_kernels.training.evaluate import load_model, load_run
 from uasparse_kernels.training.export import export_run
 from uasparse_kernels.training.predict import About, load_export
 from uasparse_kernels.training.run import fit
+from uasparse_kernels.unknowns import scores
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

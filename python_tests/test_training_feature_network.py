@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import uasparse_kernels as ua
-from uasparse_kernels.training.feature_network import FeatureNetwork
+from uasparse_kernels.unknowns.feature_network import FeatureNetwork
 
 
 @pytest.fixture(params=["dense", "sparse"])

@@ -7,7 +7,6 @@ import resource
 import signal
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -21,19 +20,21 @@ from torch import nn
 import uasparse_kernels as ua
 from uasparse_kernels.training import recipe, report
 from uasparse_kernels.training.checkpoint import load_checkpoint, read_json, save_checkpoint
-from uasparse_kernels.training.compare import compare, spread
 from uasparse_kernels.training.config import FitConfig, with_arm
 from uasparse_kernels.training.data import load_train_test
 from uasparse_kernels.training.demo import demo
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
 from uasparse_kernels.training.evaluate import evaluate_checkpoint, load_model
 from uasparse_kernels.training.losses import LOSSES, LossSpec
-from uasparse_kernels.training.models import MODELS, build_model, head_of
+from uasparse_kernels.training.models import MODELS, build_model
 from uasparse_kernels.training.recipe import Trainer, learning_rate
 from uasparse_kernels.training.run import fit
-from uasparse_kernels.training.scores import SCORES
-from uasparse_kernels.training.suites import Suite, plan
+from uasparse_kernels.training.study.compare import compare, spread
+from uasparse_kernels.training.study.suites import Suite, plan
 from uasparse_kernels.unknowns import Vote
+from uasparse_kernels.unknowns.errors import UnknownsError
+from uasparse_kernels.unknowns.head import head_of
+from uasparse_kernels.unknowns.scores import SCORES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,7 +185,7 @@ def test_vote_refuses_a_topology_that_changes():
     model = sparse_mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     topology = ua.DynamicSparsity(model, optimizer, method="set", total_steps=8, delta_t=2, stop_fraction=0.5)
-    with pytest.raises(TrainingError, match=r"Expected a frozen topology"):
+    with pytest.raises(UnknownsError, match=r"Expected a frozen topology"):
         Vote(model, topology)
     while not topology.frozen:
         model(torch.randn(4, 12)).sum().backward()
@@ -192,7 +193,7 @@ def test_vote_refuses_a_topology_that_changes():
     vote = Vote(model, topology)
     topology = type("Thawed", (), {"frozen": False})()
     vote.topology = topology
-    with pytest.raises(TrainingError, match=r"Expected a frozen topology"):
+    with pytest.raises(UnknownsError, match=r"Expected a frozen topology"):
         vote.update(model)
 
 
@@ -217,7 +218,7 @@ def test_vote_is_the_mean_with_fresh_batch_norm():
         if isinstance(mine, ua.SparseLinear):
             assert mine.pattern.equal(theirs.pattern)
     assert not result.training
-    with pytest.raises(TrainingError, match=r"at least one update"):
+    with pytest.raises(UnknownsError, match=r"at least one update"):
         Vote(model).result(batches)
 
 
@@ -493,21 +494,14 @@ def test_spread():
 
 
 def test_demo_on_small_data(tmp_path, capsys):
-    suite = Suite(
-        TINY, ("rigl", "rigl+moon+vote", "rigl+vote+patch-shuffle"), ("noise", "mirrored"), scores=("msp", "u", "moon")
-    )
-    demo(tmp_path, suite=suite, device="cpu", console=Console(width=160))
+    arms = ("rigl", "rigl+moon+vote", "rigl+vote+hard-shuffle")
+    suite = Suite(TINY, arms, ("noise", "mirrored"), scores=("msp", "u", "moon", "mahalanobis"))
+    summary = demo(tmp_path, suite=suite, device="cpu", console=Console(width=80), jobs=1, seconds=0.01)
     printed = capsys.readouterr().out
-    for expected in (
-        "s / epoch",
-        "active parameters",
-        "of dense",
-        "AUROC",
-        "comparison.png",
-        "summary.json",
-        "one seed",
-    ):
+    tables = printed[printed.index("Unknown images found") : printed.index("One picture")]
+    assert max(map(len, tables.splitlines())) <= 80 and "…" not in printed
+    for expected in ("Training step", "Inference", "Memory", "Accuracy", "(by outputs)", "(by features)"):
         assert expected in printed
-    assert "rigl+moon+vote: " in printed and " by moon (" in printed and " by u (" in printed
-    listed = printed[printed.index("Results:") :].replace("Results:", "").replace("Figures:", "").split()
-    assert len(listed) == 2 + 3 * 4 and all(Path(path).exists() for path in listed)
+    assert f"MOON {summary['arms']['rigl+moon+vote']['known']['accuracy']['mean'] * 100:.1f}" in printed
+    assert (tmp_path / "demo.png").is_file() and read_json(tmp_path / "summary.json")["speed"] == summary["speed"]
+    assert min(summary["speed"].values()) > 0

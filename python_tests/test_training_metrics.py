@@ -16,7 +16,7 @@ import uasparse_kernels as ua
 from uasparse_kernels.training.batches import Normalise
 from uasparse_kernels.training.errors import TrainingError
 from uasparse_kernels.training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
-from uasparse_kernels.training.scores import SCORES, Judge, Outputs, collect, moon_score, unknown_log_odds
+from uasparse_kernels.unknowns.scores import SCORES, Judge, Outputs, collect, moon_score, unknown_log_odds
 
 
 def test_detection_metrics_of_a_worked_example():

@@ -10,7 +10,7 @@ pytest.importorskip("torchvision")
 
 import torch
 
-from uasparse_kernels.training.mixture import REGIONS, class_means, mixture, regions
+from uasparse_kernels.training.study.mixture import REGIONS, class_means, mixture, regions
 
 
 def test_confidence_falls_with_alpha(tmp_path):

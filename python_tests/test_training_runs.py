@@ -23,14 +23,14 @@ from rich.console import Console
 from uasparse_kernels.training import report
 from uasparse_kernels.training import run as run_module
 from uasparse_kernels.training.checkpoint import load_checkpoint, locked, save_checkpoint
-from uasparse_kernels.training.compare import compare
 from uasparse_kernels.training.config import FitConfig, with_arm
 from uasparse_kernels.training.data import load_train_test
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
 from uasparse_kernels.training.evaluate import load_model, read_results
 from uasparse_kernels.training.recipe import Trainer
 from uasparse_kernels.training.run import fit
-from uasparse_kernels.training.suites import Suite
+from uasparse_kernels.training.study.compare import compare
+from uasparse_kernels.training.study.suites import Suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

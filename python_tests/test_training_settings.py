@@ -208,7 +208,7 @@ def test_a_setting_is_refused_by_one_message(monkeypatch, capsys, tmp_path, opti
     ],
 )
 def test_compare_refuses_by_one_message(monkeypatch, capsys, tmp_path, options):
-    monkeypatch.setattr("uasparse_kernels.training.compare._run_in_turn", lambda *_: pytest.fail("ran"))
+    monkeypatch.setattr("uasparse_kernels.training.study.compare._run_in_turn", lambda *_: pytest.fail("ran"))
     assert call(monkeypatch, "compare", "--data", "digits", "--delta-t", "1", *options, "--out", tmp_path) == 1
     check_one_message(capsys, "Expected")
 

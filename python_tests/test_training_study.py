@@ -15,14 +15,14 @@ pytest.importorskip("pytorch_ood")
 
 from rich.console import Console
 
-from uasparse_kernels.training.claims import OURS, PUBLISHED, SEED_NOISE, Claim
-from uasparse_kernels.training.compare import compare
 from uasparse_kernels.training.config import ARM_PARTS, FitConfig, with_arm
 from uasparse_kernels.training.errors import TrainingError
-from uasparse_kernels.training.scores import SCORES
-from uasparse_kernels.training.study import Row, judge, quantities, read_study, t_test
-from uasparse_kernels.training.study_report import claims_table, far_table, known_table, write_study
-from uasparse_kernels.training.suites import Suite
+from uasparse_kernels.training.study.claims import OURS, PUBLISHED, SEED_NOISE, Claim
+from uasparse_kernels.training.study.compare import compare
+from uasparse_kernels.training.study.report import claims_table, far_table, known_table, write_study
+from uasparse_kernels.training.study.statistics import Row, judge, quantities, read_study, t_test
+from uasparse_kernels.training.study.suites import Suite
+from uasparse_kernels.unknowns.scores import SCORES
 
 BASE = FitConfig(epochs=10, warmup_epochs=1)
 GAIN = Claim("gains", "moon+vote", "vote", score="moon", baseline_scores=("msp", "energy"), sets=("mnist", "noise"))

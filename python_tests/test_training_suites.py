@@ -13,15 +13,15 @@ pytest.importorskip("pytorch_ood")
 
 from rich.console import Console
 
-from uasparse_kernels.training import compare as compare_module
 from uasparse_kernels.training import run as run_module
 from uasparse_kernels.training.checkpoint import read_json
-from uasparse_kernels.training.compare import compare
 from uasparse_kernels.training.config import FitConfig, with_arm
 from uasparse_kernels.training.data import load_train_test, load_unknowns, unknown_name
 from uasparse_kernels.training.run import fit
-from uasparse_kernels.training.scores import SCORES
-from uasparse_kernels.training.suites import MAIN_ARMS, RELATIVE_ARMS, STUDY_ARMS, SUITES, Suite, changed, plan
+from uasparse_kernels.training.study import compare as compare_module
+from uasparse_kernels.training.study.compare import compare
+from uasparse_kernels.training.study.suites import MAIN_ARMS, RELATIVE_ARMS, STUDY_ARMS, SUITES, Suite, changed, plan
+from uasparse_kernels.unknowns.scores import SCORES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -45,6 +45,20 @@ def test_a_narrow_batch_has_a_crossover_of_its_own(cache):
 
 
 @needs_compiled
+def test_convolutions_of_one_tap_have_a_crossover_of_their_own(cache):
+    table = json.loads(json.dumps(_cpu.DEFAULT))
+    table["masked_conv2d"]["float32"]["1x1"] = {"narrow tap": 0.8, "one tap": 0.6, "taps": 0.4}
+    _crossovers.save(_cpu.processor(), table)
+    for channels, kernel, storage, chosen in (
+        (128, 1, "packed", "cpu"),
+        (129, 1, "dense", "dense"),
+        (128, 3, "dense", "dense"),
+    ):
+        layer = ua.SparseConv2d(channels, 256, kernel, sparsity=0.3)
+        assert layer.storage == storage and ua.explain(layer, torch.randn(2, channels, 6, 6))[0].kernel == chosen
+
+
+@needs_compiled
 @pytest.mark.parametrize("storage", ["packed", "dense"])
 @pytest.mark.parametrize("density", [0.8, 1.0])
 def test_the_dense_kernel_computes_the_same(storage, density):
@@ -87,7 +101,7 @@ def test_a_bad_file_warns_and_the_defaults_serve(cache, content):
 @needs_compiled
 def test_tune_measures_every_cell(cache, monkeypatch):
     """Which density each cell is asked at, and what is made of the answers; the timing itself is not tested."""
-    truth, asked = {"1": 0.3, "2-16": 1.0, ">16": 0.55}, set()
+    truth, asked = {"1": 0.3, "2-16": 1.0, ">16": 0.55, "narrow tap": 1.0, "one tap": 0.9, "taps": 0.45}, set()
 
     def faster(op, dtype, structure, width, density):
         asked.add((op, dtype, structure, width))
@@ -103,12 +117,14 @@ def test_tune_measures_every_cell(cache, monkeypatch):
 
 
 @needs_compiled
-@pytest.mark.parametrize("op", ["masked_linear", "masked_conv2d"])
-def test_tune_times_both_kernels(op):
+@pytest.mark.parametrize(
+    ("op", "width"), [("masked_linear", ">16"), ("masked_conv2d", "narrow tap"), ("masked_conv2d", "taps")]
+)
+def test_tune_times_both_kernels(op, width):
     heard = []
     with _common.listening(lambda name, choice: heard.append((name, choice.kernel))):
         for kernel in ("cpu", "dense"):
-            module._call(op, torch.float32, "1x1", ">16", 0.1, kernel)()
+            module._call(op, torch.float32, "1x1", width, 0.1, kernel)()
     assert (op, "cpu") in heard and (op, "dense") in heard
 
 

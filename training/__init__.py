@@ -11,7 +11,10 @@ from importlib.util import find_spec
 
 from uasparse_kernels.training import main
 
-_MOVED = {"unknowns": "uasparse_kernels.unknowns", "vote": "uasparse_kernels.unknowns.vote"}
+_MOVED = {"unknowns": "uasparse_kernels.unknowns"}
+_MOVED |= {name: f"uasparse_kernels.unknowns.{name}" for name in ("vote", "scores", "feature_network")}
+_MOVED |= {name: f"uasparse_kernels.training.study.{name}" for name in ("claims", "compare", "suites", "mixture")}
+_MOVED |= {"study_report": "uasparse_kernels.training.study.report"}
 
 
 class _OldNames(MetaPathFinder, Loader):
@@ -31,6 +34,6 @@ class _OldNames(MetaPathFinder, Loader):
         module.__spec__ = module.__spec__.loader_state  # an import sets that of the name it was given
 
 
-sys.meta_path.append(_OldNames())
+sys.meta_path.insert(0, _OldNames())  # before the one that would find a subpackage's files, and load them twice
 
 __all__ = ["main"]

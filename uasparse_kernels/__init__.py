@@ -6,7 +6,15 @@ from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.deltas import add_sparse_deltas
 from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
-from uasparse_kernels.nn import SparseConv2d, SparseDelta, SparseLinear, UnknownAwareLoss
+from uasparse_kernels.nn import (
+    SparseConv1d,
+    SparseConv2d,
+    SparseDelta,
+    SparseLinear,
+    SparseMultiheadAttention,
+    UnknownAwareLoss,
+    register_layer,
+)
 from uasparse_kernels.nn.delta import merge_sparse_deltas
 from uasparse_kernels.param_groups import param_groups
 from uasparse_kernels.pattern import SparsityPattern
@@ -19,9 +27,11 @@ from uasparse_kernels.unknown_output import add_unknown_output
 __all__ = [
     "AveragedModel",
     "DynamicSparsity",
+    "SparseConv1d",
     "SparseConv2d",
     "SparseDelta",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SparsityPattern",
     "UnknownAwareLoss",
     "add_sparse_deltas",
@@ -38,6 +48,7 @@ __all__ = [
     "ops",
     "optimize_for_inference",
     "param_groups",
+    "register_layer",
     "repack",
     "save_sparse",
     "sparsify",

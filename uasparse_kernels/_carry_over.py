@@ -41,7 +41,8 @@ def carry_over(old: Any, new: Any) -> None:
         for key in [key for key, hook in new._forward_hooks.items() if _is_for_sparse_layers(hook)]:
             del new._forward_hooks[key]
             new._forward_hooks_with_kwargs.pop(key, None)
-    own = _attributes(nn.Conv2d) | _attributes(nn.Linear) | {"_clean", "_channels_last", "_pad"}
+    own = {"_clean", "_channels_last", "_pad", "dense_class"}
+    own = own.union(*map(_attributes, (nn.Conv2d, nn.Conv1d, nn.Linear)))
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own | new.__dict__.keys()})
     for name in ("weight", "bias"):
         before, after = getattr(old, name), getattr(new, name)
@@ -65,7 +66,7 @@ def _is_for_sparse_layers(hook: Any) -> bool:
 @cache
 def _attributes(kind: type[nn.Module]) -> set[str]:
     """What a fresh dense layer has by itself."""
-    return set(kind(1, 1, **({"kernel_size": 1} if kind is nn.Conv2d else {}), device="meta").__dict__)
+    return set(kind(1, 1, **({} if kind is nn.Linear else {"kernel_size": 1}), device="meta").__dict__)
 
 
 def _call_hook(hook, old: nn.Module, new: nn.Module, grad: Tensor) -> Tensor | None:
@@ -75,9 +76,13 @@ def _call_hook(hook, old: nn.Module, new: nn.Module, grad: Tensor) -> Tensor | N
 
 
 def _dense(layer: nn.Module, grad: Tensor) -> Tensor:
-    return layer.pattern.unpack(grad) if isinstance(layer, SparseLayer) and layer.pattern.is_packed(grad) else grad
+    if not isinstance(layer, SparseLayer):
+        return grad
+    return layer.dense_view(layer.pattern.unpack(grad) if layer.pattern.is_packed(grad) else grad)
 
 
 def _store(layer: nn.Module, dense: Tensor) -> Tensor:
-    is_packed = isinstance(layer, SparseLayer) and layer.storage == "packed"
-    return layer.pattern.pack(dense) if is_packed else dense
+    if not isinstance(layer, SparseLayer):
+        return dense
+    view = layer.pattern_view(dense)
+    return layer.pattern.pack(view) if layer.storage == "packed" else view

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.nn.registry import kind_of
 
 logger = logging.getLogger("uasparse_kernels")
 
@@ -49,7 +50,18 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
 
 def dense_shape(layer: Any) -> tuple[int, ...]:
     """Of the weight of a dense or a sparse layer."""
-    return layer.pattern.shape if isinstance(layer, SparseLayer) else tuple(layer.weight.shape)
+    return layer.dense_shape if isinstance(layer, SparseLayer) else tuple(layer.weight.shape)
+
+
+def pattern_shape(layer: Any) -> tuple[int, ...]:
+    """Of the pattern that a dense or a sparse layer has, or would have."""
+    return layer.pattern.shape if isinstance(layer, SparseLayer) else tuple(pattern_view(layer, layer.weight).shape)
+
+
+def pattern_view(layer: Any, weight: Tensor) -> Tensor:
+    """A tensor of the shape of a dense layer's weight, in the pattern's."""
+    kind = kind_of(type(layer))
+    return weight if kind is None else kind.pattern_view(weight)
 
 
 def warn_of_the_rest(model: nn.Module, covered: Collection[str]) -> None:

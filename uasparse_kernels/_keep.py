@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from uasparse_kernels._coverage import pattern_shape, pattern_view
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops.prune_grow import active_norms, apply, block_scores, kept_blocks, resize
@@ -50,7 +51,7 @@ class Keep:
         self, name: str, module: Any, density: float, block: Sequence[int], structure: str | None
     ) -> SparsityPattern:
         """The pattern of a dense layer."""
-        shape = tuple(module.weight.shape)
+        shape = pattern_shape(module)
         if not self.is_random:
             return best_pattern(self.norms(name, module, block), shape, density, block=block, structure=structure)
         if structure is not None:
@@ -69,7 +70,9 @@ class Keep:
             norms = block_scores(scores, block)
         if not bool(norms.isfinite().all()):
             what = "weights" if self._scores is None else "scores"
-            raise ValueError(f"{name or type(module).__name__}: expected finite {what} to choose by, got others.")
+            raise ValueError(
+                f"{name or type(module).__name__}: expected finite {what} to choose by, got NaN or infinity."
+            )
         return norms
 
     def change(self, name: str, layer: SparseLayer, density: float, structure: str | None) -> tuple[Tensor, Tensor]:
@@ -85,30 +88,35 @@ class Keep:
         """By one threshold over all layers."""
         if not modules:
             return {}
-        shapes = {n: m.pattern.shape if isinstance(m, SparseLayer) else m.weight.shape for n, m in modules.items()}
+        shapes = {name: pattern_shape(module) for name, module in modules.items()}
         units = {name: blocks[name][0] * blocks[name][1] for name in modules}
         totals = {name: torch.Size(shape).numel() // units[name] for name, shape in shapes.items()}
         scores = {name: self.norms(name, module, blocks[name]) for name, module in modules.items()}
         return densities_by_threshold(scores, totals, units, density)
 
     def _values(self, name: str, module: Any) -> Tensor:
-        """The weight itself, or the scores of it: of the weight's shape, or of the dense weight's."""
+        """The weight itself, or the scores of it: packed, or of the pattern's shape."""
         called, weight = name or type(module).__name__, module.weight
         if weight.is_meta:
             raise ValueError(f"{called}: expected a weight with values to choose by, got one on the meta device.")
         if self._scores is None:
-            return weight.detach()
+            return pattern_view(module, weight.detach())
         key = f"{name}.weight" if name else "weight"
         score = self._scores.get(key)
         if not isinstance(score, Tensor) or not score.is_floating_point():
             raise ValueError(f"Expected scores of floating point for {key}, got {_describe(score)}.")
-        shapes = {tuple(weight.shape)} | ({module.pattern.shape} if isinstance(module, SparseLayer) else set())
+        shapes = {tuple(weight.shape)}
+        if isinstance(module, SparseLayer) and module.storage == "packed":
+            shapes.add(module.dense_shape)
         if tuple(score.shape) not in shapes:
             expected = " or ".join(map(str, sorted(shapes, key=len)))
             raise ValueError(f"Expected scores of shape {expected} for {key}, got {tuple(score.shape)}.")
         if not bool(score.isfinite().all()):
-            raise ValueError(f"Expected finite scores for {key}, got others.")
-        return score.detach().to(weight.device)
+            raise ValueError(f"Expected finite scores for {key}, got NaN or infinity.")
+        score = score.detach().to(weight.device)
+        if isinstance(module, SparseLayer):
+            return score if score.shape == weight.shape else module.pattern_view(score)
+        return pattern_view(module, score)
 
 
 def _describe(value: object) -> str:

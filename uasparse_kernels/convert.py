@@ -8,26 +8,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
-from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, warn_of_the_rest
+from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, pattern_shape, warn_of_the_rest
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
+from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
-from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear, resolve_storage
+from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
 from uasparse_kernels.nn.pool import MaxPool2d
+from uasparse_kernels.nn.registry import kind_of, make_sparse, why_not
 from uasparse_kernels.pattern import check_block
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m
 
 logger = logging.getLogger("uasparse_kernels")
 
-DenseLayer = nn.Linear | nn.Conv2d
-_LAYERS: dict[type, Any] = {nn.Linear: SparseLinear, nn.Conv2d: SparseConv2d}
 # What stands between: the same objects, values and gradients, by other kernels.
 _BETWEEN: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
 
 
+_CONVOLUTIONS = nn.Conv2d | nn.Conv1d | SparseConv2d | SparseConv1d
+
+
+@with_open_attention
 def sparsify(
     model: nn.Module,
     sparsity: float,
@@ -43,8 +48,11 @@ def sparsify(
     overrides: Mapping[str, float | Mapping[str, Any]] | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
-    """Swaps the ``nn.Linear`` and ``nn.Conv2d`` of a model for sparse ones, and brings those that are sparse already to
+    """Swaps the linear and convolution layers of a model for sparse ones, and brings those that are sparse already to
     the sparsity asked for.
+
+    These are ``nn.Linear``, ``nn.Conv2d``, ``nn.Conv1d``, Hugging Face's ``Conv1D``, subclasses of them that define no
+    behaviour, and what :func:`register_layer` was told of.
 
     From scratch, patterns are random. From a pretrained network, ``keep="magnitude"`` keeps the largest weights, and
     ``scores`` those of largest score.
@@ -66,6 +74,10 @@ def sparsify(
     of smallest magnitude (or score), or grow at random (or by scores of the dense weight's shape) from zero. Modules
     and parameters stay the same objects, and blocks as they are; packed weights take another size, for which
     optimisers with state (momentum) have to be made anew.
+
+    ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`, the same object, whose
+    projections are layers of the names ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``; its own
+    name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` go by its dense names too.
 
     ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
     forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
@@ -101,7 +113,7 @@ def sparsify(
 
     Raises:
         ValueError: for unknown names or arguments out of range, scores that are missing, not finite or of another
-            shape, a model without an ``nn.Linear`` or ``nn.Conv2d``, one that is wrapped for several processes, sparse
+            shape, a model without any layer of these classes, one that is wrapped for several processes, sparse
             layers that a DynamicSparsity holds, or sparse deltas; the model is unchanged then.
     """
     if not 0 <= sparsity < 1:
@@ -131,17 +143,17 @@ def sparsify(
         logger.warning("%s cannot be made sparse: %s", name, reason)
     held = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     if not candidates and not skipped and not held:
-        raise ValueError("Expected a model with an nn.Linear or an nn.Conv2d, got one without.")
+        raise ValueError("Expected a model with an nn.Linear, nn.Conv2d or nn.Conv1d, got one without.")
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if n in candidates or n in held}
     for name in overrides:
         if name not in layers:
-            raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'it is not an nn.Linear or nn.Conv2d')}.")
+            raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'its class has no sparse form')}.")
     uncovered = set(skipped)
     for name in exempt & layers.keys():
         skipped[name] = "exempt"
     if structure is not None and ":" in structure:
         distribution = "uniform"
-    first = next((name for name, module in layers.items() if isinstance(module, nn.Conv2d | SparseConv2d)), None)
+    first = next((name for name, module in layers.items() if isinstance(module, _CONVOLUTIONS)), None)
     if distribution == "uniform" and first in candidates and first not in overrides and len(layers) > 1:
         skipped.setdefault(first, "the first convolution")
         uncovered.add(first)
@@ -201,7 +213,7 @@ def sparsify(
 
 
 def _made_sparse(
-    name: str, module: DenseLayer, plan: dict[str, Any], structure: str | None, chooser: Keep
+    name: str, module: nn.Module, plan: dict[str, Any], structure: str | None, chooser: Keep
 ) -> SparseLayer:
     """The sparse form of a dense layer."""
     drawn = "pattern" not in plan
@@ -210,7 +222,7 @@ def _made_sparse(
         if not 0 < density <= 1:
             raise ValueError(f"{name}: expected a sparsity in [0, 1), got {1 - density:g}.")
         plan["pattern"] = chooser.pattern(name, module, density, plan["block"], structure)
-    layer = _LAYERS[type(module)].from_dense(module, **plan)
+    layer = make_sparse(name, module, **plan)
     if drawn and chooser.is_random and structure is not None:
         layer.scale_to_fan_in_()
     return layer
@@ -244,25 +256,26 @@ def densify(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if _FUSED in module.__dict__:
             module.__dict__.update(module.__dict__.pop(_FUSED))
-    return _replace(model, layers)
+    model = _replace(model, layers)
+    join_attention(model)
+    return model
 
 
-def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]]:
+def _candidates(model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
     """Layers that can be converted, and the reasons why others that look like it cannot."""
     users: dict[int, list[str]] = {}
     for module_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             users.setdefault(id(parameter), []).append(".".join(filter(None, (module_name, name))))
     readers = read_weights(model)
-    candidates: dict[str, DenseLayer] = {}
+    candidates: dict[str, Any] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
+        if (reason := why_not(module)) is not None:
+            skipped[name] = reason
+        elif kind_of(type(module)) is None:
             continue
-        if type(module) not in _LAYERS:
-            cls = f"{type(module).__module__}.{type(module).__qualname__}"
-            skipped[name] = f"its class {cls} may be used in ways that a sparse layer does not serve"
-        elif name in readers and not _has_fused_evaluation(model, name):
+        elif name in readers:
             skipped[name] = f"the forward of {readers[name]} reads its weight, instead of calling it"
         elif id(getattr(module, "weight", None)) not in users:
             skipped[name] = "its weight is no parameter (is it parametrised?)"
@@ -273,9 +286,9 @@ def _candidates(model: nn.Module) -> tuple[dict[str, DenseLayer], dict[str, str]
     return candidates, skipped
 
 
-def _misfit(module: DenseLayer | SparseLayer, block: Sequence[int], structure: str | None) -> str:
+def _misfit(module: nn.Module, block: Sequence[int], structure: str | None) -> str:
     """Why a layer's sizes do not take the block or the structure; empty where they do."""
-    out, inp = dense_shape(module)[:2]
+    out, inp = pattern_shape(module)[:2]
     rows = out // getattr(module, "groups", 1)
     if rows % block[0] or inp % block[1]:
         return f"its weight {dense_shape(module)} is not made of {block[0]}x{block[1]} blocks"
@@ -294,17 +307,6 @@ def _turn(model: nn.Module, classes: Mapping[type[nn.Module], type[nn.Module]]) 
 
 
 _FUSED = "_fused_evaluation"  # what a module was told by torch about its fused path, and is told again by densify()
-
-
-def _has_fused_evaluation(model: nn.Module, name: str) -> bool:
-    """Whether a layer's weight is read by the fused path of ``nn.TransformerEncoderLayer`` alone."""
-    parent, _, child = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    is_torchs = isinstance(owner, nn.TransformerEncoderLayer) and type(owner).forward is _ENCODER_FORWARD
-    return is_torchs and child in ("linear1", "linear2")
-
-
-_ENCODER_FORWARD = nn.TransformerEncoderLayer.forward
 
 
 def _leave_fused_evaluation(model: nn.Module) -> None:

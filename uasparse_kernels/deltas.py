@@ -10,6 +10,7 @@ from uasparse_kernels._keep import Keep, check_not_wrapped
 from uasparse_kernels.convert import _candidates, logger
 from uasparse_kernels.nn.delta import SparseDelta, put_in_place
 from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.nn.registry import kind_of
 from uasparse_kernels.pattern import check_block
 
 
@@ -59,6 +60,10 @@ def add_sparse_deltas(
     candidates, skipped = _candidates(model)
     chosen = {}
     for name, module in candidates.items():
+        kind = kind_of(type(module))
+        if kind is None or kind.cls not in (nn.Linear, nn.Conv2d):
+            skipped[name] = f"sparse deltas serve nn.Linear and nn.Conv2d, not {type(module).__name__}"
+            continue
         rows = module.weight.shape[0] // getattr(module, "groups", 1)
         if name in exempt or (filter is not None and not filter(name, module)):
             continue

@@ -150,7 +150,7 @@ class SparsityPattern(nn.Module):
     @property
     def num_blocks(self) -> int:
         """Number of active blocks."""
-        return self._held[1].shape[0]
+        return self._served[1].shape[0]  # in a graph, no tensor more to be guarded
 
     @property
     def nnz(self) -> int:

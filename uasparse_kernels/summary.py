@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from uasparse_kernels._attention import why_closed
 from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, matrices
 from uasparse_kernels._table import bytes_of, render
 from uasparse_kernels.convert import _candidates
@@ -101,9 +103,21 @@ def summary(model: nn.Module) -> Summary:
     """
     rows, covered, active, held = [], 0, 0, 0
     candidates, skipped = _candidates(model)
+    coverable = set(candidates)
+    for name, reason in why_closed(model).items():
+        for layer in (name, f"{name}.out_proj" if name else "out_proj"):
+            skipped.pop(layer, None)  # that the attention itself reads its weight is no reason
+            if reason:
+                skipped[layer] = reason
+            else:
+                coverable.add(layer)
     has_sparse = any(isinstance(module, SparseLayer) for module in model.modules())
     bases = {f"{n}.base" if n else "base" for n, m in model.named_modules() if isinstance(m, SparseDelta)}
     all_matrices = list(matrices(model))
+    users: dict[int, list[str]] = {}
+    for layer, module in model.named_modules():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(layer)
     for matrix in all_matrices:
         module, tensor = matrix.module, matrix.tensor
         name = matrix.layer if matrix.name == "weight" else ".".join(filter(None, (matrix.layer, matrix.name)))
@@ -115,7 +129,9 @@ def summary(model: nn.Module) -> Summary:
             covered, active = covered + matrix.size, active + pattern.nnz
         else:
             structure, density, storage, indices = "dense", 1.0, "dense", 0
-            because = _why_dense(matrix, candidates, skipped, bases, has_sparse)
+            because = _why_dense(matrix, coverable, skipped, bases, has_sparse)
+            if (tied := users[id(tensor)][1:]) and matrix.layer not in skipped:
+                because += f"; {', '.join(tied)} {'is' if len(tied) == 1 else 'are'} tied to it"
             active += matrix.size
         size = _bytes(tensor) + indices
         held += size
@@ -135,19 +151,23 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def _why_dense(matrix: Matrix, candidates: Any, skipped: dict[str, str], bases: set[str], has_sparse: bool) -> str:
+def _why_dense(matrix: Matrix, candidates: set[str], skipped: dict[str, str], bases: set[str], has_sparse: bool) -> str:
     module: nn.Module = matrix.module
     if module in DENSE_BECAUSE:
         return DENSE_BECAUSE[module]
     if matrix.layer in bases:
         return "the base of a sparse delta"
-    if matrix.layer in skipped and matrix.name == "weight":
+    if matrix.layer in skipped and matrix.name.endswith("weight"):
         return skipped[matrix.layer]
-    if matrix.layer in candidates:
+    if matrix.layer in candidates and matrix.name.endswith("weight"):
         return "left dense by sparsify or its caller" if has_sparse else "sparsify was not called"
     cls = type(module)
+    if matrix.tensor.dim() == 3 and min(matrix.shape) > 1 and not cls.__module__.startswith("torch."):
+        return f"{cls.__qualname__} holds stacks of matrices (experts) as single parameters, which have no sparse form"
     if not cls.__module__.startswith("torch.") and next(module.children(), None) is not None:
         return f"a parameter that {cls.__qualname__} holds itself"
+    if isinstance(module, ParametrizationList):
+        return "it is parametrised"
     where = "nn" if cls.__module__.startswith("torch.nn.modules") else cls.__module__
     return f"{where}.{cls.__qualname__} has no sparse form"
 

@@ -13,8 +13,10 @@ from uasparse_kernels import _crossovers, _library
 from uasparse_kernels.ops import _common, _cpu, _cuda_crossovers
 from uasparse_kernels.pattern import SparsityPattern
 
-# What a cell is measured on: vectors of a linear layer of _SIZE x _SIZE; a 3x3 conv of 128 channels at 16 x 16.
+# What a cell is measured on: vectors of a linear layer of _SIZE x _SIZE; channels in and out, taps a side and the
+# image's side of a conv.
 _VECTORS = {"1": 1, "2-16": 8, ">16": 256}
+_CONVS = {"narrow tap": (64, 256, 1, 56), "one tap": (256, 512, 1, 14), "taps": (128, 128, 3, 16)}
 _SIZE = 1024
 _STEPS = 5
 
@@ -33,7 +35,8 @@ def tune(device: torch.device | str = "cpu", *, verbose: bool = True) -> _crosso
     Returns:
         Of the CPU, ``table[op][dtype][structure][vectors]``; of a CUDA device, ``table[op][arithmetic][block]``.
         Densities in (0, 1]; 1 where the sparse kernel is faster at all of them. ``structure`` is "1x1" or "blocks",
-        ``vectors`` how many the weight is multiplied with, ``arithmetic`` "half", "tf32" or "fp32".
+        ``vectors`` how many the weight is multiplied with (of a convolution "taps", "one tap", or
+        "narrow tap" where input or output channels are at most 128), ``arithmetic`` "half", "tf32" or "fp32".
 
     Raises:
         RuntimeError: if the package was built without compiled kernels.
@@ -54,7 +57,7 @@ def tune(device: torch.device | str = "cpu", *, verbose: bool = True) -> _crosso
                     density = _measure(op, getattr(torch, dtype), structure, width)
                     table.setdefault(op, {}).setdefault(dtype, {}).setdefault(structure, {})[width] = density
                     if verbose:
-                        print(f"{op} {dtype} {structure}, {width} vectors: {density:.2f}", flush=True)
+                        print(f"{op} {dtype} {structure}, {_name(width)}: {density:.2f}", flush=True)
     return _keep(_cpu.processor(), table, verbose)
 
 
@@ -63,6 +66,10 @@ def _keep(name: str, table: _crossovers.Table, verbose: bool) -> _crossovers.Tab
     if verbose and file is not None:
         print(f"kept in {file}")
     return table
+
+
+def _name(width: str) -> str:
+    return f"{width} vectors" if width in _VECTORS else width
 
 
 def _measure(op: str, dtype: torch.dtype, structure: str, width: str) -> float:
@@ -104,10 +111,12 @@ def _call(op: str, dtype: torch.dtype, structure: str, width: str, density: floa
         layer = SparseLinear(_SIZE, _SIZE, bias=False, pattern=pattern, dtype=dtype, storage="packed")
         x = torch.randn(_VECTORS[width], _SIZE, dtype=dtype)
     else:
-        pattern = SparsityPattern.random((128, 128, 3, 3), density, block=block)
-        layer = SparseConv2d(128, 128, 3, padding=1, bias=False, pattern=pattern, dtype=dtype, storage="packed")
-        x = torch.randn(16, 128, 16, 16, dtype=dtype)
-    if width != ">16":
+        channels, outputs, size, side = _CONVS[width]
+        pattern = SparsityPattern.random((outputs, channels, size, size), density, block=block)
+        options = {"padding": size // 2, "bias": False, "pattern": pattern, "dtype": dtype, "storage": "packed"}
+        layer = SparseConv2d(channels, outputs, size, **options)  # type: ignore[arg-type]
+        x = torch.randn(16, channels, side, side, dtype=dtype)
+    if width in ("1", "2-16"):
 
         def infer() -> None:
             with _common.forced(kernel), torch.inference_mode():

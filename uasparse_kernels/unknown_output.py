@@ -74,7 +74,7 @@ def add_unknown_output(model: nn.Module, name: str) -> nn.Module:
 
 
 def _add_row_to_sparse(layer: SparseLayer) -> None:
-    pattern, weight = layer.pattern, layer.dense_weight()
+    pattern, weight = layer.pattern, layer.unpacked_weight()
     rows, columns = pattern.grid
     mean = weight.mean(0, keepdim=True)
     count = min(columns, max(1, round(pattern.num_blocks / rows)))

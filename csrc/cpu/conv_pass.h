@@ -192,24 +192,13 @@ bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::
 template <typename T>
 bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias);
 
-// The positions of a map that a strided kernel of one tap takes, as maps of their own (conv_taken.cpp).
+// Over copies of the positions that a kernel of one tap takes (conv_taken.cpp). The backward pass clears the gradients that
+// it has written.
 template <typename T>
-class TakenPositions {
- public:
-  explicit TakenPositions(const Geometry& g);
-  static bool can(const Geometry& g, const at::Tensor& map);
-
-  // The memory, as maps that live no longer than this.
-  at::Tensor maps(const at::TensorOptions& options) const;
-  at::Tensor take(const at::Tensor& map) const;
-  // Writes them to their place, and zeros to all others.
-  void put(const at::Tensor& map) const;
-
-  Geometry geometry;  // of the kernel over them
-
- private:
-  at::IntArrayRef stride_;
-  Workspace memory_;
-};
+bool forward_taken(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
+                   const std::vector<T>& bias, const at::Tensor& output);
+template <typename T>
+void backward_taken(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
+                    const at::Tensor& weight, ConvGradients* gradients);
 
 }  // namespace uasparse

@@ -1,6 +1,6 @@
 // masked_conv2d on the CPU: checks, storage and the choice between the ways of conv_pass.h, the first that can:
+//   taken      (conv_taken.cpp)     one tap, NCHW, with strides or planes that are not whole vectors: copies, then in place
 //   in place   (conv_in_place.cpp)  one tap, stride 1, NCHW: neighbouring positions where they are
-//   taken      (conv_taken.cpp)     one tap with strides, NCHW: the same over copies of the positions that are taken
 //   by space   (conv_by_space.cpp)  stride 1, NCHW: neighbouring positions of copied rows
 //   by batch   (conv_by_batch.cpp)  all else: one position of several images, or strips of them, transposed
 //
@@ -111,11 +111,8 @@ at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
       for (int64_t o = 0; o < g.out; ++o)
         biases.push_back(to_number(static_cast<const S*>(bias_values.const_data_ptr())[o]));
     if constexpr (std::is_same_v<T, S>) {
-      if (TakenPositions<T>::can(g, input) && has_plain_planes(output)) {
-        const TakenPositions<T> taken(g);
-        if (forward_in_place<T>(taken.geometry, w, taken.take(input), values, biases, output)) return;
-      }
-      if (forward_in_place<T>(g, w, input, values, biases, output) ||
+      if (forward_taken<T>(g, w, input, values, biases, output) ||
+          forward_in_place<T>(g, w, input, values, biases, output) ||
           forward_by_space<T>(g, w, input, values, biases, output))
         return;
     }
@@ -151,17 +148,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
     // What is not asked for has no say in how the rest is computed.
     ConvGradients rest = gradients;
     if constexpr (std::is_same_v<T, S>) {
-      if (TakenPositions<T>::can(g, input) && has_plain_planes(grad_output)) {
-        const TakenPositions<T> taken(g);
-        if (rest.weight.defined() &&
-            weight_gradient_in_place<T>(taken.geometry, w, grad_output, taken.take(input), gradients.weight))
-          rest.weight = at::Tensor();
-        if (rest.input.defined() && has_plain_planes(gradients.input) &&
-            input_gradient_in_place<T>(taken.geometry, w, grad_output, values, taken.maps(input.options()))) {
-          taken.put(gradients.input);
-          rest.input = at::Tensor();
-        }
-      }
+      backward_taken<T>(g, w, grad_output, input, values, &rest);
       if (rest.input.defined() && (input_gradient_in_place<T>(g, w, grad_output, values, gradients.input) ||
                                    input_gradient_by_space<T>(g, w, grad_output, values, gradients.input)))
         rest.input = at::Tensor();

@@ -8,7 +8,6 @@ other bytes.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uasparse_kernels._attention import as_dense_names, as_own_names
 from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.pattern import SparsityPattern
@@ -175,7 +175,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Layers are written as dense ones (their zeros cost a bit each), so that :func:`load_sparse` takes the file into
     sparse and dense models alike. Active weights that are exactly zero are not told apart from inactive ones.
     """
-    write(path, _state(model), {"kind": "state"})
+    write(path, as_dense_names(model, _state(model)), {"kind": "state"})
 
 
 def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -190,7 +190,7 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     tensors, content = read(path)
     if content.get("kind") == "optimized":
         raise ValueError(f"{os.fspath(path)} holds an optimised model; load it with load_optimized().")
-    own = _state(model)
+    own, tensors = _state(model), as_own_names(model, tensors)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         raise ValueError(
@@ -203,19 +203,15 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     rest: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = f"{name}.weight" if name else "weight"
-        dense = tensors.pop(key).to(layer.weight.device)
+        dense = layer.pattern_view(tensors.pop(key).to(layer.weight.device))
         if layer.pattern.block == (1, 1):
             pattern = SparsityPattern.from_mask(dense != 0)
         elif bool((dense[~layer.pattern.to_mask()] != 0).any()):
             raise ValueError(f"{key}: expected zeros outside the layer's blocks.")
         else:
             pattern = layer.pattern
-        # In the layer's own state, whatever its storage.
-        twin = copy.deepcopy(layer).to_dense()
-        twin.weight.data.copy_(dense)
-        kind: Any = type(layer)
-        twin = kind.from_dense(twin, pattern=pattern, storage=layer.storage)
-        rest |= {f"{name}.{k}" if name else k: v for k, v in twin.state_dict().items() if k != "bias"}
+        prefix = f"{name}." if name else ""
+        rest |= {key: pattern.pack(dense), **pattern.state_dict(prefix=prefix + "pattern.")}
     model.load_state_dict(tensors | rest)
     return model
 

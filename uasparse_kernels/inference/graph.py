@@ -86,6 +86,10 @@ def fill(argument: Any, env: dict[str, Any]) -> Any:
     return argument
 
 
+def fill_all(kwargs: dict[str, Any], env: dict[str, Any]) -> dict[str, Any]:
+    return {k: fill(v, env) for k, v in kwargs.items()}
+
+
 def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bool) -> Graph:
     """The eval graph of a densified copy of ``model``, by torch.export."""
     dense = densify(_settled(model)).eval()

@@ -14,10 +14,12 @@ from torch.utils import _pytree as pytree
 
 from uasparse_kernels import _library
 from uasparse_kernels.inference import files
+from uasparse_kernels.inference.builder import LOAD, LOOKUP, ROWS, STORE, Call, Plan
 from uasparse_kernels.inference.fuse import by_sample, fuse
-from uasparse_kernels.inference.graph import Graph, Ref, capture, fill
+from uasparse_kernels.inference.graph import Graph, Ref, capture, fill, fill_all
+from uasparse_kernels.inference.normal import normalise
 from uasparse_kernels.inference.package import package
-from uasparse_kernels.inference.plan import LOAD, LOOKUP, ROWS, STORE, Call, Plan, Planner, fill_all, shapes_of
+from uasparse_kernels.inference.plan import make_plan, shapes_of
 
 _PLANS = 8  # sizes of the input whose plans are kept
 _NEAR_BYTES = 8 << 20
@@ -78,7 +80,7 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
             "Expected parameters and inputs all of float32, or all of float64, got "
             f"{', '.join(sorted(map(str, dtypes)))}; call model.float(), and .float() of the inputs."
         )
-    return OptimizedModel(capture(model, arguments, dynamic_batch))
+    return OptimizedModel(normalise(capture(model, arguments, dynamic_batch)))
 
 
 class OptimizedModel(nn.Module):
@@ -160,8 +162,8 @@ class OptimizedModel(nn.Module):
             if plan is None:
                 # So that a plan's tensors have a version: without one the kernels check them at each call.
                 with torch.inference_mode(False), torch.no_grad():
-                    shapes = shapes_of(self._graph, self._steps, inputs)
-                    plan = Planner(self._graph, self._steps, shapes, self._dtype).plan()
+                    shapes = shapes_of(self._graph, inputs)
+                    plan = make_plan(self._graph, self._steps, shapes, self._dtype)
                     self._merge(plan)
                 self._plans[key] = plan
                 while len(self._plans) > _PLANS:

@@ -22,7 +22,7 @@ _COPIES = ("aten.clone.default", "aten.alias.default", "aten.contiguous.default"
 
 
 class View(NamedTuple):
-    map: Any  # plan.Map
+    map: Any  # maps.Map
     dims: tuple[Dim, ...]
     start: tuple[int, ...] = (0, 0, 0, 0)
 

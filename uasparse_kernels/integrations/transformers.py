@@ -98,7 +98,7 @@ def from_pretrained(cls: Any, folder: str | Path, **config: Any) -> PreTrainedMo
     layers = {}
     for prefix in prefixes:
         pattern = SparsityPattern.from_state_dict(tensors, prefix + ".pattern.")
-        packed = pattern.is_packed(tensors[prefix + ".weight"])
+        packed = tensors[prefix + ".weight"].shape == pattern.packed_shape
         layers[prefix] = {"pattern": pattern, "storage": "packed" if packed else "dense"}
     if layers:
         sparsify(model, 0.0, overrides=layers, filter=lambda *_: False)

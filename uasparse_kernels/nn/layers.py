@@ -7,6 +7,7 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 
 from uasparse_kernels import ops
+from uasparse_kernels.nn.registry import add_kind, make_dense
 from uasparse_kernels.ops._common import replace_data_
-from uasparse_kernels.ops._cpu import crossover
+from uasparse_kernels.ops._cpu import crossover, wide
 from uasparse_kernels.ops._cuda import is_packed_by_default
 from uasparse_kernels.ops.masked_conv2d import as_pair
 from uasparse_kernels.pattern import SparsityPattern
@@ -45,7 +47,7 @@ def as_leaf(module: nn.Module, input: Proxy) -> Any:
 
 
 class SparseLayer(nn.Module):
-    """What SparseLinear and SparseConv2d share: a weight with a pattern, in packed or dense storage.
+    """What the sparse layers share: a weight with a pattern, in packed or dense storage.
 
     ``weight`` is a parameter of ``pattern.packed_shape`` (packed: gradient and optimiser state are packed with it) or
     of ``pattern.shape`` (dense-stored: gradients are masked, and what else is written outside of the pattern becomes
@@ -58,6 +60,7 @@ class SparseLayer(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
     pattern: SparsityPattern
+    dense_class: type[nn.Module]  # what it was made of, and becomes again
     # The dense-stored weight that is known to be masked: id, version, address.
     _clean: tuple[int, int, int] | None = None
     _watched = 0  # how often hooks that watch its gradient came
@@ -120,21 +123,48 @@ class SparseLayer(nn.Module):
         """ "packed" or "dense"."""
         return "packed" if self.pattern.is_packed(self.weight) else "dense"
 
+    @staticmethod
+    def pattern_view(weight: Tensor) -> Tensor:
+        """A dense layer's weight in the pattern's shape."""
+        return weight
+
+    @staticmethod
+    def dense_view(weight: Tensor) -> Tensor:
+        """A tensor of the pattern's shape in that of the dense layer's weight."""
+        return weight
+
+    @property
+    def dense_shape(self) -> tuple[int, ...]:
+        """Of the dense layer's weight."""
+        return tuple(self.dense_view(torch.empty(self.pattern.shape, device="meta")).shape)
+
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
-        """A copy of the weight as a dense tensor of ``pattern.shape``, zeros at inactive entries.
+        """A copy of the weight as the dense layer has it, zeros at inactive entries.
 
         Raises:
             RuntimeError: if the weight came with another pattern (see ``SparsityPattern``).
         """
+        return self.dense_view(self.unpacked_weight())
+
+    @torch.no_grad()
+    def unpacked_weight(self) -> Tensor:
+        """:meth:`dense_weight`, but of ``pattern.shape``."""
         self.pattern.tensors()
         return self.pattern.unpack(self.weight if self.storage == "packed" else self.pattern.pack(self.weight))
 
     @torch.no_grad()
     def set_dense_weight(self, dense: Tensor) -> None:
-        """Takes the active entries of a dense weight of ``pattern.shape``."""
-        values = self.pattern.pack(dense.to(self.weight))
+        """Takes the active entries of a weight as the dense layer has it."""
+        if tuple(dense.shape) != self.dense_shape:
+            raise ValueError(f"Expected a dense tensor of shape {self.dense_shape}, got {tuple(dense.shape)}.")
+        values = self.pattern.pack(self.pattern_view(dense.to(self.weight)))
         self.weight.copy_(values if self.storage == "packed" else self.pattern.unpack(values))
+
+    def weight_gradient(self, input: Tensor, grad_output: Tensor, first: int, last: int) -> Tensor:
+        """Rows ``[first, last)`` of the gradient of the dense weight, of ``[last - first, *pattern.shape[1:]]``, of a
+        call with ``input`` whose output has the gradient ``grad_output``."""
+        raise NotImplementedError
 
     def _own_tensors(self) -> tuple[Tensor, SparsityPattern, Tensor | None, bool]:
         """Weight, pattern, bias, and whether a dense-stored weight is masked: what a forward pass takes.
@@ -201,7 +231,26 @@ class SparseLayer(nn.Module):
     def __prepare_scriptable__(self) -> nn.Module:
         raise RuntimeError(_NO_EXPORT.format("torch.jit.script cannot compile a sparse layer"))
 
-    def to_dense(self) -> nn.Module:
+    @torch.no_grad()
+    def to_dense(self, cls: Any = None) -> Any:
+        """A dense layer with the same weights (copied), zeros at inactive entries.
+
+        Args:
+            cls: its class, which has the arguments of the built-in one (or is it); None for that of which the sparse
+                layer was made.
+        """
+        if cls is None:
+            return make_dense(self)
+        module: Any = self._empty_dense({"device": self.weight.device, "dtype": self.weight.dtype})
+        if not issubclass(cls, type(module)):
+            raise TypeError(f"Expected a subclass of {type(module).__name__}, got {cls.__name__}.")
+        module.__class__ = cls
+        module.weight.copy_(self.dense_weight())
+        _copy_rest(self, module)
+        return module
+
+    def _empty_dense(self, options: dict[str, Any]) -> nn.Module:
+        """The built-in dense layer, with any values."""
         raise NotImplementedError
 
     def _sparsity_repr(self) -> str:
@@ -211,6 +260,9 @@ class SparseLayer(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self._own_tensors()  # masked
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination.get(prefix + "weight")
+        if weight is not None and weight.shape == self.pattern.shape:
+            destination[prefix + "weight"] = self.dense_view(weight)  # as a dense layer's checkpoint has it
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Takes a packed or a dense weight, with this or another pattern, or a dense layer's checkpoint (no pattern).
@@ -224,7 +276,7 @@ class SparseLayer(nn.Module):
             loaded = self._read_state(own, prefix, assign)
         except (ValueError, TypeError) as error:
             errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
-            loaded, own = None, self.state_dict(prefix=prefix, keep_vars=True)
+            loaded, own = None, self.state_dict(prefix=prefix, keep_vars=True) | {prefix + "weight": self.weight}
         if loaded is not None:
             pattern, weight = loaded
             self.pattern.become_(pattern)
@@ -263,6 +315,14 @@ class SparseLayer(nn.Module):
                 names = ", ".join(f"{prefix}pattern.{name}" for name in ("layout", "crow", "col"))
                 raise ValueError(f"Expected packed values with their pattern, got them without {names}.")
             pattern = copy.deepcopy(self.pattern)
+        if weight.shape != pattern.packed_shape:
+            if tuple(weight.shape) != self.dense_shape:
+                raise ValueError(
+                    f"Expected a weight of shape {self.dense_shape} (dense-stored) or {pattern.packed_shape} (packed), "
+                    f"got {tuple(weight.shape)}."
+                )
+            weight = self.pattern_view(weight)
+        if not has_pattern:
             _warn_of_lost_weights(weight, pattern)
         pattern = pattern.to(target) if pattern.device.type != "meta" else pattern.to_empty(device=target)
         weight = weight.detach().to(target)
@@ -285,6 +345,8 @@ class SparseLinear(SparseLayer):
     Raises:
         ValueError: if both or neither of sparsity and pattern are given, or they do not fit the layer.
     """
+
+    dense_class = nn.Linear
 
     def __init__(
         self,
@@ -319,24 +381,20 @@ class SparseLinear(SparseLayer):
         output has left of its inputs (:meth:`scale_to_fan_in_`). A ``pattern`` keeps the values as they are: to prune a
         trained layer by magnitude pass ``SparsityPattern.from_mask``.
         """
-        return _from_dense(
-            module,
-            lambda **kwargs: cls(module.in_features, module.out_features, **kwargs),
-            sparsity=sparsity,
-            pattern=pattern,
-            block=block,
-            storage=storage,
-        )
+        build = partial(cls, module.in_features, module.out_features, module.bias is not None)
+        return _from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
 
-    def to_dense(self) -> nn.Linear:
-        """A dense layer with the same weights (copied), zeros at inactive entries."""
-        return _to_dense(self, lambda **kwargs: nn.Linear(self.in_features, self.out_features, **kwargs))
+    def _empty_dense(self, options: dict[str, Any]) -> nn.Module:
+        return nn.Linear(self.in_features, self.out_features, self.bias is not None, **options)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_leaf(self, input)
         weight, pattern, bias, masked = self._own_tensors()
         return ops.masked_linear(input, weight, pattern, bias, weight_is_masked=masked)
+
+    def weight_gradient(self, input: Tensor, grad_output: Tensor, first: int, last: int) -> Tensor:
+        return grad_output.reshape(-1, grad_output.shape[-1])[:, first:last].T @ input.reshape(-1, input.shape[-1])
 
     def extra_repr(self) -> str:
         return (
@@ -353,6 +411,8 @@ class SparseConv2d(SparseLayer):
         sparsity, pattern, block, storage: as for :class:`SparseLinear`; the pattern's shape is
             ``[out, in / groups, kh, kw]`` and its block rows must not cross groups.
     """
+
+    dense_class = nn.Conv2d
 
     def __init__(
         self,
@@ -399,11 +459,7 @@ class SparseConv2d(SparseLayer):
         # left, right, top, bottom; a string padding may be uneven.
         self._pad = tuple(template._reversed_padding_repeated_twice)
         shape = tuple(template.weight.shape)
-        rows = (pattern.block if pattern is not None else tuple(block))[0]
-        if (out_channels // groups) % rows:
-            raise ValueError(
-                f"Expected block rows that divide the {out_channels // groups} output channels of a group, got {rows}."
-            )
+        check_rows_of_groups(out_channels // groups, pattern, block)
         self._init_weight(shape, bias, device, dtype, sparsity, pattern, block, storage)
 
     @classmethod
@@ -417,18 +473,11 @@ class SparseConv2d(SparseLayer):
         storage: str = "auto",
     ) -> SparseConv2d:
         """A sparse layer with the active weights and the bias of a dense one, as :meth:`SparseLinear.from_dense`."""
-        return _from_dense(
-            module,
-            lambda **kwargs: cls(*_conv_arguments(module), **kwargs),
-            sparsity=sparsity,
-            pattern=pattern,
-            block=block,
-            storage=storage,
-        )
+        build = partial(cls, *conv_arguments(module))
+        return _from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
 
-    def to_dense(self) -> nn.Conv2d:
-        """A dense layer with the same weights (copied), zeros at inactive entries."""
-        return _to_dense(self, lambda **kwargs: nn.Conv2d(*_conv_arguments(self), **kwargs))
+    def _empty_dense(self, options: dict[str, Any]) -> nn.Module:
+        return nn.Conv2d(*conv_arguments(self), **options)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
@@ -440,6 +489,12 @@ class SparseConv2d(SparseLayer):
         if self._channels_last:
             output = output.contiguous(memory_format=torch.channels_last)
         return output.squeeze(0) if input.dim() == 3 else output
+
+    def weight_gradient(self, input: Tensor, grad_output: Tensor, first: int, last: int) -> Tensor:
+        input, padding = self.padded(input)
+        grad = grad_output.view(input.shape[0], -1, *grad_output.shape[-2:])
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return conv_weight_gradient(input, grad, self.pattern.shape, *geometry, first, last)
 
     def _apply(self, fn, recurse=True):
         """A packed weight has no memory format to remember that the model is channels_last: the layer does."""
@@ -468,7 +523,8 @@ class SparseConv2d(SparseLayer):
         return f"{text}, bias={self.bias is not None}, " + self._sparsity_repr()
 
 
-def _conv_arguments(module: nn.Conv2d | SparseConv2d) -> Any:
+def conv_arguments(module: Any) -> Any:
+    """Those of a dense or sparse convolution's constructor, up to device and dtype."""
     return (
         module.in_channels,
         module.out_channels,
@@ -482,24 +538,46 @@ def _conv_arguments(module: nn.Conv2d | SparseConv2d) -> Any:
     )
 
 
+def check_rows_of_groups(per_group: int, pattern: SparsityPattern | None, block: Sequence[int]) -> None:
+    """Raises ValueError for blocks that reach over the output channels of a group."""
+    rows = (pattern.block if pattern is not None else tuple(block))[0]
+    if per_group % rows:
+        raise ValueError(f"Expected block rows that divide the {per_group} output channels of a group, got {rows}.")
+
+
+def conv_weight_gradient(
+    input: Tensor, grad: Tensor, shape, stride, padding, dilation, groups: int, first: int, last: int
+) -> Tensor:
+    """Rows ``[first, last)`` of the gradient of a dense weight ``[out, in / groups, kh, kw]``."""
+    per_group = shape[0] // groups
+    parts = []
+    for group in range(first // per_group, (last - 1) // per_group + 1):
+        low, high = max(first, group * per_group), min(last, (group + 1) * per_group)
+        parts.append(
+            torch.ops.aten.convolution_backward(
+                grad[:, low:high],
+                input[:, group * shape[1] : (group + 1) * shape[1]],
+                grad.new_empty((high - low, *shape[1:])),
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                (0, 0),
+                1,
+                (False, True, False),
+            )[1]
+        )
+    return torch.cat(parts)
+
+
 def _from_dense(module, build, **sparse):
-    device, dtype = module.weight.device, module.weight.dtype
-    bias = {} if isinstance(module, nn.Conv2d) else {"bias": module.bias is not None}
-    layer = build(device=device, dtype=dtype, **bias, **sparse)
+    layer = build(device=module.weight.device, dtype=module.weight.dtype, **sparse)
     layer.set_dense_weight(module.weight)
     if sparse["pattern"] is None:
         layer.scale_to_fan_in_()
     _copy_rest(module, layer)
     return layer
-
-
-def _to_dense(layer, build):
-    bias = {} if isinstance(layer, SparseConv2d) else {"bias": layer.bias is not None}
-    module = build(device=layer.weight.device, dtype=layer.weight.dtype, **bias)
-    with torch.no_grad():
-        module.weight.copy_(layer.dense_weight())
-    _copy_rest(layer, module)
-    return module
 
 
 @torch.no_grad()
@@ -548,5 +626,9 @@ def resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype |
     if pattern.device.type == "cuda":
         return "packed" if is_packed_by_default(op, pattern) else "dense"
     structure = "1x1" if pattern.block == (1, 1) else "blocks"
-    limit, _ = crossover(op, dtype or torch.get_default_dtype(), structure, ">16")
+    limit, _ = crossover(op, dtype or torch.get_default_dtype(), structure, wide(pattern.shape))
     return "packed" if pattern.density <= limit else "dense"
+
+
+add_kind(nn.Linear, SparseLinear, lambda layer: layer.to_dense(nn.Linear))
+add_kind(nn.Conv2d, SparseConv2d, lambda layer: layer.to_dense(nn.Conv2d))

@@ -75,7 +75,8 @@ class UnknownAwareLoss(nn.Module):
         by_epochs = warmup_epochs is not None or total_epochs is not None
         if (total_steps is not None and by_epochs) or (total_steps is None and warmup_steps is not None):
             raise ValueError(
-                "Expected total_steps (and warmup_steps), or epochs, for a schedule by the one or the other."
+                "Expected total_steps, with or without warmup_steps, or epochs (warmup_epochs, total_epochs), and no "
+                "mixture of both."
             )
         if total_steps is None:
             warmup_epochs = 5 if warmup_epochs is None else warmup_epochs

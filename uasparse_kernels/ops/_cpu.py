@@ -15,16 +15,24 @@ from uasparse_kernels.pattern import SparsityPattern
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # The density up to which the sparse kernel is faster than unpacking, the vendor's dense kernel and packing gradients:
-# by op, dtype, structure and how many vectors the weight meets (forward alone up to 16, else a training step).
-# Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2).
+# by op, dtype, structure and, of a linear layer, how many vectors the weight meets (forward alone up to 16, else a
+# training step), of a convolution, whether it has one tap: with few channels memory bounds dense and sparse alike.
+# Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2);
+# float32 convolutions of one tap by steps of a ResNet-50's layers on a Zen 5 (AVX-512; docs/cpu-kernels.md).
 _AVX512: _crossovers.Table = {
     "masked_linear": {
         "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.39, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.42}},
     },
     "masked_conv2d": {
-        "float32": {"1x1": {">16": 0.7}, "blocks": {">16": 0.61}},
-        "bfloat16": {"1x1": {">16": 0.33}, "blocks": {">16": 0.3}},
+        "float32": {
+            "1x1": {"narrow tap": 1.0, "one tap": 0.5, "taps": 0.7},
+            "blocks": {"narrow tap": 1.0, "one tap": 0.6, "taps": 0.61},
+        },
+        "bfloat16": {
+            "1x1": {"narrow tap": 0.33, "one tap": 0.33, "taps": 0.33},
+            "blocks": {"narrow tap": 0.3, "one tap": 0.3, "taps": 0.3},
+        },
     },
 }
 _AVX2: _crossovers.Table = {
@@ -33,8 +41,14 @@ _AVX2: _crossovers.Table = {
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 1.0, ">16": 1.0}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
     },
     "masked_conv2d": {
-        "float32": {"1x1": {">16": 0.64}, "blocks": {">16": 0.61}},
-        "bfloat16": {"1x1": {">16": 1.0}, "blocks": {">16": 1.0}},
+        "float32": {
+            "1x1": {"narrow tap": 0.64, "one tap": 0.64, "taps": 0.64},
+            "blocks": {"narrow tap": 0.61, "one tap": 0.61, "taps": 0.61},
+        },
+        "bfloat16": {
+            "1x1": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
+            "blocks": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
+        },
     },
 }
 DEFAULT = _AVX512 if _library.compiled is not None and _library.compiled.cpu_isa() == "avx512" else _AVX2
@@ -52,8 +66,8 @@ def choose_cpu(op: str, dtype: torch.dtype, pattern: SparsityPattern, vectors: i
         few, one = surely(vectors <= 16), surely(vectors <= 1)
     else:
         few, one = vectors <= 16, vectors <= 1
-    width = ">16" if op == "masked_conv2d" or not few else "1" if one else "2-16"
-    if not packed and width != ">16":
+    width = wide(pattern.shape) if op == "masked_conv2d" or not few else "1" if one else "2-16"
+    if not packed and width in ("1", "2-16"):
         return Choice("dense", "dense-stored: packing the weight would cost as much as the product")
     limit, source = crossover(op, dtype, "1x1" if pattern.block == (1, 1) else "blocks", width)
     if torch.compiler.is_compiling():  # the number of active weights may be a symbol, which words would make a constant
@@ -68,6 +82,15 @@ def _by_crossover(density: float, limit: float, source: str) -> Choice:
 
 
 _by_known_crossover = functools.lru_cache(_by_crossover)  # formatting would cost more than all the rest
+
+
+def wide(shape: tuple[int, ...]) -> str:
+    """What the crossover of a training step depends on beside the structure, of a weight of this shape."""
+    if len(shape) == 2:
+        return ">16"
+    if set(shape[2:]) != {1}:
+        return "taps"
+    return "one tap" if min(shape[:2]) > 128 else "narrow tap"
 
 
 @torch.compiler.assume_constant_result

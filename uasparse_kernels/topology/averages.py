@@ -162,7 +162,7 @@ def _form(part: Any) -> Any:
 def _values(layer: SparseLayer, storage: str) -> Tensor:
     if layer.storage == storage:
         return layer.weight.detach()
-    return layer.dense_weight() if storage == "dense" else layer.pattern.pack(layer.weight.detach())
+    return layer.unpacked_weight() if storage == "dense" else layer.pattern.pack(layer.weight.detach())
 
 
 def _mix(average: Tensor, new: Tensor, share: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uasparse_kernels import _library
-from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer
+from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.topology.processes import is_sharded, local
 
 # A tile's size in entries (4 MiB of float32 on the CPU, 64 MiB on a GPU): a small part of any layer that is worth it,
@@ -217,7 +217,7 @@ class GradientCapture:
                 tile = self._dense[first:last].clone()
             for input, grad in self.pairs:
                 common = torch.promote_types(input.dtype, grad.dtype)
-                tile += _weight_gradient(layer, input.to(common), grad.to(common), first, last)
+                tile += layer.weight_gradient(input.to(common), grad.to(common), first, last)
             if group is not None:
                 torch.distributed.all_reduce(tile, group=group)
             yield first, tile
@@ -234,35 +234,6 @@ def _place(grad: Tensor | None) -> tuple[int, int] | None:
 def _is_zeroed(grad: Tensor) -> bool:
     here = local(grad)
     return here.numel() > 0 and not bool(here.any())
-
-
-def _weight_gradient(layer: SparseLayer, input: Tensor, grad: Tensor, first: int, last: int) -> Tensor:
-    """Rows ``[first, last)`` of the gradient of the dense weight."""
-    if not isinstance(layer, SparseConv2d):
-        return grad.reshape(-1, grad.shape[-1])[:, first:last].T @ input.reshape(-1, input.shape[-1])
-    input, padding = layer.padded(input)
-    grad = grad.view(input.shape[0], -1, *grad.shape[-2:])
-    shape = layer.pattern.shape
-    per_group = shape[0] // layer.groups
-    parts = []
-    for group in range(first // per_group, (last - 1) // per_group + 1):
-        low, high = max(first, group * per_group), min(last, (group + 1) * per_group)
-        parts.append(
-            torch.ops.aten.convolution_backward(
-                grad[:, low:high],
-                input[:, group * shape[1] : (group + 1) * shape[1]],
-                grad.new_empty((high - low, *shape[1:])),
-                None,
-                layer.stride,
-                padding,
-                layer.dilation,
-                False,
-                (0, 0),
-                1,
-                (False, True, False),
-            )[1]
-        )
-    return torch.cat(parts)
 
 
 def _capture(mark: Tensor, input: Tensor, grad_output: Tensor) -> None:

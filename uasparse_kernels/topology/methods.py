@@ -389,7 +389,7 @@ class SRigL(Method):
             raise ValueError(f"Expected min_salient in [0, 1], got {self.min_salient}.")
         plain = self.scope == "layer" and self.final_sparsity is None and self.regrow_dropped
         if not plain or not isinstance(self.grow, GradientGrowth):
-            raise ValueError("SRigL: expected nothing but drop and min_salient to be changed.")
+            raise ValueError("SRigL: only drop and min_salient can be changed.")
 
     @property
     def resizes(self) -> bool:
@@ -399,8 +399,8 @@ class SRigL(Method):
         counts = row_counts(pattern)
         if not bool(((counts == counts.max()) | (counts == 0)).all()):
             raise ValueError(
-                f"Expected as many active blocks in every row, got {int(counts.min())} to {int(counts.max())}; call "
-                'sparsify(model, sparsity, structure="fan-in") first.'
+                f"Expected the same number of active blocks in each row, got {int(counts.min())} to {int(counts.max())}"
+                '; call sparsify(model, sparsity, structure="fan-in") first.'
             )
 
     def update(self, update: Update) -> list[Change]:

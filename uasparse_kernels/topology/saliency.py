@@ -55,8 +55,8 @@ def densities_by_threshold(
     held = sum(scores[name].numel() * units[name] for name in names)
     if budget > held:
         raise ValueError(
-            f"Expected at least {budget} active weights for one threshold over all layers, got {held}: it says what "
-            "leaves, not where to grow. Use another distribution."
+            f'Expected at least {budget} active weights for distribution="global", which only takes weights away, got '
+            f"{held}. Use another distribution."
         )
     device = scores[names[0]].device
     joined = torch.cat([scores[name].to(device) / math.sqrt(units[name]) for name in names])

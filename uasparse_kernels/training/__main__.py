@@ -1,4 +1,4 @@
-"""Command line: python -m training fit | evaluate | export | predict | compare | report-study | mixture | demo."""
+"""Command line: python -m training fit | evaluate | export | predict | compare | demo, and what tells of studies."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from rich.table import Table
 
 from uasparse_kernels.training import report
 from uasparse_kernels.training.checkpoint import write_json
-from uasparse_kernels.training.claims import OURS, OURS_ARM, PUBLISHED
-from uasparse_kernels.training.compare import compare, print_summary
 from uasparse_kernels.training.config import ARM_PARTS, PLAIN_ARM, FitConfig, arm_settings
 from uasparse_kernels.training.data import UNKNOWN_HELP
 from uasparse_kernels.training.demo import demo
 from uasparse_kernels.training.errors import TrainingError
 from uasparse_kernels.training.evaluate import evaluate_checkpoint
 from uasparse_kernels.training.export import export_run
-from uasparse_kernels.training.mixture import REGIONS, mixture
 from uasparse_kernels.training.predict import SCORES as EXPORT_SCORES
 from uasparse_kernels.training.predict import load_export
 from uasparse_kernels.training.processes import joined
 from uasparse_kernels.training.run import fit, pick_device
-from uasparse_kernels.training.scores import SCORES
-from uasparse_kernels.training.study import judge, read_study
-from uasparse_kernels.training.study_report import write_study
-from uasparse_kernels.training.suites import SUITES, Suite, changed
+from uasparse_kernels.training.study.claims import OURS, OURS_ARM, PUBLISHED
+from uasparse_kernels.training.study.compare import compare, print_summary
+from uasparse_kernels.training.study.mixture import REGIONS, mixture
+from uasparse_kernels.training.study.report import write_study
+from uasparse_kernels.training.study.statistics import judge, read_study
+from uasparse_kernels.training.study.structures import write_structures
+from uasparse_kernels.training.study.suites import SUITES, Suite, changed
+from uasparse_kernels.unknowns.scores import SCORES
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -100,6 +101,10 @@ def fit_command(
         ),
     ] = "",
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/fit"),
+    start: Annotated[
+        Path | None,
+        typer.Option(help="A finished run to start from: its weights of largest magnitude stay, and are fine-tuned."),
+    ] = None,
     ood: Ood = [],  # noqa: B006
     score: ScoreNames = [],  # noqa: B006
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
@@ -112,7 +117,9 @@ def fit_command(
     """
     _set_threads(threads)
     with joined(device) as device:
-        results = fit(config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console)
+        results = fit(
+            config, out, unknowns=ood, scores=score or None, resume=resume, device=device, console=console, start=start
+        )
     if results:  # of the first process
         _print_results(results, config.arm)
         console.print(f"Run folder: {out}", soft_wrap=True)
@@ -246,6 +253,25 @@ def report_study_command(
         console.print(f"Written: {path}", soft_wrap=True)
 
 
+@app.command("report-structures")
+def report_structures_command(
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of `compare --suite structures`; without, from what is stored.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of numbers and figure.")] = Path("docs/evidence"),
+    times: Annotated[Path, typer.Option(help="JSON of `python -m benchmarks structures`.")] = Path(
+        "benchmarks/results/zen5/structures.json"
+    ),
+    gpu: Annotated[Path, typer.Option(help="JSON of `python -m benchmarks.gpu linear`.")] = Path(
+        "benchmarks/results/h200/gpu-linear.json"
+    ),
+    page: Annotated[Path, typer.Option(help="The page whose tables are renewed.")] = Path("docs/structures.md"),
+) -> None:
+    """What each structure costs in accuracy and gives in time: the tables of a page, and a figure."""
+    for path in write_structures(folder, out, times, gpu, page):
+        console.print(f"Written: {path}", soft_wrap=True)
+
+
 @app.command("mixture")
 def mixture_command(
     out: Annotated[Path, typer.Option(help="Folder of figure and numbers.")] = Path("runs/mixture"),
@@ -267,10 +293,8 @@ def mixture_command(
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/demo"),
     device: Device = "auto",
-    threads: Threads = 0,
 ) -> None:
-    """Fashion-MNIST at 90 % sparsity: RigL beside the whole method, and what was gained."""
-    _set_threads(threads)
+    """Fashion-MNIST at 90 % sparsity: speed beside dense, accuracy, and which unknown images are found."""
     demo(out, device=device, console=console)
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from uasparse_kernels.training.batches import AUGMENTATIONS
 from uasparse_kernels.training.data import SPEC_HELP
-from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.training.errors import TrainingError, told
 from uasparse_kernels.training.losses import LOSSES
 from uasparse_kernels.training.models import MODELS, STEMS
 from uasparse_kernels.unknowns.patch_shuffle import UNKNOWNS, PatchShuffle
@@ -17,6 +17,7 @@ from uasparse_kernels.unknowns.patch_shuffle import UNKNOWNS, PatchShuffle
 METHODS = ("dense", "static", "set", "rigl", "mest", "gmp", "granet", "srigl", "2:4")
 FIXED_SPARSITY = {"dense": 0.0, "2:4": 0.5}  # whatever the config says
 INITIAL_SPARSITY = {"gmp": 0.0, "granet": 0.5}  # of methods that prune gradually to the config's
+BLOCKS = ((4, 1), (16, 1), (4, 4), (16, 16), (32, 32))  # that an arm can name; --block takes any
 UPDATE_STEPS = ("instead", "extra")
 DROP_SCORES = ("magnitude", "relative")  # relative: a weight's share of its output
 DROPS_BY_CHOICE = ("set", "rigl", "granet")  # the others say themselves what they drop
@@ -156,7 +157,8 @@ class FitConfig:
         if self.loss == "reweight" and self.unknowns != "none":
             raise TrainingError("Expected no synthetic unknowns with the loss reweight: it has no output for them.")
         if self.unknowns == "patch-shuffle":
-            PatchShuffle(0, share=self.unknown_share, grids=self.unknown_grids, seams=self.unknown_seams)
+            with told():
+                PatchShuffle(0, share=self.unknown_share, grids=self.unknown_grids, seams=self.unknown_seams)
         _ = self.holdout_classes, self.unknown_grids, self.unknown_seams
 
     def _check_types(self) -> None:
@@ -263,6 +265,7 @@ def arm_settings(arm: str) -> dict[str, Any]:
 # What an arm consists of: at most one token a kind, and what it sets.
 ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
     "method": {name: {"method": name} for name in METHODS},
+    "structure": {f"{rows}x{columns}": {"block": f"{rows}x{columns}"} for rows, columns in BLOCKS},
     "drop": {"relative": {"drop": "relative"}},
     "loss": {name: {"loss": name} for name in LOSSES},
     "average": {"vote": {"vote": True}, "cigl": {"vote": True, "weight_dropout": 0.1}},

@@ -1,5 +1,8 @@
 """Errors that the command line shows as one message, without a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class TrainingError(Exception):
     """Something the user can repair: what was expected, what came, what to do."""
@@ -23,3 +26,12 @@ class NonFiniteLossError(TrainingError):
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message)
         self.step = step
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Makes a TrainingError of what the library says of the user's settings."""
+    try:
+        yield
+    except ValueError as error:
+        raise TrainingError(str(error)) from error

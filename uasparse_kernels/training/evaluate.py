@@ -19,7 +19,7 @@ from uasparse_kernels.training.data import ImageSet, TrainTest, load_train_test,
 from uasparse_kernels.training.errors import CheckpointError, TrainingError
 from uasparse_kernels.training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
 from uasparse_kernels.training.recipe import build_network
-from uasparse_kernels.training.scores import SCORES, Judge, Outputs
+from uasparse_kernels.unknowns.scores import SCORES, Judge, Outputs
 
 MAX_IMAGE_SIZE = 4096  # of a saved network; more is a damaged file
 

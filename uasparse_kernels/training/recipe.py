@@ -26,12 +26,13 @@ from uasparse_kernels.training.batches import Batches, Normalise
 from uasparse_kernels.training.checkpoint import check_form
 from uasparse_kernels.training.config import FIXED_SPARSITY, INITIAL_SPARSITY, FitConfig
 from uasparse_kernels.training.data import TrainTest, check_classes
-from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
+from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError, told
 from uasparse_kernels.training.losses import LOSSES, LossSpec
 from uasparse_kernels.training.models import build_model
 from uasparse_kernels.training.processes import rank_and_world
 from uasparse_kernels.training.weight_dropout import WeightDropout
 from uasparse_kernels.unknowns import PatchShuffle, Vote
+from uasparse_kernels.unknowns.head import head_of
 
 StepCallback = Callable[[int, Tensor], None]  # step within the epoch, its loss (still on the device)
 CHECK_EVERY_ON_GPU = 50  # steps between host syncs that look for a loss that is not finite
@@ -44,11 +45,12 @@ def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float) ->
 
 
 def build_network(
-    config: FitConfig, num_classes: int, in_channels: int, image_size: int
+    config: FitConfig, num_classes: int, in_channels: int, image_size: int, start: nn.Module | None = None
 ) -> tuple[nn.Module, nn.Module]:
     """Builds (network, loss) as the config says; the network is sparse unless the method is dense.
 
-    Raises TrainingError for settings that do not fit the network.
+    `start`: a trained network that becomes it, in place: what stays are its weights of largest magnitude. Raises
+    TrainingError for settings that do not fit the network.
     """
     loss_fn = LOSSES[config.loss](
         LossSpec(
@@ -62,10 +64,13 @@ def build_network(
             logit_temperature=config.logit_temperature,
         )
     )
-    model = build_model(config.model, cast(int, loss_fn.num_outputs), in_channels, image_size, config.stem)
+    outputs = cast(int, loss_fn.num_outputs)
+    model = start or build_model(config.model, outputs, in_channels, image_size, config.stem)
+    if (found := head_of(model).out_features) != outputs:
+        raise TrainingError(f"Expected a network of {outputs} outputs to start {config.arm} from, got one of {found}.")
     if config.method != "dense":
         try:
-            model = ua.sparsify(model, **sparsity_options(config))
+            model = ua.sparsify(model, keep="random" if start is None else "magnitude", **sparsity_options(config))
         except ValueError as error:
             raise TrainingError(f"{config.model} cannot be made sparse by these settings: {error}") from error
         if not any(isinstance(module, ua.nn.SparseLayer) for module in model.modules()):
@@ -103,14 +108,19 @@ def topology_method(config: FitConfig) -> str | ua.topology.Method:
 
 
 class Trainer:
-    """One run of `config` on `data`. Raises TrainingError for settings that cannot work together."""
+    """One run of `config` on `data`, from scratch, or from `start`, a trained network, which changes.
 
-    def __init__(self, config: FitConfig, data: TrainTest, device: torch.device | str = "cpu") -> None:
+    Raises TrainingError for settings that cannot work together.
+    """
+
+    def __init__(
+        self, config: FitConfig, data: TrainTest, device: torch.device | str = "cpu", *, start: nn.Module | None = None
+    ) -> None:
         check_classes(data)
         self.config, self.data, self.device = config, data, torch.device(device)
         torch.manual_seed(config.seed)
         images = data.train.images
-        model, loss_fn = build_network(config, data.train.num_classes, images.shape[1], images.shape[-1])
+        model, loss_fn = build_network(config, data.train.num_classes, images.shape[1], images.shape[-1], start)
         self.rank, self.world = rank_and_world()
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -307,7 +317,8 @@ class Trainer:
             grids, seams = config.unknown_grids, config.unknown_seams
             unknowns = PatchShuffle(unknown_label, share=config.unknown_share, grids=grids, seams=seams)
             images = self.data.train.images
-            unknowns.check(min(config.batch_size, len(images)), *images.shape[-2:])
+            with told():
+                unknowns.check(min(config.batch_size, len(images)), *images.shape[-2:])
         return Batches(
             self.data.train,
             self.normalise,

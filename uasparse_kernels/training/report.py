@@ -16,7 +16,7 @@ from rich.table import Table
 from sklearn.metrics import roc_curve
 
 from uasparse_kernels.training.checkpoint import write_atomically
-from uasparse_kernels.training.scores import SCORES
+from uasparse_kernels.unknowns.scores import SCORES
 
 if TYPE_CHECKING:
     from uasparse_kernels.training.evaluate import Evaluation

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 
 import uasparse_kernels as ua
 from uasparse_kernels.training import report
@@ -36,11 +36,19 @@ from uasparse_kernels.training.config import FitConfig
 from uasparse_kernels.training.cost import training_cost
 from uasparse_kernels.training.data import TrainTest, load_unknown_sets
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
-from uasparse_kernels.training.evaluate import Evaluation, check_scores, config_in, evaluate, load_data, read_results
+from uasparse_kernels.training.evaluate import (
+    Evaluation,
+    check_scores,
+    config_in,
+    evaluate,
+    load_data,
+    load_model,
+    read_results,
+)
 from uasparse_kernels.training.metrics import classification_metrics
 from uasparse_kernels.training.processes import is_first, wait_for_all
 from uasparse_kernels.training.recipe import Trainer
-from uasparse_kernels.training.scores import collect
+from uasparse_kernels.unknowns.scores import collect
 
 log = logging.getLogger("uasparse_kernels.training")
 
@@ -67,6 +75,7 @@ def fit(
     data: TrainTest | None = None,
     deadline: float = math.inf,
     lean: bool = False,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Trains, evaluates and draws; returns what results.json holds.
 
@@ -74,7 +83,8 @@ def fit(
     `data` saves loading it again. Once `deadline` (of time.time()) is over, stops after the epoch: OutOfTimeError.
     `lean` leaves out figures and raw scores, and last.pt once the run is finished. Raises TrainingError;
     NonFiniteLossError leaves the last good checkpoint. Of several processes all train, and the first does the rest; the
-    others return nothing.
+    others return nothing. `start` is the folder (or model.pt) of a finished run: its network becomes this one, whose
+    weights of largest magnitude stay.
     """
     console = (console or Console()) if is_first() else Console(quiet=True)
     ua.keep_freed_memory()
@@ -83,14 +93,14 @@ def fit(
     check_scores(scores)
     last = run_dir / "last.pt"
     if not is_first():
-        _train_along(config, run_dir, data, resume, device, console, deadline)
+        _train_along(config, run_dir, data, resume, device, console, deadline, start)
         return {}
     with locked(run_dir):
         state = _check_folder(config, run_dir, resume)
         wait_for_all()  # until they have read it, too
         history: list[dict[str, Any]] = []
         with _log_to(run_dir / "fit.log"):
-            trainer = Trainer(config, data, pick_device(device))
+            trainer = Trainer(config, data, pick_device(device), start=_started(start, config))
             if state is not None:
                 trainer.load_state_dict(state)
                 history = state["history"]
@@ -109,6 +119,7 @@ def fit(
             results = {
                 "arm": config.arm,
                 "config": config.to_dict(),
+                **({"start": str(start)} if start is not None else {}),
                 "seconds_per_epoch": float(np.median([record["seconds"] for record in history])),
                 "compute_seconds_per_epoch": float(
                     np.median([r.get("compute_seconds", r["seconds"]) for r in history])
@@ -126,13 +137,30 @@ def fit(
     return results
 
 
+def _started(start: Path | None, config: FitConfig) -> nn.Module | None:
+    """The network to start from. Raises TrainingError for one of another architecture."""
+    if start is None:
+        return None
+    model, its, _ = load_model(start)
+    if (its.model, its.stem) != (config.model, config.stem):
+        raise TrainingError(f"Expected a {config.model} ({config.stem} stem) to start from, got {start}: {its.model}.")
+    return model
+
+
 def _train_along(
-    config: FitConfig, run_dir: Path, data: TrainTest, resume: bool, device: str, console: Console, deadline: float
+    config: FitConfig,
+    run_dir: Path,
+    data: TrainTest,
+    resume: bool,
+    device: str,
+    console: Console,
+    deadline: float,
+    start: Path | None,
 ) -> None:
     """What the other processes do; nothing is written."""
     state = _check_folder(config, run_dir, resume)
     wait_for_all()
-    trainer = Trainer(config, data, pick_device(device))
+    trainer = Trainer(config, data, pick_device(device), start=_started(start, config))
     if state is not None:
         trainer.load_state_dict(state)
     _train(trainer, [], run_dir, console, deadline)

@@ -1,9 +1,12 @@
 """What trains a network to know what it does not know, beside the loss: synthetic unknowns, and the vote.
 
-Scores that tell unknown inputs from known ones, which need the extra "training", are in ``training.scores``.
+``unknowns.scores`` tells unknown inputs from known ones by a trained network; it needs the extra "training".
+``FeatureNetwork`` hands a network to other people's detectors.
 """
 
+from uasparse_kernels.unknowns.errors import UnknownsError
+from uasparse_kernels.unknowns.feature_network import FeatureNetwork
 from uasparse_kernels.unknowns.patch_shuffle import PatchShuffle, shuffle_patches
 from uasparse_kernels.unknowns.vote import Vote
 
-__all__ = ["PatchShuffle", "Vote", "shuffle_patches"]
+__all__ = ["FeatureNetwork", "PatchShuffle", "UnknownsError", "Vote", "shuffle_patches"]

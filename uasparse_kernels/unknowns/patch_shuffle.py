@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.unknowns.errors import UnknownsError
 
 UNKNOWNS = ("none", "patch-shuffle")
 
@@ -31,22 +31,22 @@ class PatchShuffle:
         self, unknown_label: int, *, share: float = 0.125, grids: Sequence[int] = (4,), seams: Sequence[int] = (0,)
     ) -> None:
         if not 0 < share < 1:
-            raise TrainingError(f"Expected a share of unknowns between 0 and 1, got {share}.")
+            raise UnknownsError(f"Expected a share of unknowns between 0 and 1, got {share}.")
         if not grids or any(grid < 2 and grid != 0 for grid in grids):
             listed = ", ".join(map(str, grids)) or "none"
-            raise TrainingError(f"Expected at least 2 patches a side, or 0 for single pixels, got {listed}.")
+            raise UnknownsError(f"Expected at least 2 patches a side, or 0 for single pixels, got {listed}.")
         if any(seam < 0 for seam in seams):
-            raise TrainingError(f"Expected seams of 0 pixels or more, got {', '.join(map(str, seams))}.")
+            raise UnknownsError(f"Expected seams of 0 pixels or more, got {', '.join(map(str, seams))}.")
         if len(seams) not in (1, len(grids)):
-            raise TrainingError(f"Expected one seam, or one for each of {len(grids)} grids, got {len(seams)}.")
+            raise UnknownsError(f"Expected one seam, or one for each of {len(grids)} grids, got {len(seams)}.")
         self.unknown_label, self.share, self.grids = unknown_label, share, tuple(grids)
         self.seams = tuple(seams) * (len(grids) if len(seams) == 1 else 1)
 
     def check(self, batch_size: int, height: int, width: int) -> None:
-        """Raises TrainingError unless batches of such images can be given unknowns, and keep some known images."""
+        """Raises UnknownsError unless batches of such images can be given unknowns, and keep some known images."""
         num = round(batch_size * self.share)
         if not 0 < num < batch_size:
-            raise TrainingError(
+            raise UnknownsError(
                 f"Expected unknown_share to take some but not all images of a batch of {batch_size}, got {self.share}, "
                 f"which takes {num}."
             )
@@ -72,7 +72,7 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int 
     """Permutes the grid x grid patches (0: all pixels) of each image of [B, C, H, W], each by its own permutation.
 
     With a `seam`, patches are cut that many pixels larger on every side and fade into their neighbours over 2 * seam
-    pixels, so that no edge gives the shuffling away. Raises TrainingError unless H and W are multiples of `grid` and
+    pixels, so that no edge gives the shuffling away. Raises UnknownsError unless H and W are multiples of `grid` and
     patches are at least 2 * seam wide. The permutations come from `generator` (on the CPU).
     """
     num, channels, height, width = x.shape
@@ -92,12 +92,12 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int 
 def _patch_size(height: int, width: int, grid: int, seam: int) -> tuple[int, int]:
     rows, columns = (grid, grid) if grid else (height, width)
     if height % rows or width % columns:
-        raise TrainingError(
+        raise UnknownsError(
             f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid."
         )
     size = height // rows, width // columns
     if not 0 <= 2 * seam <= min(size):
-        raise TrainingError(f"Expected a seam of at most half of the {size[0]}x{size[1]} patches, got {seam}.")
+        raise UnknownsError(f"Expected a seam of at most half of the {size[0]}x{size[1]} patches, got {seam}.")
     return size
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from uasparse_kernels.training.errors import TrainingError
+from uasparse_kernels.unknowns.errors import UnknownsError
 
 
 class Topology(Protocol):
@@ -26,7 +26,7 @@ class Topology(Protocol):
 class Vote:
     """Running average of the parameters of `model`; starts as a copy of it.
 
-    `topology` is the DynamicSparsity of the model, or None for a dense one. Raises TrainingError while the topology
+    `topology` is the DynamicSparsity of the model, or None for a dense one. Raises UnknownsError while the topology
     can still change, here and in `update`.
     """
 
@@ -47,7 +47,7 @@ class Vote:
         The batches have to be such as in training, synthetic unknowns included: another mixture has other statistics.
         """
         if int(self.averaged.n_averaged) == 0:
-            raise TrainingError("Expected at least one update before the result of a vote, got none.")
+            raise UnknownsError("Expected at least one update before the result of a vote, got none.")
         update_bn(batches, self.averaged.module)
         return self.averaged.module.eval()
 
@@ -59,7 +59,7 @@ class Vote:
 
     def _check_frozen(self) -> None:
         if self.topology is not None and not self.topology.frozen:
-            raise TrainingError(
+            raise UnknownsError(
                 "Expected a frozen topology for the vote, got one that still changes: the average of networks with "
                 "different patterns would be denser than they are. Start the vote later (a smaller vote_fraction) or "
                 "stop the topology earlier (a smaller stop_fraction)."

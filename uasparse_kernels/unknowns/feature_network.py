@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from uasparse_kernels.training.models import head_of
+from uasparse_kernels.unknowns.head import head_of
 
 
 class FeatureNetwork(nn.Module):

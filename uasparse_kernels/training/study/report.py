@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from uasparse_kernels.training.checkpoint import write_atomically
-from uasparse_kernels.training.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from uasparse_kernels.training.report import save_figure
-from uasparse_kernels.training.study import Judgement, Row, judge, read_study, spread_of
+from uasparse_kernels.training.study.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
+from uasparse_kernels.training.study.statistics import Judgement, Row, judge, read_study, spread_of
 
 SHOWN_SCORES = ("msp", "energy", "knn", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
@@ -33,7 +33,7 @@ its side of what it needs and a t test says so at 5 % after Holm's correction fo
 hold* if it is on the other side and the test says so, and is *not decided* else. The interval is of that claim alone,
 without the correction. Claims without a pair are only named. Pairs are taken as independent. Differences are in
 percentage points, turned so that more is better. Step times are compute seconds of runs on the same machine. The claims
-are listed in `uasparse_kernels/training/claims.py`, which also says what anything was chosen on.
+are listed in `uasparse_kernels/training/study/claims.py`, which also says what anything was chosen on.
 
 """
 

@@ -20,14 +20,16 @@ from pytorch_ood.detector.ash import ash_s
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from uasparse_kernels.training.batches import Normalise
-from uasparse_kernels.training.models import head_of
+from uasparse_kernels.unknowns.head import head_of
 
 FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
 KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10
 REACT_QUANTILE = 0.9  # of all activations, the paper's choice
 ASH_PRUNED = 0.65  # share of an image's features that ASH-S sets to zero: the least that its paper tries
 DEAD_VARIANCE = 1e-10  # of the largest: below, a direction of the features is one that did not vary in fitting
+
+
+Normalise = Callable[[Tensor], Tensor]  # makes a network's input of images as they are held
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,11 @@ class Outputs:
 
 @dataclass
 class Judge:
-    """A network with all that scoring needs: its images' normalisation and outputs on training images to fit on."""
+    """A network with all that scoring needs: its images' normalisation and outputs on training images to fit on.
+
+    `normalise` is called on images [N, C, H, W] and gives the network's input (`lambda x: x` where they are that). If
+    it divides channels, its attribute `std` says by what: ODIN takes its step in pixels.
+    """
 
     model: nn.Module
     normalise: Normalise
@@ -61,7 +67,7 @@ class Judge:
         labels: Tensor,
         device: torch.device,
     ) -> Judge:
-        """`images` (uint8) and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
+        """`images` and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FIT_IMAGES]
         fit = collect(model, images[order], normalise, device)
         return cls(model.eval(), normalise, num_classes, fit, labels[order], device)
@@ -85,7 +91,7 @@ class Judge:
 def collect(
     model: nn.Module, images: Tensor, normalise: Normalise, device: torch.device | str, batch_size: int = 500
 ) -> Outputs:
-    """Runs uint8 images [N, C, H, W] through the network in eval mode; features are the input of its last layer."""
+    """Runs images [N, C, H, W] through the network in eval mode; features are the input of its last layer."""
     features: list[Tensor] = []
     hook = head_of(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float().cpu()))
     try:
@@ -246,7 +252,8 @@ def _energy_of(judge: Judge) -> Callable[[Tensor], Tensor]:
 
 def _odin(judge: Judge) -> Callable[[Tensor], Tensor]:
     class_logits = _ClassLogits(judge.model, judge.num_classes)
-    detector = ODIN(class_logits, norm_std=list(judge.normalise.std))
+    std = getattr(judge.normalise, "std", None)
+    detector = ODIN(class_logits, norm_std=None if std is None else list(std))
     return lambda images: torch.cat([detector.predict(x).cpu() for x in judge.batches(images)])
 
 
@@ -263,7 +270,7 @@ class _ClassLogits(nn.Module):
 
 @dataclass(frozen=True)
 class Score:
-    """`make(judge)` gives a function of Outputs, or of uint8 images where `takes` says so."""
+    """`make(judge)` gives a function of Outputs, or of images where `takes` says so."""
 
     make: Callable[[Judge], Callable[[Any], Tensor]]
     title: str

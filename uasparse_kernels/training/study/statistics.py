@@ -14,10 +14,10 @@ from typing import Any, Literal, cast
 from scipy.stats import ttest_1samp
 
 from uasparse_kernels.training.checkpoint import read_json, write_atomically
-from uasparse_kernels.training.claims import Claim
 from uasparse_kernels.training.config import ARM_PARTS, PLAIN_ARM, FitConfig
 from uasparse_kernels.training.errors import TrainingError
 from uasparse_kernels.training.evaluate import read_results
+from uasparse_kernels.training.study.claims import Claim
 
 Verdict = Literal["holds", "does not hold", "not decided"]
 Key = tuple[str, str, float, int, str]

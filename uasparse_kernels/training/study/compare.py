@@ -32,8 +32,7 @@ from uasparse_kernels.training.data import TrainTest, check_unknown_names, unkno
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, OutOfTimeError, TrainingError
 from uasparse_kernels.training.evaluate import check_scores, evaluate_checkpoint, load_data, read_results
 from uasparse_kernels.training.run import fit, pick_device
-from uasparse_kernels.training.scores import SCORES
-from uasparse_kernels.training.study import (
+from uasparse_kernels.training.study.statistics import (
     KNOWN_METRICS,
     SCALED_METRICS,
     check_settings,
@@ -41,7 +40,8 @@ from uasparse_kernels.training.study import (
     read_study,
     shared_settings,
 )
-from uasparse_kernels.training.suites import Run, Suite, plan
+from uasparse_kernels.training.study.suites import Run, Suite, plan
+from uasparse_kernels.unknowns.scores import SCORES
 
 MANY_ARMS = 16  # beyond, a summary is told by report-study
 
@@ -138,7 +138,7 @@ def _run_in_turn(
             f"[bold]\\[{number}/{len(runs)}] {run.label}, seed {run.config.seed}[/bold]{clock.left()}", highlight=False
         )
         shared = data if run.config.holdout == suite.config.holdout else None
-        outcomes.append(_outcome(run, suite, out_dir / run.folder, device, console, deadline, shared))
+        outcomes.append(_outcome(run, suite, out_dir, device, console, deadline, shared))
         if outcomes[-1].failure:
             console.print(f"[red]{outcomes[-1].failure}[/red]")
     return outcomes
@@ -164,7 +164,7 @@ def _run_parallel(
                     worker, number = idle.pop(), left.pop()
                     run = runs[number]
                     with contextlib.suppress(OSError):  # a worker that is lost has no outcome, as below
-                        worker.connection.send((run, suite, out_dir / run.folder, device, None, deadline, None))
+                        worker.connection.send((run, suite, out_dir, device, None, deadline, None))
                     number_of[worker] = number
                 ready = wait([worker.connection for worker in number_of], timeout=1.0)
                 for worker in [worker for worker in number_of if worker.connection in ready]:
@@ -276,14 +276,14 @@ class _Clock:
 def _outcome(
     run: Run,
     suite: Suite,
-    folder: Path,
+    out_dir: Path,
     device: str,
     console: Console | None,
     deadline: float,
     data: TrainTest | None,
 ) -> Outcome:
     try:
-        return Outcome(_run(run, suite, folder, device, console or Console(quiet=True), deadline, data))
+        return Outcome(_run(run, suite, out_dir, device, console or Console(quiet=True), deadline, data))
     except NonFiniteLossError as error:
         return Outcome(failure=str(error))
     except OutOfTimeError:
@@ -291,15 +291,16 @@ def _outcome(
 
 
 def _run(
-    run: Run, suite: Suite, folder: Path, device: str, console: Console, deadline: float, data: TrainTest | None
+    run: Run, suite: Suite, out_dir: Path, device: str, console: Console, deadline: float, data: TrainTest | None
 ) -> dict[str, Any]:
+    folder, start = out_dir / run.folder, out_dir / run.start_folder if run.start_folder else None
     file = folder / "results.json"
     if not file.is_file():
-        if time.time() > deadline:
+        if time.time() > deadline or (start is not None and not (start / "results.json").is_file()):
             raise OutOfTimeError("Not begun.")
         return fit(
             run.config, folder, unknowns=run.unknowns, scores=suite.scores, resume=True, device=device,
-            console=console, data=data or _load(run.config), deadline=deadline, lean=suite.lean,
+            console=console, data=data or _load(run.config), deadline=deadline, lean=suite.lean, start=start,
         )  # fmt: skip
     results = read_results(file)
     differences = FitConfig.from_dict(results["config"]).differences(run.config)

@@ -1,0 +1,5 @@
+"""The error of this place."""
+
+
+class UnknownsError(ValueError):
+    """Something the user can repair: what was expected, what came, what to do."""
