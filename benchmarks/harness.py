@@ -22,7 +22,10 @@ RESULTS = Path(__file__).resolve().parent / "results"
 _ROOT = Path(__file__).parents[1]
 PAGES = (
     _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("cpu-kernels", "gpu-kernels", "evidence/choices", "methods", "models")),
+    *(
+        _ROOT / "docs" / f"{name}.md"
+        for name in ("cpu-kernels", "gpu-kernels", "evidence/choices", "methods", "models")
+    ),
 )
 
 

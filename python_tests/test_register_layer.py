@@ -270,7 +270,7 @@ def test_what_was_made_of_a_forgotten_class_says_so():
     with pytest.raises(TypeError, match="Expected a subclass of Linear, got Conv2d"):
         layer.to_dense(nn.Conv2d)
     registration.remove()
-    with pytest.raises(ValueError, match="Expected .*Named, of which this SparseLinear was made, to be registered"):
+    with pytest.raises(ValueError, match=r"Expected .*Named, of which this SparseLinear was made, to be registered"):
         ua.densify(layer)
 
 
