@@ -1,5 +1,7 @@
 """The benchmarks run, on the smallest problems, and what the pages show is what was stored."""
 
+import json
+
 import pytest
 import torch
 
