@@ -55,7 +55,7 @@ with tempfile.TemporaryDirectory() as folder:
     config = FitConfig(data=f"folder:{data}", epochs=8 if small else 12, batch_size=32, delta_t=10, **settings)
     fit(config, Path(folder) / "run", unknowns=("noise",), scores=("u", "msp"))
     _, about = export_run(Path(folder) / "run", onnx=False)
-    print(f"test accuracy: {about.accuracy:.3f}; {about.known_accepted:.0%} of the test images taken as known")
+    print(f"test accuracy: {about.accuracy:.3f}; {about.test_accepted:.0%} of the test images taken as known")
 
     predictor = load_export(Path(folder) / "run")
     rows = predictor.files([asked])
