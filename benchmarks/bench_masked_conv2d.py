@@ -104,7 +104,7 @@ def row(
     rounds: int = 11,
 ) -> dict[str, Any]:
     times = harness.interleave(variants(case, sparsity, training=training, block=block), seconds=seconds, rounds=rounds)
-    positions = case.batch * -((-case.size // case.stride) ** 2)
+    positions = case.batch * (-(-case.size // case.stride)) ** 2
     products = 3 if training else 1
     flops = 2 * products * positions * round(case.channels * case.outputs * case.kernel**2 * (1 - sparsity))
     shape = str(case) if block == (1, 1) else f"{case}, {block[0]}x{block[1]}"
