@@ -2,8 +2,9 @@
 
 python -m benchmarks models                      on demand only: minutes, and needs torchvision, timm and transformers
 
-Each network is made from its configuration, nothing is downloaded; those of transformers are tiny, so that embeddings
+Each network is made from its configuration, nothing is downloaded. Those of transformers are tiny, so that embeddings
 weigh more there than in real sizes. Each runs in a process of its own with a limit of time.
+
 ``UASPARSE_BENCH_NETWORKS``: some of them, by parts of their names, separated by commas.
 """
 
@@ -181,7 +182,7 @@ NETWORKS: dict[str, Network] = {
     "tv.efficientnet_b0": tv("efficientnet_b0"),
     "tv.fasterrcnn_resnet50_fpn": detector("fasterrcnn_resnet50_fpn"),
     "tv.googlenet": tv("googlenet", 80, init_weights=False, aux_logits=True),
-    "tv.inception_v3": tv("inception_v3", 128, init_weights=False, aux_logits=True),
+    "tv.inception_v3": tv("inception_v3", 299, init_weights=False, aux_logits=True),
     "tv.maxvit_t": tv("maxvit_t", 224),
     "tv.mobilenet_v3_large": tv("mobilenet_v3_large"),
     "tv.r3d_18": Network(lambda: _r3d(), lambda model: model(torch.randn(2, 3, 4, 32, 32))),

@@ -2,8 +2,7 @@
 
 A row's result is compared with the dense network's in the same run. Rivals (pip install onnx onnxruntime openvino):
 ONNX Runtime and OpenVINO; with one thread and batch 1 torch in its two layouts too; and at 90 % torch.compile, of the
-networks that it compiles within a minute. The last row is the peak memory of processes that run a ResNet-50 from a
-file.
+networks that it compiles within a minute.
 UASPARSE_SERVE_NETWORKS=resnet50,mlp takes some of the networks only.
 
 Weights are pruned at random, uniformly: all convolutions and linear layers but a network's first convolution and
@@ -14,12 +13,7 @@ from __future__ import annotations
 
 import io
 import os
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,8 +68,6 @@ def _rows(seconds: float) -> Iterator[dict[str, Any]]:
                 x = torch.randn(batch, *size)
                 for threads in (1, 2):
                     yield _row(name, model, optimized, x, sparsity, threads, seconds)
-    if wanted == [""] or "resnet50" in wanted:
-        yield memory()
 
 
 def _row(
@@ -152,53 +144,3 @@ def to_onnx(model: nn.Module, x: Tensor) -> bytes:
     file = io.BytesIO()
     torch.onnx.export(model, (x,), file, dynamo=False, opset_version=17)
     return file.getvalue()
-
-
-_OURS = """
-import torch, uasparse_kernels as ua
-torch.set_num_threads(1)
-x = torch.zeros(1, 3, 224, 224)
-(torch.ones(64, 64) @ torch.ones(64, 64)).sum()
-before = status("VmRSS")
-model = ua.load_optimized({path!r})
-for _ in range(3): model(x)
-"""
-_THEIRS = """
-import numpy, onnxruntime
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-x = numpy.zeros((1, 3, 224, 224), numpy.float32)
-before = status("VmRSS")
-session = onnxruntime.InferenceSession({path!r}, options, providers=["CPUExecutionProvider"])
-for _ in range(3): session.run(None, {{session.get_inputs()[0].name: x}})
-"""
-_STATUS = """
-import re
-status = lambda name: int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-"""
-
-
-def memory() -> dict[str, Any]:
-    """Peak memory in MiB of a process that loads a 90 % sparse ResNet-50 from a file and runs it three times with batch
-    1, and how much of it came after its imports.
-    """
-    torch.manual_seed(0)
-    model = prune(torchvision.models.resnet50(), 0.9)
-    row: dict[str, Any] = {
-        "shape": "resnet50, batch 1",
-        "pass": "memory",
-        "sparsity": 0.9,
-        "peak_mib": {},
-        "grown_mib": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = Path(folder, "net.safetensors"), Path(folder, "net.onnx")
-        ua.optimize_for_inference(model, torch.zeros(1, 3, 224, 224)).save(ours)
-        theirs.write_bytes(to_onnx(model, torch.zeros(1, 3, 224, 224)))
-        for name, code, path in (("ours", _OURS, ours), ("ONNX Runtime", _THEIRS, theirs)):
-            code = _STATUS + code.format(path=str(path)) + "print(before, status('VmHWM'))"
-            result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-            if result.returncode == 0:
-                before, peak = (float(value) for value in re.findall(r"[\d.]+", result.stdout))
-                row["peak_mib"][name], row["grown_mib"][name] = peak, peak - before
-    return row

@@ -115,6 +115,9 @@ def rows(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+_UNITS = {"ms": "ms", "mib": "MiB"}
+
+
 def show(row: Mapping[str, Any]) -> None:
     """Prints a row: names and numbers, then times and ratios."""
     parts = [
@@ -123,7 +126,7 @@ def show(row: Mapping[str, Any]) -> None:
         if not isinstance(value, Mapping)
     ]
     parts += [
-        f"{value:.4g} {'ms ' if name == 'ms' else 'x '}{key}"
+        f"{value:.4g} {_UNITS.get(name.rpartition('_')[2], 'x')} {key}"
         for name, values in row.items()
         if isinstance(values, Mapping)
         for key, value in values.items()

@@ -10,6 +10,7 @@ from benchmarks import (
     bench_distributed,
     bench_masked_conv2d,
     bench_masked_linear,
+    bench_models,
     bench_step,
     bench_threads,
     harness,
@@ -79,6 +80,43 @@ def test_parts_of_the_recipe_are_timed():
     assert -0.02 < row["more_memory"]["rigl+vote+hard-shuffle"] < 0.02 and min(row["ms"].values()) > 0
     text = plots.markdown([row])
     assert text.count("\n| convnet") == len(bench_recipe.ARMS)
+
+
+SMALL = (
+    "hf.GPT2LMHeadModel", "hf.LlamaForCausalLM tied", "hf.T5ForConditionalGeneration", "hf.Wav2Vec2ForCTC",
+    "hf.WhisperForConditionalGeneration", "nn.Conv1d + Linear", "nn.Embedding + LSTM + Linear", "timm.efficientvit_b0",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SMALL)
+def test_networks_work_when_sparse(name):
+    row = bench_models.row(name)
+    assert row["verdict"] == "ok" and row["layers"] and f"{row['covered']:.1%}" in plots.markdown([row])
+
+
+def test_every_network_has_its_verdict():
+    rows = json.loads((harness.RESULTS / "models.json").read_text())["rows"]
+    assert [row["shape"] for row in rows] == list(bench_models.NETWORKS)
+    assert not [row for row in rows if row["verdict"] != "ok"]
+
+
+def test_a_network_that_fails_says_so(monkeypatch):
+    class Odd(torch.nn.Linear):
+        def train(self, mode=True):
+            self.scale = 2.0 if mode else 3.0
+            return super().train(mode)
+
+    failing = {
+        "nothing to convert": bench_models.torchs(lambda: torch.nn.Sequential(torch.nn.LSTM(4, 4)), 2, 3, 4),
+        "no layer": bench_models.torchs(lambda: torch.nn.ModuleDict({"a": Odd(4, 4), "b": torch.nn.LSTM(4, 4)}), 2, 4),
+    }
+    monkeypatch.setattr(bench_models, "NETWORKS", failing)
+    assert "ValueError" in bench_models.row("nothing to convert")["verdict"]
+    assert bench_models.row("no layer")["verdict"] == "no layer became sparse"
+    found = [torch.tensor([1.0, 2.0])]
+    assert bench_models._error(found, [torch.tensor([1.0, 4.0])]) == 0.5
+    assert bench_models._error(found, [torch.zeros(2)]) == bench_models._error([], []) == float("inf")
 
 
 def test_threads_are_set_back():

@@ -16,6 +16,7 @@ from torchvision.models.convnext import CNBlockConfig
 import uasparse_kernels as ua
 from uasparse_kernels import _library
 from uasparse_kernels.inference.graph import Graph, Node, Ref
+from uasparse_kernels.inference.plan import captured_shapes, shapes_by_run
 from uasparse_kernels.inference.run import OptimizedModel
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
@@ -54,6 +55,12 @@ def check(model, *sizes, batches=(1, 2, 5), bound=1e-5):
         got = optimized(*inputs)
         assert got.shape == wanted.shape and got.dtype == torch.float32
         assert error(got, wanted) < bound
+        graph = optimized._graph
+        by_run = shapes_by_run(graph, inputs)  # of constants too, which may be made from others and have none captured
+        known = captured_shapes(graph, inputs)
+        for name in graph.constants:
+            by_run.pop(name, None), known.pop(name, None)
+        assert known == by_run
     return optimized
 
 

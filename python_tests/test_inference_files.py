@@ -11,6 +11,7 @@ from torch import nn
 
 import uasparse_kernels as ua
 from uasparse_kernels.inference import files
+from uasparse_kernels.inference.compact import Compact, dense
 
 
 def model(sparsity=0.9, block=(1, 1), storage="packed"):
@@ -55,7 +56,7 @@ def test_tensors_of_all_densities(tmp_path, dtype, density):
     got, metadata = files.read(tmp_path / "a")
     assert metadata == {"x": 1} and got.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor)
+        assert got[name].dtype == tensor.dtype and torch.equal(dense(got[name]), tensor)
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -229,6 +230,45 @@ def test_a_file_serves_machines_with_other_instructions(tmp_path):
     assert done.returncode == 0, done.stderr
     x = torch.arange(150.0).cos().view(2, 3, 5, 5)
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)).view(2, 12), optimized(x))
+
+
+def test_a_loaded_model_keeps_its_weights_once(tmp_path):
+    net = nn.Sequential(nn.Conv2d(8, 64, 3), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(576, 300)).eval()
+    for layer in (net[0], net[3]):
+        layer.weight.data *= torch.rand(layer.weight.shape) < 0.1
+    x = torch.randn(2, 8, 5, 5)
+    optimized = ua.optimize_for_inference(net, x)
+    optimized.save(tmp_path / "a")
+    for model in (optimized, ua.load_optimized(tmp_path / "a")):
+        torch.testing.assert_close(model(x), net(x))
+        layers = [step for step in model._steps if hasattr(step, "stored")]
+        assert len(layers) == 2 and all(isinstance(layer.stored, Compact) for layer in layers)
+        assert all(isinstance(model._graph.constants[name], Compact) for name in model._graph.names
+                   if model._graph.names[name] in ("0.weight", "3.weight"))  # fmt: skip
+        assert not model._constants and not any("kept_weight" in vars(layer) for layer in layers)
+
+
+def test_a_process_that_serves_imports_no_compiler(tmp_path):
+    optimized = ua.optimize_for_inference(model(), torch.randn(1, 3, 5, 5))
+    optimized.save(tmp_path / "a")
+    program = """
+import sys, torch, uasparse_kernels as ua
+optimized = ua.load_optimized(sys.argv[1])
+x = torch.arange(150.).cos().view(2, 3, 5, 5)
+y = optimized(x)
+assert not {"torch._dynamo", "torch._inductor", "sympy"} & sys.modules.keys()
+# One that is imported later is kept out.
+graphs = []
+def count(module, inputs):
+    graphs.append(module)
+    return module
+z = torch.compile(lambda x: optimized(x.neg()).relu(), backend=count)(x)
+torch.testing.assert_close(z, optimized(-x).relu())
+assert len(graphs) == 2 and all(len(g.graph.nodes) == 3 for g in graphs), [g.graph for g in graphs]
+"""
+    command = [sys.executable, "-c", program, tmp_path / "a"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
 
 
 def test_files_of_other_models(tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 import uasparse_kernels as ua
 from uasparse_kernels import _library, ops, topology, unknowns
+from uasparse_kernels.nn import registry
 
 DOCS = sorted(path.relative_to(pages.ROOT).as_posix() for path in (pages.ROOT / "docs").rglob("*.md"))
 # Pages whose code needs names or a surrounding of their own, and the tests that give it.
@@ -30,11 +31,21 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def registry_as_it_was():
+    """Pages register layers, which other tests are not to know."""
+    kinds = dict(registry._KINDS)
+    yield
+    registry._KINDS.clear()
+    registry._KINDS.update(kinds)
+
+
 def words(text):
     """A text without its digits, rules, spaces and line breaks."""
     return " ".join(re.sub(r"\d[\d.,]*", "#", re.sub(r"[=-]{3,}", "", text)).split())
 
 
+@pytest.mark.usefixtures("registry_as_it_was")
 @pytest.mark.parametrize("page", PYTHON)
 def test_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

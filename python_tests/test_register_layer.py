@@ -4,7 +4,6 @@ import copy
 import pickle
 
 import pytest
-import timm
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d, pad_same
 from timm.layers import Linear as TimmLinear
@@ -78,10 +77,12 @@ def step(model, x):
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     topology = ua.DynamicSparsity(model, optimizer, total_steps=10, delta_t=1)
-    model(x).square().mean().backward()
-    optimizer.step()
-    assert topology.step()
-    topology.detach()
+    for moves in (True, False):  # what has grown is zero, which a file does not tell from absent, until the next step
+        model(x).square().mean().backward()
+        optimizer.step()
+        assert not moves or topology.step()
+        optimizer.zero_grad()
+        topology.detach()
     return model.eval()
 
 
@@ -92,21 +93,22 @@ def standardised():
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
 
 
-@pytest.mark.parametrize("name", ["tf_mobilenetv3_small_minimal_100", "standardised"])
-def test_networks_of_timms_layers(name, timms, tmp_path):
+def same():
+    convolutions = Conv2dSame(3, 16, 3, stride=2), nn.ReLU(), Conv2dSame(16, 24, 3, stride=2, groups=2, bias=False)
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), TimmLinear(24, 10))
+
+
+@pytest.mark.parametrize("make", [same, standardised])
+def test_networks_of_timms_layers(make, timms, tmp_path):
     torch.manual_seed(0)
-    x, exact = torch.randn(2, 3, 32, 32), name != "standardised"
-
-    def make():
-        return timm.create_model(name, num_classes=10) if exact else standardised()
-
+    x, exact = torch.randn(2, 3, 13, 16), make is same
     model = make()
     plain, kinds = copy.deepcopy(model), {n: type(m) for n, m in model.named_modules()}
     ua.sparsify(model, 0.8, keep="magnitude", distribution="uniform")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, SparseLayer)}
     special = [n for n in layers if kinds[n] in (TimmLinear, Conv2dSame, ScaledStdConv2d)]
     result = ua.summary(model)
-    assert special and result.covered / result.weights > (0.95 if exact else 0.7)
+    assert special and result.covered / result.weights > 0.75
     if exact:  # the masked dense model
         for n, layer in layers.items():
             plain.get_submodule(n).weight.data.copy_(layer.dense_weight())

@@ -42,19 +42,36 @@ def call_of(model, x):
     return arguments, optimized(x), steps
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def images(request):
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def captured_images(request):
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.Hardswish(), nn.MaxPool2d(2)]
     model = nn.Sequential(*layers, nn.Sigmoid(), nn.Conv2d(8, 4, 1)).to(request.param)
     return call_of(model, torch.randn(2, 3, 13, 11, dtype=request.param))
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
-def rows(request):
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def captured_rows(request):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 7)).to(request.param)
     return call_of(model, torch.randn(3, 20, dtype=request.param))
+
+
+def copied(case):
+    """A test's own copy: capturing takes far longer than what the tests do."""
+    arguments, right, steps = case
+    copies = [t.clone() if isinstance(t, torch.Tensor) else [part.clone() for part in t] for t in arguments]
+    return copies, right, steps
+
+
+@pytest.fixture
+def images(captured_images):
+    return copied(captured_images)
+
+
+@pytest.fixture
+def rows(captured_rows):
+    return copied(captured_rows)
 
 
 def run(arguments):

@@ -334,3 +334,19 @@ def test_load_unknowns_takes_the_test_split(image_folder):
     known = load_train_test(f"folder:{image_folder}")
     assert isinstance(known, TrainTest)
     assert torch.equal(load_unknowns(f"folder:{image_folder}", known).images, known.test.images)
+
+
+def test_validation_images_come_out_of_training():
+    whole, split = load_train_test("digits"), load_train_test("digits", validation=0.1)
+    assert (len(split.validation), len(split.train)) == (140, 1260) and split.validation.classes == whole.train.classes
+    assert whole.validation is None and torch.equal(split.test.images, whole.test.images)
+
+    def rows(images):
+        return sorted(zip(images.images.flatten(1).tolist(), images.labels.tolist(), strict=True))
+
+    assert sorted(rows(split.validation) + rows(split.train)) == rows(whole.train)
+    again = load_train_test("digits", validation=0.1)
+    assert torch.equal(again.validation.images, split.validation.images)
+    assert len(load_train_test("digits", limit_train=700, validation=0.1).validation) == 70
+    with pytest.raises(DataError, match=r"20 images or more to validate on, --validation 0\.01 of 1400 are 14"):
+        load_train_test("digits", validation=0.01)

@@ -25,6 +25,7 @@ from uasparse_kernels.training.config import FitConfig
 from uasparse_kernels.training.errors import CheckpointError, DataError, TrainingError
 from uasparse_kernels.training.evaluate import load_model, load_run
 from uasparse_kernels.training.export import export_run
+from uasparse_kernels.training.metrics import scaled_metrics
 from uasparse_kernels.training.predict import About, load_export
 from uasparse_kernels.training.run import fit
 from uasparse_kernels.unknowns import scores
@@ -34,12 +35,12 @@ pytestmark = [
     pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part"),
 ]
 SETTINGS = {"data": "digits", "epochs": 3, "loss": "ce", "vote": False, "limit_train": 700, "delta_t": 2}
-UNKNOWNS = {"unknowns": "patch-shuffle", "unknown_grid": "2,0"}
+UNKNOWNS = {"unknowns": "patch-shuffle", "unknown_grid": "2,0", "validation": 0.1}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two runs, without and with an output for unknown, the latter exported."""
+    """Two runs, without and with an output for unknown, the latter with images held out, and exported."""
     folder = tmp_path_factory.mktemp("runs")
     for name, more in (("plain", {"sparsity": 0.5}), ("unknown", UNKNOWNS)):
         fit(FitConfig(**SETTINGS, **more), folder / name, scores=["msp"], device="cpu", lean=True)
@@ -81,9 +82,15 @@ def test_an_export_answers_as_the_network(runs, tmp_path, name):
     expected = (logits / about.temperature).softmax(1)[:, :10].amax(1)
     torch.testing.assert_close(answers.confidence, expected, rtol=1e-4, atol=1e-5)
     assert about.accuracy == pytest.approx((answers.label == test.labels).double().mean().item())
-    # As many of the known images as asked for, and not many more.
-    accepted = 1 - answers.unknown.double().mean().item()
-    assert accepted == pytest.approx(about.known_accepted) and 0.95 <= accepted <= 0.95 + 1 / len(test)
+    assert about.test_accepted == pytest.approx(1 - answers.unknown.double().mean().item())
+    # As many of the known images as asked for, and not many more: of those held out, where there are any.
+    tuned = test if name == "plain" else run.data.validation
+    assert (about.tuned_on, about.tuned_images) == ("test" if name == "plain" else "validation", len(tuned))
+    with torch.no_grad():
+        logits = run.model(run.normalise(tuned.images)).double()
+    assert about.temperature == pytest.approx(scaled_metrics(logits, tuned.labels)["temperature"], rel=1e-4)
+    accepted = 1 - predictor(tuned.images).unknown.double().mean().item()
+    assert 0.95 <= accepted <= 0.95 + 1 / len(tuned)
     weights = ua.load_sparse(copy.deepcopy(run.model), tmp_path / "out" / "weights.safetensors")
     torch.testing.assert_close(weights(run.normalise(test.images[:9])), run.model(run.normalise(test.images[:9])))
 
@@ -115,7 +122,7 @@ def test_the_onnx_file_runs_elsewhere(runs, tmp_path):
 
 def test_the_commands(runs, monkeypatch, capsys, tmp_path):
     code, out, _ = call(monkeypatch, capsys, "export", runs / "plain", "--no-onnx", "--score", "msp")
-    assert code == 0 and "accepted as known by msp" in out and "Written" in out
+    assert code == 0 and "accepted as known by msp" in out and "for want of others" in out and "Written" in out
     predictor = load_export(runs / "plain")
     images = load_run(runs / "plain").data.test.images[:5]
     answers = predictor(images)
@@ -220,11 +227,13 @@ def test_errors_of_predict_are_one_message(exported, runs, monkeypatch, capsys, 
         lambda a: a.update(score="knn"),
         lambda a: a.update(score=["u"]),
         lambda a: a.update(threshold="1"),
-        lambda a: a.update(known_images=True),
-        lambda a: a.update(known_accepted=2),
+        lambda a: a.update(tuned_on="training"),
+        lambda a: a.update(tuned_images=True),
+        lambda a: a.update(test_images=0),
+        lambda a: a.update(test_accepted=2),
         lambda a: a.update(network="0" * 64),
     ],
-    ids=range(23),
+    ids=range(25),
 )
 def test_what_an_export_says_is_checked(exported, edit):
     about = json.loads((exported / "export.json").read_text())

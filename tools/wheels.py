@@ -72,7 +72,7 @@ def merge(wheels: list[pathlib.Path], variant: str) -> pathlib.Path:
     repaired = out / "repaired"
     call(sys.executable, "-m", "auditwheel", "repair", "--strip", *exclude, "-w", repaired, wheel)
     (wheel,) = repaired.glob("*.whl")
-    return shutil.copy(wheel, ROOT / "dist")
+    return pathlib.Path(shutil.copy(wheel, ROOT / "dist"))
 
 
 def try_out(wheel: pathlib.Path, version: str) -> None:

@@ -24,7 +24,30 @@ def has_kernel(op: str, tensor: torch.Tensor) -> bool:
     return has_kernel_for(op, tensor.device.type)
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function):
+    """Decorator: ``torch.compiler.assume_constant_result`` without its import of the compiler, which takes a second and
+    100 MB in every process, those that only serve too."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def apart_when_compiled(function):
+    """Decorator: ``torch.compiler.disable``, likewise: where nobody has imported a compiler, none is to be kept out."""
+    disabled: list = []
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if not disabled:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return call
+
+
+@constant_when_compiled
 def has_kernel_for(op: str, device_type: str) -> bool:
     """As :func:`has_kernel`, by device type."""
     return _has_kernel_for(op, device_type)

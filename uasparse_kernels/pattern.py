@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -485,10 +484,10 @@ def sample_indices(total: int, count: int, generator: torch.Generator | None = N
 def _free_sizes_in_graphs() -> None:
     """torch.compile takes the sizes of a module's tensors for constants, and would compile anew at every change until
     it gives up. Once a pattern has changed its size, sizes that change are symbols."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        dynamo.config.force_parameter_static_shapes = False
-        dynamo.config.force_nn_module_property_static_shapes = False
+    import torch._dynamo  # here: it takes a second, which those who only serve need not wait
+
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.config.force_nn_module_property_static_shapes = False
 
 
 def check_block(block: Sequence[int]) -> None:

@@ -13,8 +13,8 @@ from uasparse_kernels import _crossovers, _library
 from uasparse_kernels.ops import _common, _cpu, _cuda_crossovers
 from uasparse_kernels.pattern import SparsityPattern
 
-# What a cell is measured on: vectors of a linear layer of _SIZE x _SIZE; input channels, output channels, taps a side and
-# the image's side of a conv.
+# What a cell is measured on: vectors of a linear layer of _SIZE x _SIZE; channels in and out, taps a side and the
+# image's side of a conv.
 _VECTORS = {"1": 1, "2-16": 8, ">16": 256}
 _CONVS = {"narrow tap": (64, 256, 1, 56), "one tap": (256, 512, 1, 14), "taps": (128, 128, 3, 16)}
 _SIZE = 1024

@@ -7,6 +7,7 @@ asks for the one that it needs, and the conversion is made once.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,28 @@ class Plan:
     merged: list[Call] = dataclasses.field(default_factory=list)
 
 
+class _Blob:
+    """Arrays that become one, each at a multiple of 16."""
+
+    def __init__(self, dtype: Any):
+        self.dtype, self.size = dtype, 0
+        self.arrays: list[tuple[int, np.ndarray]] = []
+
+    def put(self, array: np.ndarray) -> int:
+        """Takes an array, which nobody changes afterwards; returns its place."""
+        place = self.size
+        self.arrays.append((place, array))
+        self.size += up(array.size)
+        return place
+
+    def whole(self) -> Tensor:
+        whole = np.zeros(max(16, self.size), self.dtype)
+        while self.arrays:  # letting go of each, so that only one of the two is ever whole
+            place, array = self.arrays.pop()
+            whole[place : place + array.size] = array
+        return torch.from_numpy(whole)
+
+
 class Builder:
     """A plan in the making."""
 
@@ -81,35 +104,21 @@ class Builder:
         self.tensors: set[str] = set(graph.inputs) | set(graph.constants)
         self.calls: list[_Program | Call] = []
         self.all_maps: list[Map] = []
-        self.ints: list[np.ndarray] = []
-        self.values: list[np.ndarray] = []
-        self.ints_size = self.values_size = 0
         self.masks: dict[tuple[int, ...], int] = {}
         self.isa = isa = compiled.cpu_isa() if compiled is not None else "portable"
         self.lanes = {"avx512": 64, "avx2": 32}.get(isa, 16) // dtype.itemsize
         self.most = 24 if isa == "avx512" else 12
         self.numpy = np.float64 if dtype == torch.float64 else np.float32
+        self.ints, self.values = _Blob(np.int32), _Blob(self.numpy)
 
     # ---- blobs ----------------------------------------------------------------------------------------------------
 
     def put_ints(self, array: np.ndarray) -> int:
-        place = self.ints_size
         array = np.ascontiguousarray(array).reshape(-1)
-        array = array if array.dtype == np.int32 else array.view(np.int32)
-        padded = np.zeros(up(array.size), np.int32)
-        padded[: array.size] = array
-        self.ints.append(padded)
-        self.ints_size += padded.size
-        return place
+        return self.ints.put(array if array.dtype == np.int32 else array.view(np.int32))
 
     def put_values(self, array: Any) -> int:
-        place = self.values_size
-        array = np.asarray(array, self.numpy).reshape(-1)
-        padded = np.zeros(up(array.size), self.numpy)
-        padded[: array.size] = array
-        self.values.append(padded)
-        self.values_size += padded.size
-        return place
+        return self.values.put(np.asarray(array, self.numpy).reshape(-1))
 
     def put_activation(self, act: Activation) -> tuple[int, int]:
         return ACTIVATIONS.index(act.kind), self.put_values([act.a, act.b]) if act.kind in ("clamp", "leaky") else -1
@@ -248,7 +257,9 @@ class Builder:
     def finish(self, wanted: set[str]) -> Plan:
         size = place(self.all_maps)
         calls: list[Call] = []
-        for item in self.calls:
+        steps, self.calls = deque(self.calls), []
+        while steps:  # a step's lists are let go once they are in the blobs
+            item = steps.popleft()
             if isinstance(item, Call):
                 calls.append(item)
                 continue
@@ -268,6 +279,4 @@ class Builder:
         for name, i in last.items():
             if name not in wanted and name not in self.graph.constants:
                 calls[i].drop += (name,)
-        ints = np.concatenate(self.ints) if self.ints else np.zeros(16, np.int32)
-        values = np.concatenate(self.values) if self.values else np.zeros(16, self.numpy)
-        return Plan(calls, size, torch.from_numpy(ints), torch.from_numpy(values))
+        return Plan(calls, size, self.ints.whole(), self.values.whole())

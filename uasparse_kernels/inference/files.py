@@ -1,9 +1,8 @@
 """Files of sparse models, in the safetensors format: a JSON header and raw bytes, no pickle.
 
 The layout is that of safetensors (8 bytes with the header's length, the header, the tensors), so its readers read the
-parts; a tensor with zeros enough is held as two of them, its values and either a bitmask (1 bit an entry) or the
-ascending indices of its nonzeros (int32), whichever is smaller. The header's metadata says which, and has a hash of all
-other bytes.
+parts; a tensor with zeros enough is held as two of them, its values and either a bitmask or the indices of its nonzeros
+(compact.py). The header's metadata says which, and has a hash of all other bytes.
 """
 
 from __future__ import annotations
@@ -13,15 +12,16 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from uasparse_kernels._attention import as_dense_names, as_own_names
+from uasparse_kernels.inference.compact import Compact, Constant, compact, dense
 from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.pattern import SparsityPattern
@@ -36,27 +36,23 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MOST_HEADER = 100 << 20
 
 
-def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Constant], metadata: dict[str, Any]) -> None:
     """Writes tensors, sparse ones by their nonzeros; ``metadata`` is anything that JSON holds."""
     parts: dict[str, Tensor] = {}
     sparse: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous()
-        if flat.dtype not in _NAMES:
-            raise TypeError(f"Expected a dtype of {', '.join(_DTYPES)} for {name!r}, got {flat.dtype}.")
-        nonzeros = int(flat.count_nonzero()) if flat.is_floating_point() else flat.numel()
-        bitmask, indices = -(-flat.numel() // 8), 4 * nonzeros
-        if flat.numel() < 64 or nonzeros * flat.element_size() + min(bitmask, indices) >= flat.nbytes:
-            parts[name] = flat
+        if tensor.dtype not in _NAMES:
+            raise TypeError(f"Expected a dtype of {', '.join(_DTYPES)} for {name!r}, got {tensor.dtype}.")
+        small = compact(tensor)
+        if not isinstance(small, Compact):
+            parts[name] = small.detach().cpu().contiguous()
             continue
-        place = flat.view(-1).nonzero().view(-1)
-        parts[name + "#values"] = flat.view(-1)[place]
-        if bitmask <= indices or flat.numel() > 1 << 31:
-            packed = np.packbits((flat.view(-1) != 0).numpy(), bitorder="little")
-            parts[name + "#bitmask"] = torch.from_numpy(packed)
-        else:
-            parts[name + "#indices"] = place.int()
-        sparse[name] = {"shape": list(flat.shape)}
+        parts[name + "#values"] = small.values
+        if small.bitmask is not None:
+            parts[name + "#bitmask"] = small.bitmask
+        if small.indices is not None:
+            parts[name + "#indices"] = small.indices
+        sparse[name] = {"shape": list(small.shape)}
     header: dict[str, Any] = {}
     offset = 0
     blocks = []
@@ -86,20 +82,22 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
     os.replace(temporary, path)  # a file that is there is whole
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and metadata of a file of :func:`write`; a plain safetensors file is read too.
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Constant], dict[str, Any]]:
+    """Tensors, in the form that the file has them in, and metadata of a file of :func:`write`; a plain safetensors file
+    is read too.
 
     Raises:
         ValueError: for a file that is cut, damaged or of another kind: no bit of it can change unseen.
     """
-    data = np.fromfile(path, np.uint8)
-    try:
-        return _parse(data)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, MemoryError) as error:
-        said = str(error) if isinstance(error, _DamagedError) else f"something else ({error!r:.200})"
-        raise ValueError(
-            f"{os.fspath(path)}: expected a whole safetensors file of this version, got {said}."
-        ) from error
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            return _parse(file, size)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, RuntimeError, MemoryError) as error:
+            said = str(error) if isinstance(error, _DamagedError) else f"something else ({error!r:.200})"
+            raise ValueError(
+                f"{os.fspath(path)}: expected a whole safetensors file of this version, got {said}."
+            ) from error
 
 
 class _DamagedError(ValueError):
@@ -111,50 +109,56 @@ def _check(good: Any, what: str) -> None:
         raise _DamagedError(what)
 
 
-def _parse(data: np.ndarray) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    _check(len(data) >= 8, "too few bytes")
-    length = int.from_bytes(data[:8].tobytes(), "little")
-    _check(length <= min(len(data) - 8, _MOST_HEADER), "a header that is longer than the file")
-    text, body = data[8 : 8 + length].tobytes(), data[8 + length :]
+def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Constant], dict[str, Any]]:
+    _check(size >= 8, "too few bytes")
+    length = int.from_bytes(file.read(8), "little")
+    _check(length <= min(size - 8, _MOST_HEADER), "a header that is longer than the file")
+    text, body = file.read(length), size - 8 - length
     header = json.loads(text)
     metadata = header.pop("__metadata__", {})
     found = metadata.get("format", "")
     _check(found == FORMAT or "uasparse" not in found, f"one of format {found!r}, where this version writes {FORMAT!r}")
-    if found == FORMAT or "sha256" in metadata:
-        told = metadata["sha256"].encode()
-        _check(_digest(text.replace(told, _NO_DIGEST), [body]) == told, "bytes that do not match their hash")
+    # The tensors are read one by one into their places and are not looked at before their hash is known.
+    told = metadata["sha256"].encode() if found == FORMAT or "sha256" in metadata else None
+    digest = hashlib.sha256(text.replace(told, _NO_DIGEST) if told else text)
     parts: dict[str, Tensor] = {}
     expected = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        _check(_are_sizes([*shape, begin, end]) and begin == expected and end <= len(body), f"odd offsets of {name!r}")
+        _check(_are_sizes([*shape, begin, end]) and begin == expected and end <= body, f"odd offsets of {name!r}")
         _check(end - begin == math.prod(shape) * dtype.itemsize, f"a size of {name!r} that does not fit its shape")
         expected = end
         parts[name] = torch.empty(shape, dtype=dtype)
         if end > begin:
-            parts[name].view(-1).view(torch.uint8).numpy()[:] = body[begin:end]
-    _check(expected == len(body), "bytes that no tensor owns")
+            data: Any = parts[name].view(-1).view(torch.uint8).numpy()
+            _check(file.readinto(data) == end - begin, f"too few bytes of {name!r}")  # type: ignore[attr-defined]
+            digest.update(data)
+    _check(expected == body, "bytes that no tensor owns")
+    _check(told is None or digest.hexdigest().encode() == told, "bytes that do not match their hash")
+    tensors: dict[str, Constant] = {}
     for name, entry in json.loads(metadata.get("sparse", "{}")).items():
         shape = entry["shape"]
         _check(_are_sizes(shape) and name + "#values" in parts, f"no values of {name!r}")
-        values, numel = parts.pop(name + "#values"), math.prod(shape)
+        values = parts.pop(name + "#values")
         bitmask, indices = parts.pop(name + "#bitmask", None), parts.pop(name + "#indices", None)
+        numel = math.prod(shape)
         if bitmask is not None:
-            _check(bitmask.numel() == -(-numel // 8), f"a bitmask of {name!r} of another size")
-            place = torch.from_numpy(np.unpackbits(bitmask.numpy(), count=numel, bitorder="little")).nonzero().view(-1)
+            _check(bitmask.dtype == torch.uint8 and bitmask.numel() == -(-numel // 8),
+                   f"a bitmask of {name!r} of another size")  # fmt: skip
+            indices = None
         else:
             _check(indices is not None and numel <= 1 << 31, f"neither bitmask nor indices of {name!r}")
             assert indices is not None
-            place = indices.long()
-            inside = bool((place[1:] > place[:-1]).all()) and (not len(place) or (place[0] >= 0 and place[-1] < numel))
-            _check(bool(inside), f"indices of {name!r} that do not ascend or fit")
-        _check(len(place) == values.numel(), f"{values.numel()} values for {len(place)} nonzeros of {name!r}")
-        dense = values.new_zeros(numel)
-        dense[place] = values
-        parts[name] = dense.view(shape)
+            inside = bool((indices[1:] > indices[:-1]).all())
+            inside &= not len(indices) or (int(indices[0]) >= 0 and int(indices[-1]) < numel)
+            _check(inside, f"indices of {name!r} that do not ascend or fit")
+        tensors[name] = Compact(tuple(shape), values, bitmask, indices)
+        nonzeros = len(tensors[name].place())
+        _check(nonzeros == values.numel(), f"{values.numel()} values for {nonzeros} nonzeros of {name!r}")
+    tensors |= parts
     content = json.loads(metadata.get("content", "{}"))
     _check(isinstance(content, dict), "a content that is no object")
-    return parts, content
+    return tensors, content
 
 
 def _are_sizes(numbers: Any) -> bool:
@@ -187,10 +191,11 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ValueError: for a damaged file, or one of other names or shapes than the model's; the model is unchanged then.
     """
-    tensors, content = read(path)
+    found, content = read(path)
     if content.get("kind") == "optimized":
         raise ValueError(f"{os.fspath(path)} holds an optimised model; load it with load_optimized().")
-    own, tensors = _state(model), as_own_names(model, tensors)
+    tensors = as_own_names(model, {name: dense(tensor) for name, tensor in found.items()})
+    own = _state(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         raise ValueError(
@@ -203,15 +208,15 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     rest: dict[str, Tensor] = {}
     for name, layer in layers.items():
         key = f"{name}.weight" if name else "weight"
-        dense = layer.pattern_view(tensors.pop(key).to(layer.weight.device))
+        weight = layer.pattern_view(tensors.pop(key).to(layer.weight.device))
         if layer.pattern.block == (1, 1):
-            pattern = SparsityPattern.from_mask(dense != 0)
-        elif bool((dense[~layer.pattern.to_mask()] != 0).any()):
+            pattern = SparsityPattern.from_mask(weight != 0)
+        elif bool((weight[~layer.pattern.to_mask()] != 0).any()):
             raise ValueError(f"{key}: expected zeros outside the layer's blocks.")
         else:
             pattern = layer.pattern
         prefix = f"{name}." if name else ""
-        rest |= {key: pattern.pack(dense), **pattern.state_dict(prefix=prefix + "pattern.")}
+        rest |= {key: pattern.pack(weight), **pattern.state_dict(prefix=prefix + "pattern.")}
     model.load_state_dict(tensors | rest)
     return model
 
@@ -235,7 +240,7 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
     return fields
 
 
-def graph_from_json(fields: dict[str, Any], constants: dict[str, Tensor]) -> Graph:
+def graph_from_json(fields: dict[str, Any], constants: dict[str, Constant]) -> Graph:
     """The graph. Raises ValueError (and what else Python makes of it) where it is none, or calls anything but ops."""
     fields = dict(fields)
     fields["nodes"] = [Node(n, t, _decode(a), _decode(k)) for n, t, a, k in fields["nodes"]]

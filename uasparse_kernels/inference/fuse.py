@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from uasparse_kernels.inference.compact import Compact, Constant, dense
 from uasparse_kernels.inference.graph import Graph, Node, Ref
 
 # The order of csrc/cpu/serve.h.
@@ -54,12 +57,27 @@ class Layer:
     name: str  # of the result, the last fused node's
     label: str  # the layer's name in the model
     input: str
-    weight: Tensor  # [out, in / groups, kh, kw] or [out, in]
+    stored: Constant  # the weight without what is folded: [out, in / groups, kh, kw] or [out, in]
     bias: Tensor | None
     conv: dict[str, Any] | None  # stride, padding, dilation, groups; None for a linear layer
+    scale: Tensor | None = None  # of a batch norm, by output channel
     residual: str | None = None
     act: Activation = Activation()
     fused: tuple[str, ...] = ()
+
+    def weight(self) -> Tensor:
+        """The weight with what is folded, dense: made when it is asked for, as a model of sparse layers keeps none."""
+        weight = dense(self.stored)
+        if self.scale is None:
+            return weight
+        folded: Any = (weight if isinstance(self.stored, Compact) else weight.clone()).numpy()
+        scale: Any = self.scale.view(-1, *[1] * (weight.dim() - 1)).numpy()
+        return torch.from_numpy(np.multiply(folded, scale, out=folded, casting="same_kind"))
+
+    @functools.cached_property
+    def kept_weight(self) -> Tensor:
+        """The same for torch's kernels, which want it at each call."""
+        return self.weight()
 
     def refs(self) -> Iterable[str]:
         yield self.input
@@ -130,7 +148,8 @@ def fuse(graph: Graph) -> list[Step]:
         """The result's name, scale and shift of a batch norm of ``name``."""
         if node is None or node.target != _NORM or node.args[0] != Ref(name):
             return None
-        parts = [graph.constants.get(a.name) if isinstance(a, Ref) else None for a in node.args[1:5]]
+        constants = [graph.constants.get(a.name) if isinstance(a, Ref) else None for a in node.args[1:5]]
+        parts = [None if part is None else dense(part) for part in constants]
         weight, bias, mean, variance = parts
         rest = [by_name[user] for user in users.get(node.name, []) if user in by_name]
         if mean is None or variance is None or len(rest) != 1 or rest[0].args[1] != 0:
@@ -146,14 +165,13 @@ def fuse(graph: Graph) -> list[Step]:
         if layer := _layer(graph, node):
             current, fused = node.name, []
             after = only_user(current)
-            if layer.weight.is_floating_point() and (norm := norm_after(current, after)):
+            if layer.stored.dtype.is_floating_point and (norm := norm_after(current, after)):
                 assert after is not None
                 gone |= {after.name, norm[0]}
                 current = norm[0]
-                dtype, scale = layer.weight.dtype, norm[1]
-                layer.weight = (layer.weight.double() * scale.view(-1, *[1] * (layer.weight.dim() - 1))).to(dtype)
-                bias = norm[2] if layer.bias is None else layer.bias.double() * scale + norm[2]
-                layer.bias = bias.to(dtype)
+                layer.scale = norm[1]
+                bias = norm[2] if layer.bias is None else layer.bias.double() * layer.scale + norm[2]
+                layer.bias = bias.to(layer.stored.dtype)
                 fused.append("batch norm")
                 after = only_user(current)
             other = None if after is None else _other_operand(graph, after, current)
@@ -239,7 +257,7 @@ def _layer(graph: Graph, node: Node) -> Layer | None:
         label,
         node.args[0].name,
         graph.constants[weight.name],
-        None if bias is None else graph.constants[bias.name],
+        None if bias is None else dense(graph.constants[bias.name]),
         conv,
     )
 

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels.convert import densify
+from uasparse_kernels.inference.compact import Constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Graph:
     inputs: list[str]
     nodes: list[Node]
     outputs: Any  # nested lists, tuples and dictionaries of Ref and constants
-    constants: dict[str, Tensor]
+    constants: dict[str, Constant]
     input_shapes: list[list[int | None]]  # None: any batch
     input_dtypes: list[torch.dtype]
     in_spec: str  # pytree of the arguments, as JSON
@@ -57,10 +58,14 @@ class Graph:
         for node in self.nodes:
             for name in node.refs():
                 found.setdefault(name, []).append(node.name)
-        for leaf in pytree.tree_leaves(self.outputs, is_leaf=lambda x: isinstance(x, Ref)):
-            if isinstance(leaf, Ref):
-                found.setdefault(leaf.name, []).append("output")
+        for name in self.results():
+            found.setdefault(name, []).append("output")
         return found
+
+    def results(self) -> list[str]:
+        """The names of the outputs."""
+        leaves = pytree.tree_leaves(self.outputs, is_leaf=lambda x: isinstance(x, Ref))
+        return [leaf.name for leaf in leaves if isinstance(leaf, Ref)]
 
 
 def resolve(target: str) -> Callable[..., Any]:

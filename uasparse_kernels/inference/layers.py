@@ -23,15 +23,15 @@ MANY_ROWS = 32
 
 
 def add_layer(b: Builder, layer: Layer) -> None:
-    weight = layer.weight.numpy()
+    weight = layer.weight().numpy()
     density = float(np.count_nonzero(weight)) / max(1, weight.size)
     shape, out = b.shapes[layer.input], b.shapes[layer.name]
     entry = Entry(layer.label, "", "", density, layer.fused)
-    fits = layer.weight.dtype == b.dtype and weight.size and 0 not in shape and 0 not in out
+    fits = layer.stored.dtype == b.dtype and weight.size and 0 not in shape and 0 not in out
     if layer.conv is not None:
         if not fits or len(shape) != 4 or 4 * np.prod(out, dtype=np.int64) > 1 << 31:
             return _dense(b, layer, entry, "its sizes or dtype")
-        return _conv(b, layer, entry, plain(b.image(layer.input), shape), layer.conv)
+        return _conv(b, layer, entry, plain(b.image(layer.input), shape), weight, layer.conv)
     rows = int(np.prod(shape[:-1]))
     if not fits:
         return _dense(b, layer, entry, "its sizes or dtype")
@@ -41,30 +41,29 @@ def add_layer(b: Builder, layer: Layer) -> None:
     if (density > LINEAR_CROSSOVER and rows < least) or (few and weight.shape[1] > 1 << 16):
         return _dense(b, layer, entry, f"density {density:.2f} above {LINEAR_CROSSOVER}, {rows} rows")
     if few:
-        return _few_rows(b, layer, entry, rows)
+        return _few_rows(b, layer, entry, weight, rows)
     one = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    return _conv(b, layer, entry, _rows_of(b, layer), one)
+    return _conv(b, layer, entry, _rows_of(b, layer), weight, one)
 
 
 def _dense(b: Builder, layer: Layer, entry: Entry, reason: str) -> None:
     """Torch's own kernel, with what was folded."""
     entry.kernel, entry.reason = "torch", "dense: " + reason
-    conv = layer.conv
+    conv, weight = layer.conv, layer.kept_weight
 
     def function(x: Tensor, residual: Tensor | None) -> Tensor:
         if conv is None:
-            y = torch.nn.functional.linear(x, layer.weight, layer.bias)
+            y = torch.nn.functional.linear(x, weight, layer.bias)
         else:
-            y = torch.nn.functional.conv2d(x, layer.weight, layer.bias, *conv.values())
+            y = torch.nn.functional.conv2d(x, weight, layer.bias, *conv.values())
         return layer.act(y if residual is None else y + residual)
 
     residual = None if layer.residual is None else Ref(layer.residual)
     b.torch_call(entry, function, [Ref(layer.input), residual], {}, layer.name)
 
 
-def _conv(b: Builder, layer: Layer, entry: Entry, view: View, conv: dict[str, Any]) -> None:
+def _conv(b: Builder, layer: Layer, entry: Entry, view: View, weight: np.ndarray, conv: dict[str, Any]) -> None:
     out, source = b.shapes[layer.name], view.map
-    weight = layer.weight.numpy()
     weight = weight.reshape(*weight.shape[:2], 1, 1) if layer.conv is None else weight
     height, width = out[2:] if layer.conv is not None else (source.height, source.width)
     stride = conv["stride"]
@@ -166,12 +165,12 @@ def _tile(b: Builder, packed: Any, body: int) -> int:
     return min(b.most, tile * (16 // b.lanes if b.lanes < 16 else 1))
 
 
-def _few_rows(b: Builder, layer: Layer, entry: Entry, rows: int) -> None:
-    packed = pack_rows(layer.weight.numpy())
+def _few_rows(b: Builder, layer: Layer, entry: Entry, weight: np.ndarray, rows: int) -> None:
+    packed = pack_rows(weight)
     entry.kernel, entry.reason = "sparse, few rows", f"{rows} rows"
     shape = b.shapes[layer.input]
-    looked_up = b.isa == "avx512" and b.dtype == torch.float32 and min(layer.weight.shape) >= 64
-    table = pack_lookup(layer.weight.numpy()) if looked_up else None
+    looked_up = b.isa == "avx512" and b.dtype == torch.float32 and min(weight.shape) >= 64
+    table = pack_lookup(weight) if looked_up else None
     if table is not None and table.values.size > 2 * packed.nnz + 4096:
         table = None
     columns, source = shape[-1], b.maps.get(layer.input)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from uasparse_kernels.inference.compact import dense
 from uasparse_kernels.inference.graph import Graph, Node, Ref
 
 
@@ -58,7 +59,8 @@ def _addmm(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _constant(graph: Graph, argument: Any) -> Tensor | None:
-    return graph.constants.get(argument.name) if isinstance(argument, Ref) else None
+    found = graph.constants.get(argument.name) if isinstance(argument, Ref) else None
+    return None if found is None else dense(found)
 
 
 def _put(graph: Graph, name: str, suffix: str, values: Tensor) -> Ref:

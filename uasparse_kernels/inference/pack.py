@@ -55,7 +55,7 @@ def pack_conv(
     channels = per_group * groups
     ty, tx = np.arange(kh) * dilation[0] - padding[0], np.arange(kw) * dilation[1] - padding[1]
     phase_of = (ty % stride[0])[:, None] * stride[1] + (tx % stride[1])[None]
-    phases = np.unique(phase_of)
+    phases = np.array(sorted(set(phase_of.ravel().tolist())))
     phase_index = np.searchsorted(phases, phase_of)
     dy = np.repeat(ty // stride[0], kw).astype(np.int32)
     dx = np.tile(tx // stride[1], kh).astype(np.int32)

@@ -6,15 +6,15 @@ results lie in memory.
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from uasparse_kernels.inference.builder import Builder, Entry, Plan
 from uasparse_kernels.inference.fuse import Affine, Layer, Step
-from uasparse_kernels.inference.graph import Graph, Ref, fill, fill_all, resolve
+from uasparse_kernels.inference.graph import Graph, fill, fill_all, resolve
 from uasparse_kernels.inference.layers import add_layer
 from uasparse_kernels.inference.planes import add_affine, add_node
 
@@ -22,11 +22,7 @@ from uasparse_kernels.inference.planes import add_affine, add_node
 def make_plan(graph: Graph, steps: list[Step], shapes: dict[str, Any], dtype: torch.dtype) -> Plan:
     """The plan of ``steps`` for results of these ``shapes`` (:func:`shapes_of`)."""
     b = Builder(graph, shapes, dtype)
-    wanted = {
-        leaf.name
-        for leaf in pytree.tree_leaves(graph.outputs, is_leaf=lambda x: isinstance(x, Ref))
-        if isinstance(leaf, Ref)
-    }
+    wanted = set(graph.results())
     for step in steps:
         if isinstance(step, Layer):
             add_layer(b, step)
@@ -44,11 +40,50 @@ def make_plan(graph: Graph, steps: list[Step], shapes: dict[str, Any], dtype: to
 
 
 def shapes_of(graph: Graph, inputs: list[Tensor]) -> dict[str, Any]:
-    """The shapes of all results for inputs of these sizes, from a run of the graph on no device."""
-    env: dict[str, Any] = {name: t.to("meta") for name, t in graph.constants.items()}
-    env |= {
-        name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in zip(graph.inputs, inputs, strict=True)
-    }
+    """The shapes of all results for inputs of these sizes."""
+    # Torch's shape functions import its compiler, which takes a second and 80 MB: most models need none of them.
+    return captured_shapes(graph, inputs) or shapes_by_run(graph, inputs)
+
+
+def captured_shapes(graph: Graph, inputs: list[Tensor]) -> dict[str, Any] | None:
+    """The shapes that the graph was captured with, at the inputs' batch; None where one depends on more than that."""
+    sizes: dict[str, int] = {}
+    try:
+        written = {name: _tuple(text) for name, text in graph.shapes.items()}
+        for name, tensor in zip(graph.inputs, inputs, strict=True):
+            symbols = zip(written[name], tensor.shape, strict=True)
+            sizes |= {size.id: found for size, found in symbols if isinstance(size, ast.Name)}
+        shapes = {name: [_value(size, sizes) for size in parts] for name, parts in written.items()}
+    except (LookupError, ValueError, ArithmeticError, SyntaxError, RecursionError):
+        return None
+    same = all(shapes[name] == list(tensor.shape) for name, tensor in zip(graph.inputs, inputs, strict=True))
+    return shapes if same else None
+
+
+def _tuple(text: str) -> list[ast.expr]:
+    body = ast.parse(text, mode="eval").body
+    if not isinstance(body, ast.Tuple):
+        raise ValueError(f"expected a tuple, got {text!r:.80}")
+    return body.elts
+
+
+def _value(size: ast.AST, sizes: dict[str, int]) -> int:
+    """Of a size such as ``197*s0``; LookupError for others than sums and products of integers and known symbols."""
+    match size:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Name(id=name):
+            return sizes[name]
+        case ast.BinOp(left=left, op=ast.Add() | ast.Mult() | ast.FloorDiv() as op, right=right):
+            a, b = _value(left, sizes), _value(right, sizes)
+            return a + b if isinstance(op, ast.Add) else a * b if isinstance(op, ast.Mult) else a // b
+    raise LookupError(type(size).__name__)
+
+
+def shapes_by_run(graph: Graph, inputs: list[Tensor]) -> dict[str, Any]:
+    """The same from a run of the graph on no device."""
+    known = {**graph.constants, **dict(zip(graph.inputs, inputs, strict=True))}
+    env: dict[str, Any] = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in known.items()}
     for node in graph.nodes:
         keywords = {k: "meta" if k == "device" else v for k, v in fill_all(node.kwargs, env).items()}
         env[node.name] = resolve(node.target)(*fill(node.args, env), **keywords)

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from uasparse_kernels import _library
 from uasparse_kernels.inference import files
 from uasparse_kernels.inference.builder import LOAD, LOOKUP, ROWS, STORE, Call, Plan
+from uasparse_kernels.inference.compact import compact, dense
 from uasparse_kernels.inference.fuse import by_sample, fuse
 from uasparse_kernels.inference.graph import Graph, Ref, capture, fill, fill_all
 from uasparse_kernels.inference.normal import normalise
@@ -89,8 +90,11 @@ class OptimizedModel(nn.Module):
     def __init__(self, graph: Graph):
         super().__init__()
         self.training = False
+        graph.constants = {name: compact(constant) for name, constant in graph.constants.items()}
         self._graph = graph
         self._steps = fuse(graph)
+        used = {name for step in self._steps for name in step.refs()} | set(graph.results())
+        self._constants = {name: dense(graph.constants[name]) for name in used if name in graph.constants}
         self._in_spec = pytree.treespec_loads(graph.in_spec)
         self._out_spec = pytree.treespec_loads(graph.out_spec)
         dtypes = {t.dtype for t in graph.constants.values()}
@@ -105,7 +109,7 @@ class OptimizedModel(nn.Module):
             raise ValueError("An optimised model has no training mode; train the model that it was made from.")
         return self
 
-    @torch.compiler.disable  # its steps are compiled already
+    @_library.apart_when_compiled  # its steps are compiled already
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
             raise RuntimeError(_NO_EXPORT)
@@ -195,7 +199,7 @@ class OptimizedModel(nn.Module):
 
     def _run(self, plan: Plan, inputs: list[Tensor], times: list[float] | None) -> Any:
         env: dict[str, Any] = dict(zip(self._graph.inputs, inputs, strict=True))
-        env |= self._graph.constants
+        env |= self._constants
         with self._lock:
             arena = next((a for a in self._arenas if a.numel() >= plan.arena), None)
             if arena is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from uasparse_kernels.inference.builder import ATTENTION, NORM, Builder, Entry
+from uasparse_kernels.inference.compact import dense
 from uasparse_kernels.inference.graph import Node, Ref
 from uasparse_kernels.inference.views import CHANNEL, COLUMN, View
 
 
 def norm(b: Builder, entry: Entry, node: Node, view: View) -> bool:
     """Layer norm over the channels."""
-    parts = [b.graph.constants.get(a.name) if isinstance(a, Ref) else None for a in [*node.args[2:4], None, None]]
+    constants = [b.graph.constants.get(a.name) if isinstance(a, Ref) else None for a in [*node.args[2:4], None, None]]
+    parts = [None if constant is None else dense(constant) for constant in constants]
     given = [a for a in node.args[2:4] if a is not None]
     known = [part for part in parts if part is not None and part.dtype == b.dtype]
     if not view.is_rows() or len(node.args[1]) != 1 or len(known) != len(given) or node.kwargs:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 
 from uasparse_kernels import ops
+from uasparse_kernels._library import constant_when_compiled
 from uasparse_kernels.nn.registry import add_kind, make_dense
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops._cpu import crossover, wide
@@ -35,7 +36,7 @@ _NO_EXPORT = (
 )
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _is_in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()  # Dynamo, the exporter's second try, takes it for False
 

@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # by op, dtype, structure and, of a linear layer, how many vectors the weight meets (forward alone up to 16, else a
 # training step), of a convolution, whether it has one tap: with few channels memory bounds dense and sparse alike.
 # Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2);
-# those of one tap on a Zen 5, held to AVX2 for the second table.
+# float32 convolutions of one tap by steps of a ResNet-50's layers on a Zen 5 (AVX-512; docs/cpu-kernels.md).
 _AVX512: _crossovers.Table = {
     "masked_linear": {
         "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
@@ -93,7 +93,7 @@ def wide(shape: tuple[int, ...]) -> str:
     return "one tap" if min(shape[:2]) > 128 else "narrow tap"
 
 
-@torch.compiler.assume_constant_result
+@_library.constant_when_compiled
 def crossover(op: str, dtype: torch.dtype, structure: str, width: str) -> tuple[float, str]:
     """The density up to which the sparse kernel is faster, and where that is known from."""
     return _crossover(op, "bfloat16" if dtype == torch.bfloat16 else "float32", structure, width)

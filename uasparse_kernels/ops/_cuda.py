@@ -54,7 +54,7 @@ MEASURED: dict[str, _crossovers.Table] = {
 LAUNCH_FLOOR = 2**32
 
 
-@torch.compiler.assume_constant_result
+@_library.constant_when_compiled
 def crossover(op: str, arithmetic: str, block: int) -> tuple[float, str]:
     """The density up to which the sparse kernel is faster on the current device, and where that is known from."""
     return _crossover(op, arithmetic, str(block), torch.cuda.current_device() if torch.cuda.is_available() else None)
@@ -78,7 +78,7 @@ def _crossover(op: str, arithmetic: str, block: str, device: int | None) -> tupl
 _crossovers.on_change(_crossover.cache_clear)
 
 
-@torch.compiler.assume_constant_result
+@_library.constant_when_compiled
 def arithmetic(op: str, dtype: torch.dtype) -> str:
     """ "half" (16-bit types), "tf32" (tensor cores on float32) or "fp32"."""
     if dtype != torch.float32:

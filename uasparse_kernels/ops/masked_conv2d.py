@@ -87,7 +87,7 @@ def masked_conv2d(
     if kernel == "reference":
         return masked_conv2d_reference(input, weight, pattern, bias, stride, padding, dilation, groups)
     if kernel == "dense":
-        if _hides_one_tap(input, pattern):
+        if _is_quicker_dilated(input, pattern):
             dilation = (2, 2)
         return F.conv2d(input, dense_form(weight, pattern, weight_is_masked), bias, stride, padding, dilation, groups)
     if kernel in ("triton", "cuda"):
@@ -149,7 +149,7 @@ def choose(
     return choose_cpu("masked_conv2d", dtype, pattern, pixels, packed=packed)
 
 
-def _hides_one_tap(input: Tensor, pattern: SparsityPattern) -> bool:
+def _is_quicker_dilated(input: Tensor, pattern: SparsityPattern) -> bool:
     """Whether a 1x1 kernel is to be called dilated, which changes nothing that it computes: on one thread and for fewer
     than 16 images torch takes 1x1 kernels from oneDNN for a loop over matmuls, half as fast here, unless dilated."""
     return (

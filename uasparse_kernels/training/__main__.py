@@ -164,11 +164,18 @@ def export_command(
     _set_threads(threads)
     folder, about = export_run(run, out, score=score, onnx=onnx, data_dir=data_dir)
     console.print(
-        f"{about.accuracy:.1%} of {about.known_images} test images right, {about.known_accepted:.1%} accepted as known "
+        f"{about.accuracy:.1%} of {about.test_images} test images right, {about.test_accepted:.1%} accepted as known "
         f"by {about.score}; temperature {about.temperature:.3g}",
         highlight=False,
         soft_wrap=True,
     )
+    if about.tuned_on == "test":
+        console.print(
+            "Threshold and temperature are of the test images, for want of others: on new images expect a little less. "
+            "A run of fit --validation 0.1 keeps some of the training images for them.",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"Written: {folder}", soft_wrap=True)
 
 

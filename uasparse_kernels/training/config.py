@@ -41,6 +41,7 @@ _NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "to be at least 0 and finite")
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "image_size": _COUNT_OR_NONE,
     "limit_train": _COUNT_OR_NONE,
+    "validation": _between(0, 1),
     "sparsity": _between(0, 1),
     "delta_t": _COUNT,
     "drop_fraction": _between(0, 1, open_low=True, closed_high=True),
@@ -73,6 +74,7 @@ class FitConfig:
     holdout: str = option("", "Classes (indices, comma-separated) left out of training: near-OOD.")
     image_size: int = option(0, "Side of the images in pixels; 0 takes them as they come.")
     limit_train: int = option(0, "Use so many training images; 0 uses all.")
+    validation: float = option(0.0, "Share of the training images not trained on: export finds its threshold on them.")
     augment: str = option("auto", f"One of {', '.join(AUGMENTATIONS)}; auto flips colour images only.")
 
     model: str = option("convnet", f"One of {', '.join(MODELS)}.")

@@ -33,6 +33,7 @@ UNKNOWN_HELP = (
 )
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 NUM_GENERATED = 5000
+MIN_VALIDATION = 20  # one of them is 5 %
 NAMED_SPEC = re.compile(r"^([\w-]+)=")
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -59,11 +60,13 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class TrainTest:
-    """A data set to train on. `holdout` holds the test images of the classes left out, if any."""
+    """A data set to train on. `holdout` holds the test images of the classes left out, if any; `validation` images of
+    the training split that are not trained on, if any."""
 
     train: ImageSet
     test: ImageSet
     holdout: ImageSet | None = None
+    validation: ImageSet | None = None
 
 
 def default_data_dir() -> Path:
@@ -81,11 +84,13 @@ def load_train_test(
     image_size: int | None = None,
     holdout: Sequence[int] = (),
     limit_train: int = 0,
+    validation: float = 0.0,
 ) -> TrainTest:
     """Loads the data set to train on.
 
     `holdout` names classes (by index) that are taken out of training and test and become near-OOD; the others are
-    renumbered. `limit_train` keeps the first so many training images after a fixed shuffle. Raises DataError.
+    renumbered. `limit_train` keeps the first so many training images after a fixed shuffle. `validation` takes a share
+    of these out of training, the same ones at each call. Raises DataError.
     """
     try:
         root = Path(data_dir) if data_dir else default_data_dir()
@@ -104,6 +109,21 @@ def load_train_test(
         order = torch.randperm(len(result.train), generator=torch.Generator().manual_seed(0))
         result = replace(result, train=result.train.select(order[:limit_train]))
         check_classes(result, f" among the {limit_train} of --limit-train")
+    if validation:
+        result = _split_validation(result, validation)
+    return result
+
+
+def _split_validation(data: TrainTest, share: float) -> TrainTest:
+    count = round(share * len(data.train))
+    if count < MIN_VALIDATION:
+        raise DataError(
+            f"{data.train.name}: expected {MIN_VALIDATION} images or more to validate on, --validation {share:g} of "
+            f"{len(data.train)} are {count}. Give a larger share."
+        )
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(1))
+    result = replace(data, train=data.train.select(order[count:]), validation=data.train.select(order[:count]))
+    check_classes(result, f" left by --validation {share:g}")
     return result
 
 

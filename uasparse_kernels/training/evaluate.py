@@ -210,6 +210,7 @@ def load_data(config: FitConfig, data_dir: str = "") -> TrainTest:
         image_size=config.image_size or None,
         holdout=config.holdout_classes,
         limit_train=config.limit_train,
+        validation=config.validation,
     )
 
 

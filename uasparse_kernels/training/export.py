@@ -29,7 +29,7 @@ from uasparse_kernels.training.predict import (
     hash_of,
 )
 
-KNOWN_ACCEPTED = 0.95  # share of known images below the threshold
+KNOWN_ACCEPTED = 0.95  # share of the known images below the threshold
 
 
 def export_run(
@@ -38,14 +38,18 @@ def export_run(
     """Writes the export of a run (by default into its folder `export`); returns the folder and what export.json says.
 
     `score` is one of `predict.SCORES`; by default "u" for a network that was trained on synthetic unknowns, else
-    "energy". Temperature and threshold are found on the test images of the run's data, the only known images that it
-    was not trained on. Raises TrainingError.
+    "energy". Temperature and threshold are found on the images that the run held out of training (its setting
+    `validation`). Where it held out none, the test images serve, and what is then said of the test images is too good:
+    `tuned_on` says which. Raises TrainingError.
     """
     trained = load_run(run, data_dir=data_dir)
     model, config, test = trained.model, trained.config, trained.data.test
     k = test.num_classes
     optimized = ua.optimize_for_inference(model, trained.normalise(test.images[:1]))
     logits = _logits(optimized, test.images, trained.normalise)
+    validation = trained.data.validation
+    tuned = test if validation is None else validation
+    tuned_logits = logits if validation is None else _logits(optimized, tuned.images, trained.normalise)
     _check_equal(logits, model, test.images, trained.normalise)
     outputs = logits.shape[1]
     score = score or ("u" if config.unknowns != "none" else "energy")
@@ -54,8 +58,7 @@ def export_run(
         raise TrainingError(
             f"Expected a score of {', '.join(usable)} for a network of {outputs} outputs, got {score!r}."
         )
-    scores = SCORES[score](logits, k)
-    threshold = _threshold(scores)
+    threshold = _threshold(SCORES[score](tuned_logits, k))
     folder = out or (run if run.is_dir() else run.parent) / "export"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +78,13 @@ def export_run(
         mean=trained.normalise.mean,
         std=trained.normalise.std,
         outputs=outputs,
-        temperature=scaled_metrics(logits, test.labels)["temperature"],
+        temperature=scaled_metrics(tuned_logits, tuned.labels)["temperature"],
         score=score,
         threshold=threshold,
-        known_images=len(test),
-        known_accepted=float((scores <= threshold).double().mean()),
+        tuned_on="test" if validation is None else "validation",
+        tuned_images=len(tuned),
+        test_images=len(test),
+        test_accepted=float((SCORES[score](logits, k) <= threshold).double().mean()),
         accuracy=float((logits[:, :k].argmax(1) == test.labels).double().mean()),
         data=config.data,
         arm=config.arm,

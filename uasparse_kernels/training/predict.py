@@ -20,9 +20,11 @@ from uasparse_kernels.training.checkpoint import read_json
 from uasparse_kernels.training.errors import CheckpointError, DataError
 from uasparse_kernels.training.normalise import Normalise
 
-FORMAT = "uasparse_kernels export 1"
+FORMAT = "uasparse_kernels export 2"
 ABOUT, OPTIMIZED, WEIGHTS, ONNX = "export.json", "optimized.safetensors", "weights.safetensors", "network.onnx"
 BATCH = 64
+# Training images that were not trained on; where a run kept none, test images.
+TUNED_ON = ("validation", "test")
 
 # Higher is more unknown; of logits [N, K or K+1] and K. Those of scores.py that need logits alone.
 SCORES: dict[str, Callable[[Tensor, int], Tensor]] = {
@@ -49,9 +51,11 @@ class About:
     temperature: float  # logits are divided by it before their softmax gives the confidence
     score: str  # one of SCORES, of the logits as they are
     threshold: float  # a higher score is unknown
-    known_images: int  # on which temperature and threshold were found: the data's test images
-    known_accepted: float  # share of these that are not above the threshold
-    accuracy: float  # on these
+    tuned_on: str  # the images by which temperature and threshold were found, one of TUNED_ON
+    tuned_images: int  # of these
+    test_images: int
+    test_accepted: float  # share of the test images that are not above the threshold
+    accuracy: float  # on the test images
     data: str
     arm: str
     network: str  # SHA-256 of the optimised network's file
@@ -93,8 +97,10 @@ class About:
             ("temperature", _is_finite(self.temperature) and self.temperature > 0),
             ("score", self.score in (SCORES if has_unknown else set(SCORES) - set(NEED_UNKNOWN_OUTPUT))),
             ("threshold", _is_finite(self.threshold)),
-            ("known_images", type(self.known_images) is int and self.known_images > 0),
-            ("known_accepted", _is_finite(self.known_accepted) and 0 <= self.known_accepted <= 1),
+            ("tuned_on", self.tuned_on in TUNED_ON),
+            ("tuned_images", type(self.tuned_images) is int and self.tuned_images > 0),
+            ("test_images", type(self.test_images) is int and self.test_images > 0),
+            ("test_accepted", _is_finite(self.test_accepted) and 0 <= self.test_accepted <= 1),
             ("accuracy", _is_finite(self.accuracy) and 0 <= self.accuracy <= 1),
             ("data", isinstance(self.data, str)),
             ("arm", isinstance(self.arm, str)),

@@ -89,6 +89,10 @@ def fit(
     console = (console or Console()) if is_first() else Console(quiet=True)
     ua.keep_freed_memory()
     data = data or load_data(config)
+    if (data.validation is not None) != (config.validation > 0):
+        raise TrainingError(
+            f"Expected data as validation={config.validation:g} splits them: take those of load_data(config)."
+        )
     unknown_sets = load_unknown_sets(unknowns, data, data_dir=config.data_dir or None)
     check_scores(scores)
     last = run_dir / "last.pt"

@@ -320,14 +320,13 @@ def _run(
 
 def _load(config: FitConfig) -> TrainTest:
     """The data of a config, kept for the next run that has the same."""
-    return _load_cached(config.data, config.data_dir, config.holdout, config.image_size, config.limit_train)
+    names = ("data", "data_dir", "holdout", "image_size", "limit_train", "validation")
+    return _load_cached(FitConfig(**{name: getattr(config, name) for name in names}))
 
 
 @lru_cache(maxsize=1)
-def _load_cached(data: str, data_dir: str, holdout: str, image_size: int, limit_train: int) -> TrainTest:
-    return load_data(
-        FitConfig(data=data, data_dir=data_dir, holdout=holdout, image_size=image_size, limit_train=limit_train)
-    )
+def _load_cached(config: FitConfig) -> TrainTest:
+    return load_data(config)
 
 
 def run_scores(results: dict[str, Any], scores: Sequence[str]) -> list[str]:

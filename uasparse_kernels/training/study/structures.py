@@ -197,7 +197,7 @@ def gpu_table(rows: Sequence[dict[str, Any]]) -> str:
 def draw(cells: Cells, faster: Times) -> Figure:
     """Accuracy against the speed-up of a training step: a line a structure, a point a sparsity, the sparser the faster.
 
-    What is more than SHOWN points below the best is told in words.
+    The legend tells what is more than SHOWN points below the best.
     """
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
     best = 100 * max((statistics.fmean(run.accuracy for run in group) for group in cells.values()), default=1.0)
@@ -213,11 +213,9 @@ def draw(cells: Cells, faster: Times) -> Figure:
         ]
         if points:
             style = "--" if structure != timed else "-"
-            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], style, marker="o", label=structure)
-            lowest = [y for _, y, _ in points if y < best - SHOWN]
-            if lowest:
-                axis.annotate(f"to {min(lowest):.0f} %", (points[-1][0], best - SHOWN), ha="right", fontsize="x-small")
+            below = "".join(f", {s:.0%}: {y:.0f} %" for _, y, s in points if y < best - SHOWN)
+            axis.plot([x for x, _, _ in points], [y for _, y, _ in points], style, marker="o", label=structure + below)
     axis.set(xlabel="speed-up of a training step over dense", ylabel="accuracy, %", ylim=(best - SHOWN, best + 0.3))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="x-small")
     return figure

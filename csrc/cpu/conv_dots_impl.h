@@ -1,0 +1,221 @@
+// Dot products of masked_conv2d (contracts: masked_conv2d.h), for the instruction set in force.
+//
+// sddmm: kGroup entries of one output channel take the dot product of the same grad_output positions with their input
+//   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
+// piece_sddmm: a piece of grad_output stays in registers while the entries of its channel pass.
+
+namespace uasparse::UASPARSE_ISA {
+
+// to[0 ... 3] += the numbers at from.
+template <typename T>
+UASPARSE_INLINE void add_four(const T* from, T* to) {
+  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+  Four a, b;
+  __builtin_memcpy(&a, from, sizeof a);
+  __builtin_memcpy(&b, to, sizeof b);
+  a += b;
+  __builtin_memcpy(to, &a, sizeof a);
+}
+
+// to[i] += sum of the lanes of v[i], i < count.
+template <typename T>
+UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
+  static_assert(kGroup == 8);
+  constexpr int L = kLanes<T>;
+  T lanes[2 * kGroup];
+  constexpr int kUpper = sizeof(T) == 4 && L > 8 ? L / 2 : 4;  // where the sums of v[4 ... 7] begin
+  if constexpr (sizeof(T) == 4) {
+    for (int g = 0; g < kGroup; g += 4) {
+      for (int i = 0; i < 2; ++i) {
+        interleave<T, 4, 1>(v[g + i], v[g + i + 2]);
+        v[g + i] += v[g + i + 2];
+      }
+      interleave<T, 4, 1>(v[g], v[g + 1]);
+      v[g] += v[g + 1];  // in each 128 bits a partial sum of v[g] ... v[g + 3]
+    }
+    if constexpr (L == 4) {
+      store(lanes, v[0]);
+      store(lanes + 4, v[4]);
+    } else {
+      interleave<T, L, L / 2>(v[0], v[4]);
+      v[0] += v[4];
+      if constexpr (L == 16) {
+        // Two partial sums are left of each: [v0-3, v0-3, v4-7, v4-7].
+        v[1] = v[0];
+        interleave<T, L / 2, 4>(v[0], v[1]);
+        v[0] += v[1];
+      }
+      store(lanes, v[0]);
+    }
+  } else {
+    for (int i = 0; i < kGroup; ++i) lanes[i] = sum<T>(v[i]);
+  }
+  if (count == kGroup) {
+    add_four(lanes, to);
+    add_four(lanes + kUpper, to + 4);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] += lanes[i < 4 ? i : i - 4 + kUpper];
+  }
+}
+
+// to[i] += sum of the lanes of v[i].
+template <typename T>
+UASPARSE_INLINE void add_four_sums(Vec<T> (&v)[4], T* to) {
+  constexpr int L = kLanes<T>;
+  T sums[4];
+  if constexpr (sizeof(T) == 4) {
+    interleave<T, 4, 1>(v[0], v[2]);
+    interleave<T, 4, 1>(v[1], v[3]);
+    v[0] += v[2];
+    v[1] += v[3];
+    interleave<T, 4, 1>(v[0], v[1]);
+    v[0] += v[1];  // in each 128 bits a partial sum of each
+    T parts[L];
+    store(parts, v[0]);
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+    Four total, part;
+    __builtin_memcpy(&total, parts, sizeof total);
+    for (int k = 4; k < L; k += 4) {
+      __builtin_memcpy(&part, parts + k, sizeof part);
+      total += part;
+    }
+    __builtin_memcpy(sums, &total, sizeof total);
+  } else {
+    for (int i = 0; i < 4; ++i) sums[i] = sum_of_lanes<T>(v[i]);
+  }
+  add_four(sums, to);
+}
+
+// The numbers of v where `wanted` is one, zero where it is zero.
+template <typename T>
+UASPARSE_INLINE Vec<T> keep(Vec<T> v, Vec<T> wanted) {
+  using Bits = Vec<typename SameSizeInt<T>::type>;
+  return Vec<T>(Bits(v) & Bits(wanted != Vec<T>{}));
+}
+
+template <typename T, int kCount>
+UASPARSE_INLINE void sddmm_group(const ConvSddmm<T>& p, const T* grad_output, const int32_t* offset, T* grad) {
+  constexpr int L = kLanes<T>;
+  // Few entries: several sums each, so that the latency of the multiply-add does not bound the loop.
+  constexpr int kChains = kCount <= 2 ? 4 : kCount <= 4 ? 2 : 1;
+  Vec<T> sum[kCount][kChains] = {};
+  const T* input[kCount];
+  for (int i = 0; i < kCount; ++i) input[i] = p.input + offset[i];
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const T* g = grad_output + r * p.grad_row;
+    int64_t at = r * p.input_row;
+    const int64_t end = at + p.vectors * L;
+    for (; at + (kChains - 1) * L < end; at += kChains * L, g += kChains * L)
+      for (int k = 0; k < kChains; ++k) {
+        const Vec<T> v = load(g + k * L);
+        for (int i = 0; i < kCount; ++i) sum[i][k] += v * load(input[i] + at + k * L);
+      }
+    for (; at < end; at += L, g += L) {
+      const Vec<T> v = load(g);
+      for (int i = 0; i < kCount; ++i) sum[i][0] += v * load(input[i] + at);
+    }
+  }
+  Vec<T> total[kGroup] = {};
+  for (int i = 0; i < kCount; ++i) {
+    total[i] = sum[i][0];
+    for (int k = 1; k < kChains; ++k) total[i] += sum[i][k];
+  }
+  add_lane_sums<T>(total, grad, kCount);
+}
+
+template <typename T>
+void sddmm(const ConvSddmm<T>& p) {
+  static_assert(kGroup == 8);
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const T* grad_output = p.grad_output + c * p.grad_channel;
+    if (c + 1 < p.end) {
+      // What the next channel needs comes from L2 or beyond, as other channels passed since.
+      const int64_t next = p.first[(c + 1) * p.first_stride];
+      __builtin_prefetch(p.offset + next);
+      __builtin_prefetch(p.grad + next, 1);
+      for (int64_t r = 0; r < p.rows; ++r)
+        for (int64_t x = 0; x < p.vectors * kLanes<T>; x += 64 / sizeof(T))
+          __builtin_prefetch(grad_output + p.grad_channel + r * p.grad_row + x);
+    }
+    int64_t i = p.first[c * p.first_stride];
+    const int64_t end = p.first[c * p.first_stride + 1];
+    for (; i + kGroup <= end; i += kGroup) sddmm_group<T, kGroup>(p, grad_output, p.offset + i, p.grad + i);
+    switch (end - i) {
+      case 7: sddmm_group<T, 7>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 6: sddmm_group<T, 6>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 5: sddmm_group<T, 5>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 4: sddmm_group<T, 4>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 3: sddmm_group<T, 3>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 2: sddmm_group<T, 2>(p, grad_output, p.offset + i, p.grad + i); break;
+      case 1: sddmm_group<T, 1>(p, grad_output, p.offset + i, p.grad + i); break;
+      default: break;
+    }
+  }
+}
+
+// Held in registers while entries pass: vectors of grad_output.
+template <typename T>
+constexpr int kMaxPiece = UASPARSE_VECTOR_BYTES == 64 ? 24 : 10;
+
+template <typename T, int kImages, int kVectors>
+void piece_sddmm_of(const ConvPieceSddmm<T>& p) {
+  constexpr int L = kLanes<T>, kTogether = 4;
+  const int64_t last = p.last;
+  const auto at = [last](int v) UASPARSE_LAMBDA { return v + 1 < kVectors ? int64_t(v * L) : last; };
+  alignas(64) T fresh[L];
+  for (int l = 0; l < L; ++l) fresh[l] = l < p.known ? T(0) : T(1);
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    int64_t i = p.first[c * p.first_stride];
+    const int64_t end = p.first[c * p.first_stride + 1];
+    // The next channel's piece comes from L2 or beyond.
+    if (c + 1 < p.end)
+      for (int n = 0; n < kImages; ++n)
+        for (int64_t x = 0; x < kVectors * L; x += 64 / sizeof(T))
+          __builtin_prefetch(p.grad_output + (c + 1) * p.grad_channel + n * p.grad_image + x);
+    if (i == end) continue;
+    Vec<T> grad_output[kImages][kVectors] = {};
+#pragma GCC unroll 4
+    for (int n = 0; n < kImages; ++n) {
+#pragma GCC unroll 32
+      for (int v = 0; v < kVectors; ++v)
+        grad_output[n][v] = load(p.grad_output + c * p.grad_channel + n * p.grad_image + at(v));
+      // Not by a product: what is no number would stay none.
+      if (p.known > 0) grad_output[n][kVectors - 1] = keep<T>(grad_output[n][kVectors - 1], load(fresh));
+    }
+    const auto dot = [&](const T* input) UASPARSE_LAMBDA {
+      Vec<T> sum = {};
+#pragma GCC unroll 4
+      for (int n = 0; n < kImages; ++n)
+#pragma GCC unroll 32
+        for (int v = 0; v < kVectors; ++v) sum += grad_output[n][v] * load(input + n * p.input_image + at(v));
+      return sum;
+    };
+    for (; i + kTogether <= end; i += kTogether) {
+      Vec<T> sums[kTogether];
+#pragma GCC unroll 4
+      for (int k = 0; k < kTogether; ++k) sums[k] = dot(p.input + p.offset[i + k]);
+      add_four_sums<T>(sums, p.grad + i);
+    }
+    for (; i < end; ++i) p.grad[i] += sum_of_lanes<T>(dot(p.input + p.offset[i]));
+  }
+}
+
+template <typename T, int kImages, int kVectors = kMaxPiece<T> / kImages>
+void piece_sddmm_vectors(const ConvPieceSddmm<T>& p) {
+  if constexpr (kVectors > 0) {
+    if (p.vectors == kVectors) return piece_sddmm_of<T, kImages, kVectors>(p);
+    piece_sddmm_vectors<T, kImages, kVectors - 1>(p);
+  }
+}
+
+template <typename T>
+void piece_sddmm(const ConvPieceSddmm<T>& p) {
+  switch (p.images) {
+    case 1: return piece_sddmm_vectors<T, 1>(p);
+    case 2: return piece_sddmm_vectors<T, 2>(p);
+    case 3: return piece_sddmm_vectors<T, 3>(p);
+    default: return piece_sddmm_vectors<T, kMaxRows>(p);
+  }
+}
+
+}  // namespace uasparse::UASPARSE_ISA
