@@ -44,6 +44,8 @@ def test_it_is_the_dense_module_with_masked_weights(inputs, seed):
     choose = random.Random(f"{inputs} {seed}")
     torch.manual_seed(seed)
     heads, each, batch, queries, keys = (choose.randint(1, top) for top in (4, 5, 3, 7, 7))
+    if seed % 3 == 0:
+        heads, batch = heads + 1, batch + 1
     width = heads * each
     flag = lambda: choose.random() < 0.5  # noqa: E731
     other_sizes = inputs == "three" and flag()
@@ -67,7 +69,8 @@ def test_it_is_the_dense_module_with_masked_weights(inputs, seed):
     names = ["in_proj"] if not other_sizes else ["q_proj", "k_proj", "v_proj"]
     assert list(sparse_layers(module)) == [*names, "out_proj"]
 
-    batched = flag()
+    by_head = seed % 3 == 0  # a mask for each head of each sample
+    batched = by_head or flag()
     if inputs in ("self", "query is key"):
         keys = queries
     sizes = lambda time, width: (  # noqa: E731
@@ -79,9 +82,10 @@ def test_it_is_the_dense_module_with_masked_weights(inputs, seed):
     ]
     order = {"self": [0, 0, 0], "memory": [0, 1, 1], "query is key": [0, 0, 2], "three": [0, 1, 2]}[inputs]
     call = {"need_weights": flag(), "average_attn_weights": flag()}
-    causal = flag()
-    if causal or flag():
-        shape = (queries, keys) if causal or flag() else (heads * (batch if batched else 1), queries, keys)
+    causal = not by_head and flag()
+    if by_head or causal or flag():
+        whole = not by_head and (causal or flag())
+        shape = (queries, keys) if whole else (heads * (batch if batched else 1), queries, keys)
         hidden = torch.ones(shape, dtype=torch.bool).triu(1) if causal else torch.rand(shape) < 0.3
         hidden[..., 0] = False  # a row of which all is hidden has no answer
         call["attn_mask"] = (

@@ -144,3 +144,11 @@ def test_pages_show_what_was_stored(page, tmp_path):
     copy.write_text(text)
     plots.insert_stored(copy)
     assert copy.read_text() == text
+
+
+def test_the_page_of_processes_shows_what_was_stored():
+    page = (harness.RESULTS.parents[1] / "docs" / "processes.md").read_text()
+    for row in json.loads((harness.RESULTS / "zen5" / "distributed.json").read_text())["rows"]:
+        sent, ms = row["bytes_sent"], row["ms"]
+        assert sent["ours"] == row["bytes_of_active_weights"]
+        assert f"{sent['dense']:,} | {sent['ours']:,} | {ms['dense']:.1f} | {ms['ours']:.1f} |" in page
