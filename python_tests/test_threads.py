@@ -60,7 +60,7 @@ def networks():
     yield "tokens", Tokens(), (37, 96)
 
 
-@pytest.mark.parametrize("network", networks(), ids=lambda network: network[0])
+@pytest.mark.parametrize("network", list(networks()), ids=lambda network: network[0])
 def test_serving(network, set_threads):
     _, model, size = network
     optimized = ua.optimize_for_inference(model.eval(), torch.randn(1, *size))
