@@ -39,7 +39,7 @@ _CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 11
+    variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 11, rest: float = 0.0
 ) -> dict[str, float]:
     """Median seconds of a call of each variant, all called in turn so that the machine's moods meet them alike. Before
     each timed call goes one that is not, for the other variants have filled the caches.
@@ -47,6 +47,8 @@ def interleave(
     Args:
         seconds: time to spend on each variant, about.
         rounds: calls of each at least.
+        rest: seconds to wait before each variant. Threads that wait for work spin for some milliseconds, and would take
+            the next variant's core if it has threads of its own.
     """
     slowest = 0.0
     for call in variants.values():
@@ -58,6 +60,8 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
+            if rest:
+                time.sleep(rest)
             call()
             start = time.perf_counter()
             call()

@@ -97,7 +97,7 @@ void forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& inpu
   const auto lists = Lists::forward(w, pass.conv_taps(lanes), block, static_cast<const S*>(weight.const_data_ptr()));
 
   const int64_t tiles = held.tiles(g.batch), groups = ceil_div(held.rows, tiling.group);
-  const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles), 1, groups);
+  const int64_t parts = even_parts(tiles, groups);
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
     Window<T, S> window(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(input), tiling.group + pass.y.reach,
                         held.rows + pass.y.reach);

@@ -58,7 +58,8 @@ struct Planes {
       if (vectors > kernels.max_vectors) break;
       const int64_t tiles = ceil_div(height, std::min(height, kernels.max_vectors / vectors));
       const double copied = is_direct(n, vectors * lanes) ? 1 : 1.1;
-      const double cost = (double(2 * tiles) + copied * double(height * vectors)) / double(n);
+      // The last images of a batch take as many vectors, however few they are.
+      const double cost = (double(2 * tiles) + copied * double(height * vectors)) * double(ceil_div(batch, n));
       if (cost < best) {
         best = cost;
         images = n;
@@ -195,7 +196,7 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvE
   const bool direct = p.is_direct(p.images, p.pitch);
   const Edges<T> edges(p);
   const int64_t tiles = ceil_div(source.size(0), p.images), groups = ceil_div(height, p.group);
-  const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles * groups), 1, channels);
+  const int64_t parts = even_parts(tiles * groups, channels);
   at::parallel_for(0, tiles * groups * parts, 1, [&](int64_t first, int64_t last) {
     const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
     const Workspace result(direct ? 0 : sizeof(T) * channels * p.destination_plane);

@@ -82,7 +82,7 @@ template <typename T, typename Lists>
 void run_products(const ConvKernels<T>& kernels, const Tile& tile, const Lists& lists, const at::Tensor& source,
                   const at::Tensor& destination, const T* bias) {
   const int64_t batch = source.size(0), channels = lists.channels, tiles = ceil_div(batch, tile.images);
-  const int64_t parts = std::clamp<int64_t>(ceil_div(at::get_num_threads(), tiles), 1, channels);
+  const int64_t parts = even_parts(tiles, channels);
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t image = task / parts * tile.images, part = task % parts;

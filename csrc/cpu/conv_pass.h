@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/conv_geometry.h"
 #include "cpu/conv_lists.h"
@@ -61,6 +62,14 @@ struct Geometry {
   Pass forward(int64_t lanes) const { return Pass(forward_y(), forward_x(), in, out, lanes); }
   Pass backward(int64_t lanes) const { return Pass(backward_y(), backward_x(), out, in, lanes); }
 };
+
+// Parts that each of `tasks` is cut into, at most `most`, so that all threads have equally many; where tasks are many, whole
+// ones are shared out evenly enough, and a part costs what its others do too, packing its source.
+inline int64_t even_parts(int64_t tasks, int64_t most) {
+  const int64_t threads = at::get_num_threads();
+  if (tasks >= 8 * threads) return 1;
+  return std::clamp<int64_t>(threads / std::gcd(tasks, threads), 1, most);
+}
 
 template <typename T>
 T to_number(T x) {
@@ -137,8 +146,7 @@ class PartialSums {
 
   // Parts of the channels that share a chunk where there are more threads than chunks.
   int64_t parts(const Geometry& g) const {
-    const int64_t wanted = chunks > 0 ? ceil_div(at::get_num_threads(), chunks) : 1;
-    return std::clamp<int64_t>(wanted, 1, std::min(g.out, g.in));
+    return chunks > 0 ? even_parts(chunks, std::min(g.out, g.in)) : 1;
   }
 
   const int64_t chunks;

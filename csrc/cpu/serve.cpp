@@ -146,16 +146,44 @@ class Plan {
     const int64_t work = int64_t{p.ptr[p.blocks * (p.rows / p.group + 1) - 1]} * p.body * p.group;
     const int64_t threads = work < 1 << 17 ? 1 : at::get_num_threads();
     if (threads == 1) return kernels_.conv(p, 0, tiles, 0, p.rows);
-    // Tiles where there are enough of them to share out evenly, else ranges of output channels too.
-    const int64_t least = p.group == 1 ? kRowWindow : 4 * p.group;
-    const int64_t parts = tiles >= 6 * threads ? 1 : std::min(ceil_div(p.rows, least), ceil_div(6 * threads, tiles));
-    const int64_t wide = ceil_div(ceil_div(p.rows, parts), least) * least;
-    at::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t row = task / tiles * wide;
-        if (row < p.rows) kernels_.conv(p, task % tiles, task % tiles + 1, row, std::min(p.rows, row + wide));
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      int64_t at = share(p, tiles, begin, threads);
+      const int64_t stop = share(p, tiles, end, threads);
+      while (at < stop) {
+        const int64_t tile = at / p.rows, row = at % p.rows, whole = row == 0 ? stop / p.rows : tile;
+        if (whole > tile) {
+          kernels_.conv(p, tile, whole, 0, p.rows);
+          at = whole * p.rows;
+        } else {
+          const int64_t last = std::min(stop, (tile + 1) * p.rows);
+          kernels_.conv(p, tile, tile + 1, row, last - tile * p.rows);
+          at = last;
+        }
       }
     });
+  }
+
+  // Where the i-th of so many shares begins, as tile * rows + row. Shares have equally many nonzeros, and are whole tiles but
+  // for their ends: so a thread's positions are the same from layer to layer and lie in its cache, and the part of a block of
+  // input channels that L1 holds serves many rows.
+  static int64_t share(const ServeConv<T>& p, int64_t tiles, int64_t i, int64_t shares) {
+    const int64_t step = p.group > 1 ? p.group : p.blocks > 1 ? kRowWindow : 1;  // blocks have an order of their own
+    const auto before = [&](int64_t steps) {  // nonzeros in the rows of so many steps
+      const int64_t row = std::min(p.rows, steps * step) / p.group, lists = p.rows / p.group + 1;
+      int64_t count = 0;
+      for (int64_t b = 0; b < p.blocks; ++b) count += p.ptr[b * lists + row] - p.ptr[b * lists];
+      return count;
+    };
+    const int64_t total = before(ceil_div(p.rows, step)), wanted = tiles * total * i / shares;
+    const int64_t tile = wanted / total, rest = wanted % total;
+    int64_t low = 0, high = ceil_div(p.rows, step);
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (before(middle) < rest) low = middle + 1;
+      else high = middle;
+    }
+    if (low > 0 && rest - before(low - 1) < before(low) - rest) --low;
+    return tile * p.rows + std::min(p.rows, low * step);
   }
 
   void rows() {
@@ -273,11 +301,12 @@ class Plan {
     p.x = at(x, p.channels, p.x_plane, p.body);
     p.y = at(y, p.channels, p.y_plane, p.body + gap);
     TORCH_CHECK(y >= gap, "serve_run: a map has no room before it.");
-    clear(p.y, p.channels, p.y_plane, p.body, gap, p.body);
+    std::fill(p.y - gap, p.y, T{});
     // Four vectors a task: a task's lines are read whole.
     const int64_t vectors = p.body / kernels_.lanes, tasks = ceil_div(vectors, 4);
     at::parallel_for(0, tasks, p.body * p.channels < kGrain ? tasks : 1, [&](int64_t begin, int64_t end) {
       kernels_.norm(p, begin * 4, std::min(vectors, end * 4));
+      clear(p.y, p.channels * begin / tasks, p.channels * end / tasks, p.y_plane, p.body, p.body + gap);
     });
   }
 
@@ -295,12 +324,14 @@ class Plan {
     p.v = at(v, (p.heads - 1) * p.v_head + p.value_dim, p.v_plane, (p.images - 1) * p.v_image + p.keys);
     p.y = at(y, p.heads * p.value_dim, p.y_plane, body + gap);
     TORCH_CHECK(y >= gap && p.images * p.queries <= body, "serve_run: an attention's plan is damaged.");
-    clear(p.y, p.heads * p.value_dim, p.y_plane, p.images * p.queries, gap, body);
-    const int64_t tiles = kernels_.attention_tiles(p);
-    at::parallel_for(0, p.images * p.heads * tiles, 1, [&](int64_t begin, int64_t end) {
+    std::fill(p.y - gap, p.y, T{});
+    const int64_t tiles = kernels_.attention_tiles(p), tasks = p.images * p.heads * tiles;
+    const int64_t planes = p.heads * p.value_dim;
+    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
       const Workspace room(kernels_.attention_room(p) * sizeof(T));
       for (int64_t task = begin; task < end; ++task)
         kernels_.attention(p, task / tiles / p.heads, task / tiles % p.heads, task % tiles, room.template as<T>());
+      clear(p.y, planes * begin / tasks, planes * end / tasks, p.y_plane, p.images * p.queries, body + gap);
     });
   }
 
@@ -341,10 +372,9 @@ class Plan {
                      [&](int64_t begin, int64_t end) { kernels_.lookup(p, begin, end); });
   }
 
-  // Zeros around the positions [0, used) of each plane.
-  void clear(T* y, int64_t planes, int64_t plane, int64_t used, int64_t gap, int64_t body) const {
-    std::fill(y - gap, y, T{});
-    for (int64_t c = 0; c < planes; ++c) std::fill(y + c * plane + used, y + c * plane + body + gap, T{});
+  // Zeros at [used, end) of the planes [first, last).
+  static void clear(T* y, int64_t first, int64_t last, int64_t plane, int64_t used, int64_t end) {
+    for (int64_t c = first; c < last; ++c) std::fill(y + c * plane + used, y + c * plane + end, T{});
   }
 
   const T* source(int64_t index, int64_t count) const {
