@@ -12,9 +12,17 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
+OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")  # pages of the site that lie beside docs/
+
+
+def on_files(files, config):
+    for name in OUTSIDE:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
 
 
 def on_page_markdown(markdown, page, config, files):
+    if page.file.src_uri in OUTSIDE:
+        return markdown.replace("](docs/", "](")
     folder = posixpath.dirname(page.file.src_uri)
 
     def follow(match):
