@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 import uasparse_kernels as ua
 from benchmarks import harness
+from uasparse_kernels._attention import as_dense_names
 
 SPARSITY, LIMIT_S = 0.9, 300.0
 
@@ -331,12 +332,13 @@ def _check(model: Any, dense: Any, network: Network) -> str:
     if not layers:
         return "no layer became sparse"
     compared = network.compared or network.call
+    weights = _dense_weights(model)
     with torch.no_grad():
-        for name, layer in layers.items():
-            dense.get_submodule(name).weight.copy_(layer.dense_weight())
+        for name, weight in weights.items():
+            dense.get_parameter(name).copy_(weight)
     if (error := _error(_outputs(model, compared), _outputs(dense, compared))) > 1e-4:
         return f"the forward pass is not that of the masked dense model, by {error:.1e}"
-    kinds = {name: type(dense.get_submodule(name)) for name in layers}
+    kinds = {name: type(dense.get_submodule(name.rpartition(".")[0])) for name in weights}
     del dense
     before = {name: layer.pattern.blocks() for name, layer in layers.items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -346,16 +348,27 @@ def _check(model: Any, dense: Any, network: Network) -> str:
     if not topology.step() or all(torch.equal(before[n], layer.pattern.blocks()) for n, layer in layers.items()):
         return "no topology update came"
     topology.detach()
-    weights = {name: layer.dense_weight() for name, layer in layers.items()}
+    weights = {name: weight.clone() for name, weight in _dense_weights(model).items()}
     expected = _outputs(model.eval(), compared)
     ua.densify(model)
     for name, weight in weights.items():
-        layer = model.get_submodule(name)
-        if type(layer) is not kinds[name] or not torch.equal(layer.weight, weight):
+        same = torch.equal(model.get_parameter(name), weight)
+        if type(model.get_submodule(name.rpartition(".")[0])) is not kinds[name] or not same:
             return f"densify() does not give {name} back"
     if (error := _error(_outputs(model, compared), expected)) > 1e-4:
         return f"the densified model is another one, by {error:.1e}"
     return ""
+
+
+def _dense_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of what became sparse, as the dense model has and names them."""
+    own: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ua.nn.SparseLayer):
+            own[f"{name}.weight"] = module.dense_weight()
+        elif isinstance(module, ua.SparseMultiheadAttention):
+            own |= {f"{name}.{n}.weight": m.weight for n, m in module.projections().items() if isinstance(m, nn.Linear)}
+    return as_dense_names(model, own)
 
 
 def _outputs(model: Any, call: Callable[[Any], Any]) -> list[Tensor]:
