@@ -92,6 +92,7 @@ def _worker(rank: int, port: int, name: str, sparsity: float, seconds: float, ro
     if rank == 0:
         results.put(({kind: statistics.median(values) for kind, values in times.items()}, bytes_sent, active))
     dist.destroy_process_group()
+    os._exit(0)  # Python's shutdown may be ended by SIGABRT, where a thread of torch's still holds an object of its
 
 
 def _step(model: DistributedDataParallel, kind: str, x: torch.Tensor, sent: dict[str, int]) -> Callable[[], None]:

@@ -4,10 +4,10 @@ however DynamicSparsity is given the model; and it refuses where it cannot know 
 import os
 import socket
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
@@ -137,7 +137,7 @@ def histories(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=WORLD)
+    processes.start(worker, (port, str(folder)), WORLD)
     return folder
 
 

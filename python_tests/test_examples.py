@@ -58,7 +58,10 @@ def test_an_example_runs(name, tmp_path, monkeypatch, capfd):
 def test_ddp_runs(tmp_path):
     torchrun = shutil.which("torchrun", path=str(pages.Path(sys.executable).parent))
     command = [torchrun, "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "ddp.py"), "--small"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    for _ in range(3):  # see processes.py: the end of Python, with or without this package
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     check("ddp", done.stdout)
 

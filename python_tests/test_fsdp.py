@@ -3,6 +3,7 @@
 import copy
 import os
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -188,7 +189,7 @@ def trained(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(worker, (port, str(folder)), nprocs=WORLD, start_method="spawn")
+    processes.start(worker, (port, str(folder)), WORLD)
     return folder
 
 

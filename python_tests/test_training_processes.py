@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 
+import processes
 import pytest
 
 pytest.importorskip("torchvision")
@@ -83,7 +84,7 @@ def worker(rank, port, folder):
 
 @pytest.mark.distributed
 def test_two_processes_train_one_network(tmp_path, free_port, monkeypatch):
-    torch.multiprocessing.start_processes(worker, (free_port, tmp_path), nprocs=2, start_method="spawn")
+    processes.start(worker, (free_port, tmp_path), 2)
     monkeypatch.setattr(report, "draw_run", lambda *_: [])
     monkeypatch.setattr(recipe, "build_network", in_float64())
     one = train(tmp_path / "one")
@@ -124,7 +125,7 @@ def batches():
 @pytest.mark.distributed
 def test_the_threshold_is_that_of_the_whole_batch(free_port):
     results = torch.zeros(2, dtype=torch.float64).share_memory_()
-    torch.multiprocessing.start_processes(average, (free_port, results), nprocs=2, start_method="spawn")
+    processes.start(average, (free_port, results), 2)
     loss = ua.UnknownAwareLoss(4, warmup_epochs=1, total_epochs=3).double()
     for logits, target in batches():
         loss(logits.requires_grad_(), target).backward()
