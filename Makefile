@@ -1,7 +1,7 @@
 # make demo    sets up everything in .venv and times sparse training beside dense, and finds unknown images
 # make test    sets up everything in .venv, checks style and types, builds with warnings as errors, runs all tests and
 #              a short fuzz
-# make check   the daily loop: style, types and the quick tests, in three minutes
+# make check   the daily loop: style, types and the quick tests
 # make fuzz    calls every op with random, wrong and damaged arguments under sanitizers, for FUZZ_SECONDS=600
 # make docs    builds the pages of docs/ as a site, in build/site
 # make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in ten minutes, with what is installed
