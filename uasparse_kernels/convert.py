@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
-from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, pattern_shape, warn_of_the_rest
+from uasparse_kernels._coverage import (
+    DENSE_BECAUSE,
+    dense_shape,
+    describe_outputs,
+    outputs_without_weights,
+    pattern_shape,
+    warn_of_the_rest,
+)
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
@@ -62,9 +69,9 @@ def sparsify(
     see ``include_dense``), and so do the output embeddings of a language model, which its library resizes as a matrix;
     ``exempt`` and ``overrides`` say otherwise. What cannot be converted is left as it is and logged (logger
     "uasparse_kernels") with the reason: layers of other types, and those whose weight somebody else reads or shares.
-    One line at WARNING says so where no layer, or less than 80 % of the weights in matrices, could be covered;
-    ``summary(model)`` tells all. Hooks and attributes of a layer go to the new one. Build the optimiser afterwards: the
-    parameters are new ones.
+    One line at WARNING says so where no layer, or less than 80 % of the weights in matrices, could be covered, and
+    another where half of a layer's outputs have no weight left; ``summary(model)`` tells all. Hooks and attributes of a
+    layer go to the new one. Build the optimiser afterwards: the parameters are new ones.
 
     Weights are scaled up to what a random pattern leaves of each output's inputs, so that outputs keep their variance
     and deep networks without normalisation train. What was chosen by magnitude or scores, or by a ``pattern`` that was
@@ -209,6 +216,13 @@ def sparsify(
     warn_of_resized(change.layer.weight for change in changes if change.apply())
     model = _replace(model, made)
     _leave_fused_evaluation(model)
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    if few := outputs_without_weights({name: sparse[name] for name in plans if name in sparse}):
+        logger.warning(
+            "Half of the outputs of a layer or more have no weight left: %s. They are constants; take a lower sparsity "
+            "or smaller blocks there (overrides=, block=).",
+            describe_outputs(few),
+        )
     return model
 
 
