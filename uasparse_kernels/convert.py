@@ -21,8 +21,9 @@ from uasparse_kernels._coverage import (
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
+from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
-from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, resolve_storage
+from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import kind_of, make_sparse, why_not
