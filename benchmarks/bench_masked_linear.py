@@ -1,4 +1,4 @@
-"""Suite linear: a sparse linear layer, everything counted, beside dense torch, torch CSR (MKL) and sparselab.
+"""Suite linear: a sparse linear layer, everything counted, beside dense torch, dense oneDNN, torch CSR (MKL) and sparselab.
 
 python -m benchmarks linear      pytest benchmarks/bench_masked_linear.py
 """
@@ -39,6 +39,7 @@ def variants(batch: int, inputs: int, outputs: int, sparsity: float, *, training
         "dense": nn.Linear(inputs, outputs),
         "dense [in, out]": rivals.TransposedLinear(inputs, outputs),
         "ours": ua.SparseLinear(inputs, outputs, pattern=pattern),
+        "oneDNN": rivals.OneDnnLinear(inputs, outputs),
         "torch CSR": rivals.CsrLinear(pattern),
     }
     if rivals.HAS_SPARSELAB and sparsity > 0:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import uasparse_kernels as ua
-from benchmarks import harness
+from benchmarks import harness, rivals
 from benchmarks.bench_step import mlp
 
 SETTINGS = [(s, d) for s in (0.8, 0.9, 0.95) for d in ("uniform", "erk")]
@@ -132,12 +132,16 @@ def step(model: nn.Module, x: torch.Tensor) -> Callable[[], Any]:
 
 
 def variants(network: Network, settings: list[tuple[float, str]], *, compiled: bool = False) -> dict[str, Any]:
-    """Steps by name: the dense network in both layouts, maybe through torch.compile, and each sparse one."""
+    """Steps by name: the dense network in both layouts, with linear layers by oneDNN if it is made of them, maybe
+    through torch.compile, and each sparse one."""
     dense, x = network.model(), torch.randn(network.input)
     found = {"dense": step(dense, x)}
     last: Any = {"memory_format": torch.channels_last}
     if x.dim() == 4:
         found["dense channels_last"] = step(copy.deepcopy(dense).to(**last), x.to(**last))
+    linear = sum(module.weight.numel() for module in dense.modules() if isinstance(module, nn.Linear))
+    if 2 * linear > sum(p.numel() for p in dense.parameters()):
+        found["oneDNN"] = step(rivals.on_onednn(copy.deepcopy(dense)), x)
     if compiled:
         found["compiled dense"] = step(torch.compile(copy.deepcopy(dense)), x)  # type: ignore[arg-type]
         if x.dim() == 4:
@@ -151,11 +155,11 @@ def variants(network: Network, settings: list[tuple[float, str]], *, compiled: b
 
 def rows(network: Network, seconds: float, *, compiled: bool = False) -> Iterator[dict[str, Any]]:
     times = harness.interleave(variants(network, SETTINGS, compiled=compiled), seconds=seconds, rounds=3)
-    rivals = {name: s for name, s in times.items() if "dense" in name}
+    others = {name: s for name, s in times.items() if "dense" in name or name == "oneDNN"}
     threads = torch.get_num_threads()
     for sparsity, distribution in SETTINGS:
         shape = f"{network.name} {distribution}, {threads} thread{'s' if threads > 1 else ''}"
-        compared = harness.compare(rivals | {"ours": times[f"{sparsity} {distribution}"]})
+        compared = harness.compare(others | {"ours": times[f"{sparsity} {distribution}"]})
         yield {"shape": shape, "sparsity": sparsity, "pass": "step"} | compared
 
 

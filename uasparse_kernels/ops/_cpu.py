@@ -18,10 +18,11 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # by op, dtype, structure and, of a linear layer, how many vectors the weight meets (forward alone up to 16, else a
 # training step), of a convolution, whether it has one tap: with few channels memory bounds dense and sparse alike.
 # Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2);
-# float32 convolutions of one tap by steps of a ResNet-50's layers on a Zen 5 (AVX-512; docs/cpu-kernels.md).
+# on a Zen 5 (AVX-512) float32 linear layers of training, beside oneDNN, and convolutions of one tap by steps of a
+# ResNet-50's layers (docs/cpu-kernels.md).
 _AVX512: _crossovers.Table = {
     "masked_linear": {
-        "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.58}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 1.0}},
+        "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.45}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.6}},
         "bfloat16": {"1x1": {"1": 0.36, "2-16": 0.39, ">16": 0.27}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.42}},
     },
     "masked_conv2d": {

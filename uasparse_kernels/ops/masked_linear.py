@@ -24,6 +24,7 @@ from uasparse_kernels.ops._common import (
 )
 from uasparse_kernels.ops._cpu import choose_cpu
 from uasparse_kernels.ops._cuda import choose_cuda
+from uasparse_kernels.ops._dense import linear
 from uasparse_kernels.ops._second import register_bilinear
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -64,7 +65,7 @@ def masked_linear(
     if kernel == "reference":
         return masked_linear_reference(input, weight, pattern, bias)
     if kernel == "dense":
-        return F.linear(input, dense_form(weight, pattern, weight_is_masked), bias)
+        return linear(input, dense_form(weight, pattern, weight_is_masked), bias)
     if kernel in ("triton", "cuda"):
         weight = packed_form(weight, pattern)
     if kernel == "cpu" and not torch.is_grad_enabled() and _is_bound_by_indices(input, weight, pattern):
