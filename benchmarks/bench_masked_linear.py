@@ -1,4 +1,4 @@
-"""Suite linear: a sparse linear layer, everything counted, beside dense torch, dense oneDNN, torch CSR (MKL) and sparselab.
+"""Suite linear: a sparse linear layer, everything counted, beside dense torch, oneDNN, torch CSR (MKL) and sparselab.
 
 python -m benchmarks linear      pytest benchmarks/bench_masked_linear.py
 """

@@ -1,4 +1,4 @@
-"""What the kernels are measured against: dense torch in its faster layout and by oneDNN, torch CSR (MKL) and sparselab."""
+"""What kernels are measured against: dense torch in its faster layout and by oneDNN, torch CSR (MKL) and sparselab."""
 
 from __future__ import annotations
 
