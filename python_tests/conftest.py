@@ -45,8 +45,29 @@ def free_port():
         return free.getsockname()[1]
 
 
+# Files of tests that start processes, compile or train for long: two thirds of the time of all.
+SLOW = """
+    benchmarks compile cpu_isa cuda_emulation distributed examples fsdp gpu_benchmarks inference_engines
+    keep_freed_memory lightning serve_checks training_cli training_export training_fit training_names
+    training_processes training_runs training_structures training_suites transformers triton_interpreter
+""".split()
+
+
+def is_slow(path):
+    return path.stem.removeprefix("test_") in SLOW
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out the files of slow tests")
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if config.getoption("--quick") and is_slow(collection_path) else None
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of a CUDA device need one."""
+    """Slow tests come first, so that no worker waits for another's in the end; tests of a CUDA device need one."""
+    items.sort(key=lambda item: not is_slow(item.path))
     if torch.cuda.is_available():
         return
     for item in items:
