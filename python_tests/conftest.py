@@ -46,11 +46,12 @@ def free_port():
 
 
 # Files of tests that start processes, compile or train for long: two thirds of the time of all.
-SLOW = """
-    benchmarks compile cpu_isa cuda_emulation distributed examples fsdp gpu_benchmarks inference_engines
-    keep_freed_memory lightning serve_checks training_cli training_export training_fit training_names
-    training_processes training_runs training_structures training_suites transformers triton_interpreter
-""".split()
+SLOW = {
+    "benchmarks", "compile", "cpu_isa", "cuda_emulation", "distributed", "examples", "fsdp", "gpu_benchmarks",
+    "inference_engines", "keep_freed_memory", "lightning", "serve_checks", "training_cli", "training_export",
+    "training_fit", "training_names", "training_processes", "training_runs", "training_structures", "training_suites",
+    "transformers", "triton_interpreter",
+}  # fmt: skip
 
 
 def is_slow(path):
