@@ -67,8 +67,13 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-    """Slow tests come first, so that no worker waits for another's in the end; tests of a CUDA device need one."""
-    items.sort(key=lambda item: not is_slow(item.path))
+    """Workers (the first two of them) begin with slow tests and end with quick ones, so that none waits long for
+    another. Tests of a CUDA device need one."""
+    files = list(dict.fromkeys(item.path for item in items))
+    slow = [file for file in files if is_slow(file)]
+    quick = [file for file in files if not is_slow(file)]
+    places = {file: i for i, file in enumerate([*slow[::2], *quick[::2], *slow[1::2], *quick[1::2]])}
+    items.sort(key=lambda item: places[item.path])
     if torch.cuda.is_available():
         return
     for item in items:

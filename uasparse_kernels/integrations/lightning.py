@@ -96,7 +96,7 @@ class DynamicSparsityCallback(Callback):
     def _refuse(self, average: Callback) -> None:
         assert self.topology is not None
         raise ValueError(
-            f"{type(average).__name__} begins before step {self.topology.schedule.end}, until which weights change "
-            "their places: they would be averaged with others. Begin later, give a smaller stop_fraction, or use "
-            "uasparse_kernels.AveragedModel, which follows them."
+            f"{type(average).__name__} begins before step {self.topology.schedule.end}, at which the topology is "
+            "frozen: it would average weights of different places. Begin later, give a smaller stop_fraction, or use "
+            "uasparse_kernels.AveragedModel, which follows the topology."
         )
