@@ -18,7 +18,8 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp c
 # torch wants a compiler and ninja on the PATH.
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP := $(BIN)/python -m pip install -q
+# Python compiles what it imports; pip would compile all of torch first.
+PIP := $(BIN)/python -m pip install -q --no-compile
 
 .PHONY: demo test check lint dist wheels neon-check clean
 
@@ -28,19 +29,15 @@ demo: $(VENV)/demo.done fashion-mnist
 # Tests of threads set their number.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-test: $(VENV)/test.done lint
+# Two at a time, because pip, mypy and the like use one core.
+test:
+	$(MAKE) -j2 -Oline $(VENV)/test.done lint docs
 	$(PYTEST)
-	$(MAKE) docs
-	$(MAKE) fuzz FUZZ_SECONDS=30
-	$(MAKE) dist
+	$(MAKE) -j2 -Oline dist fuzz FUZZ_SECONDS=30
 
-# Files of tests that start processes, compile or train for long: two thirds of the time of all.
-SLOW := benchmarks compile cpu_isa cuda_emulation distributed fsdp inference_engines keep_freed_memory lightning serve_checks \
-  training_cli training_export training_names training_processes training_runs training_suites transformers \
-  triton_interpreter
-
-check: $(VENV)/test.done lint
-	$(PYTEST) $(SLOW:%=--ignore=python_tests/test_%.py)
+check:
+	$(MAKE) -j2 -Oline $(VENV)/test.done lint
+	$(PYTEST) --quick
 
 # FUZZ_OPTIONS="--first 1000000" begins with another seed.
 .PHONY: fuzz
@@ -51,10 +48,10 @@ fuzz: $(VENV)/test.done
 # A link that leads nowhere, and a name that the API page has and the package has not, fail. The theme's note on its
 # successor is no warning of ours.
 .PHONY: docs
-docs: $(VENV)/test.done
+docs: $(VENV)/tools.done
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q --strict
 
-lint: $(VENV)/test.done
+lint: $(VENV)/tools.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -85,9 +82,20 @@ $(VENV)/demo.done: $(VENV)/torch.done $(SOURCES)
 	  $(PIP) --no-build-isolation -e '.[training]'
 	@touch $@
 
-$(VENV)/test.done: $(VENV)/torch.done $(SOURCES)
-	UASPARSE_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace  # only what changed
-	UASPARSE_COMPILED=uasparse_kernels $(PIP) --no-build-isolation -e '.[training,benchmark,test,docs]'
+# What the extras name, apart from the package: it is built meanwhile.
+EXTRAS := training benchmark test docs
+$(VENV)/tools.done: $(VENV)/torch.done pyproject.toml
+	$(BIN)/python -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	  print(*(line for name in sys.argv[1:] for line in extras[name]), sep="\n")' $(EXTRAS) > $(VENV)/tools.txt
+	$(PIP) -r $(VENV)/tools.txt
+	@touch $@
+
+$(VENV)/built.done: $(VENV)/torch.done $(SOURCES)
+	MAX_JOBS=$${MAX_JOBS:-$$(nproc)} UASPARSE_WERROR=1 $(BIN)/python setup.py -q build_ext --inplace  # only what changed
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/built.done $(VENV)/tools.done
+	UASPARSE_COMPILED=uasparse_kernels $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 # Debian and Ubuntu carry the images; elsewhere the demo downloads them.

@@ -10,6 +10,7 @@ import glob
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -42,6 +43,11 @@ except ImportError:
     sys.exit(
         "uasparse_kernels: torch is needed to build. Install it first (pip install torch), then install this package "
         "with --no-build-isolation."
+    )
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+    sys.exit(
+        f"uasparse_kernels: expected torch 2.11 or newer, found {torch.__version__}. Upgrade it first "
+        "(pip install -U torch), then install this package with --no-build-isolation."
     )
 
 ROOT = pathlib.Path(__file__).resolve().parent  # older setuptools give a relative name
@@ -97,7 +103,7 @@ if build_cuda():
     cxx_flags += [f"-idirafter{path}" for path in pip_cuda_includes()]
     extension = cpp_extension.CUDAExtension(
         name,
-        files + sources("csrc/cuda/*.cpp") + sources("csrc/cuda/*.cu"),
+        sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp") + files,  # the one that takes longest first
         extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++20", "--Werror", "all-warnings"]},
         **common,
     )
@@ -107,7 +113,27 @@ else:
     )
 
 
+def check_can_compile() -> None:
+    """Says in one line what the compiler would say in hundreds, or what pip would hide."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    if shutil.which(compiler) is None:
+        sys.exit(
+            f"uasparse_kernels: a C++20 compiler is needed to build, and there is no {compiler!r} on the PATH. Debian, "
+            "Ubuntu: apt-get install g++; another compiler: CXX=clang++."
+        )
+    if not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        sys.exit(
+            "uasparse_kernels: Python's headers are needed to build (Python.h). Debian, Ubuntu: "
+            "apt-get install python3-dev."
+        )
+
+
 class Build(cpp_extension.BuildExtension.with_options(use_ninja=True)):
+    def build_extensions(self):
+        if not os.environ.get("UASPARSE_COMPILED"):
+            check_can_compile()
+        super().build_extensions()
+
     def build_extension(self, extension):
         made = os.environ.get("UASPARSE_COMPILED")
         if not made:

@@ -51,11 +51,11 @@ CASES = {
 }
 
 
-def row(case: Case, method: str, seconds: float, epochs: int = 5) -> dict[str, Any]:
+def row(case: Case, method: str, seconds: float, epochs: int = 5, rounds: int = 15) -> dict[str, Any]:
     steps = epochs * case.steps
     trainers: dict[str, Trainer] = {}
     calls = {arm: _training(case, method + arm, epochs, arm, trainers) for arm in ARMS}
-    ms = {arm: 1e3 * s / steps for arm, s in harness.interleave(calls, seconds=seconds, rounds=15).items()}
+    ms = {arm: 1e3 * s / steps for arm, s in harness.interleave(calls, seconds=seconds, rounds=rounds).items()}
     cost = {arm: training_cost(t.model, t.optimizer, t.vote) for arm, t in trainers.items()}
     held = {arm: c["memory_bytes"] + c["index_bytes"] + c["vote_bytes"] for arm, c in cost.items()}
     return {

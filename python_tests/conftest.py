@@ -45,8 +45,35 @@ def free_port():
         return free.getsockname()[1]
 
 
+# Files of tests that start processes, compile or train for long: two thirds of the time of all.
+SLOW = {
+    "benchmarks", "compile", "cpu_isa", "cuda_emulation", "distributed", "examples", "fsdp", "gpu_benchmarks",
+    "inference_engines", "keep_freed_memory", "lightning", "serve_checks", "training_cli", "training_export",
+    "training_fit", "training_names", "training_processes", "training_runs", "training_structures", "training_suites",
+    "transformers", "triton_interpreter",
+}  # fmt: skip
+
+
+def is_slow(path):
+    return path.stem.removeprefix("test_") in SLOW
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="leave out the files of slow tests")
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if config.getoption("--quick") and is_slow(collection_path) else None
+
+
 def pytest_collection_modifyitems(items):
-    """Tests of a CUDA device need one."""
+    """Workers (the first two of them) begin with slow tests and end with quick ones, so that none waits long for
+    another. Tests of a CUDA device need one."""
+    files = list(dict.fromkeys(item.path for item in items))
+    slow = [file for file in files if is_slow(file)]
+    quick = [file for file in files if not is_slow(file)]
+    places = {file: i for i, file in enumerate([*slow[::2], *quick[::2], *slow[1::2], *quick[1::2]])}
+    items.sort(key=lambda item: places[item.path])
     if torch.cuda.is_available():
         return
     for item in items:

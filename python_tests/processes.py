@@ -7,8 +7,15 @@ import torch.multiprocessing
 
 
 def start(function, arguments, count):
-    """Calls function(rank, *arguments) in so many processes; raises what one of them raises."""
-    torch.multiprocessing.start_processes(_call, (function, arguments), nprocs=count, start_method="spawn")
+    """Calls function(rank, *arguments) in so many processes; raises what one of them raises.
+
+    One fresh process imports the test's modules, which takes seconds, and is forked before it has threads.
+    """
+    torch.multiprocessing.start_processes(_fork, (function, arguments, count), nprocs=1, start_method="spawn")
+
+
+def _fork(_, function, arguments, count):
+    torch.multiprocessing.start_processes(_call, (function, arguments), nprocs=count, start_method="fork")
 
 
 def _call(rank, function, arguments):

@@ -12,13 +12,19 @@ from uasparse_kernels import _library
 HERE = pathlib.Path(__file__).parent
 
 
+# Tests of selection and the loss that run another kernel on another instruction set.
+SELECTION = "topk_of_any or above_any or growth_of_any or misleads or extreme or (float64_reference and mean)"
+ARITHMETIC = "(masked or batch_norm) and not instruction and not opcheck and not compile"
+
+
 @pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_other_instruction_sets(isa):
-    """All tests of ops where the kernels are told to use less than this CPU has (they choose once per process)."""
-    command = [sys.executable, "-m", "pytest", "-m", "not cuda", "-k", "not forced and not opcheck and not compile"]
+    """The tests of ops where the kernels are told to use less than this CPU has (they choose once per process)."""
+    command = [sys.executable, "-m", "pytest", "-m", "not cuda", "-k", f"({ARITHMETIC}) or {SELECTION}"]
     command += ["-p", "no:cacheprovider"]
-    command += [str(HERE / f"test_{op}.py") for op in ("masked_linear", "masked_conv2d", "batch_norm")]
+    ops = ("masked_linear", "masked_conv2d", "batch_norm", "prune_grow", "unknown_aware_loss")
+    command += [str(HERE / f"test_{op}.py") for op in ops]
     done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 

@@ -106,7 +106,9 @@ def test_networks(model, monkeypatch):
     """Compiled and eager steps of the sparse network have one loss, and so have the dense ones."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torchvision = pytest.importorskip("torchvision")
-    monkeypatch.setattr(torchvision.models, "resnet50", torchvision.models.resnet18)  # for time
+    resnet = torchvision.models.resnet
+    small = functools.partial(resnet.ResNet, resnet.BasicBlock, [1, 1, 1, 1])
+    monkeypatch.setattr(torchvision.models, "resnet50", small)  # for time
     monkeypatch.setattr(bench_gpu_networks, "VIT_BLOCKS", 1)
     cell = bench_gpu_networks.Cell(model, 64 if model == "ResNet-50" else 32, 2, "fp32", 0.25, 16)
 

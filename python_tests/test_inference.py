@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as prunes
 from torch.utils import _pytree as pytree
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.mobilenetv3 import _mobilenet_v3_conf
 
 import uasparse_kernels as ua
 from uasparse_kernels import _library
@@ -173,8 +174,15 @@ class Residual(nn.Module):
 
 NETWORKS = {
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=11), (3, 33, 47)),
-    "mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(width_mult=0.35, num_classes=11), (3, 40, 40)),
-    "mobilenet_v3": (lambda: torchvision.models.mobilenet_v3_small(num_classes=11), (3, 40, 40)),
+    # Their first blocks, which have all that the later ones have.
+    "mobilenet_v2": (
+        lambda: torchvision.models.MobileNetV2(11, 0.35, [[1, 16, 1, 1], [6, 24, 2, 2], [6, 32, 2, 2]]),
+        (3, 40, 40),
+    ),
+    "mobilenet_v3": (
+        lambda: torchvision.models.MobileNetV3(_mobilenet_v3_conf("mobilenet_v3_small")[0][:5], 64, num_classes=11),
+        (3, 40, 40),
+    ),
     "vgg": (
         lambda: torchvision.models.VGG(torchvision.models.vgg.make_layers([16, "M", 24, "M"], True), 5),
         (3, 28, 28),

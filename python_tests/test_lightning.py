@@ -4,6 +4,7 @@ import logging
 import os
 import warnings
 
+import processes
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -211,8 +212,6 @@ def train_in_two_processes(rank, port, folder):
 
 @pytest.mark.distributed
 def test_two_processes_end_alike(tmp_path, free_port):
-    torch.multiprocessing.start_processes(
-        train_in_two_processes, (free_port, str(tmp_path)), nprocs=2, start_method="spawn"
-    )
+    processes.start(train_in_two_processes, (free_port, str(tmp_path)), 2)
     mine, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)

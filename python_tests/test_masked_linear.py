@@ -454,10 +454,8 @@ def test_bad_input_to_the_op_is_an_error():
         torch.ops.uasparse.masked_linear_backward(grad_output[:-1], input, weight, *tensors, *rest, [True] * 3)
 
 
-@pytest.mark.parametrize(
-    ("isa", "message"), [("nonsense", "expected portable, avx2 or avx512"), ("portable", ""), ("", "")]
-)
-def test_forced_instruction_set(isa, message):
+def test_an_empty_instruction_set_is_none():
+    """Others: test_cpu_isa.py."""
     code = (
         "import torch; from uasparse_kernels import SparsityPattern, ops; p = SparsityPattern.random((8, 8), 0.5);"
         "torch.ops.uasparse.masked_linear(torch.ones(2, 8), torch.ones(p.nnz), None, p.crow, p.col, p.ccol, p.row,"
@@ -465,10 +463,9 @@ def test_forced_instruction_set(isa, message):
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "UASPARSE_CPU_ISA": isa},
+        env={**os.environ, "UASPARSE_CPU_ISA": ""},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (run.returncode == 0) == (message == ""), run.stderr
-    assert message in run.stderr
+    assert run.returncode == 0, run.stderr

@@ -2,10 +2,6 @@
 
 import itertools
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -525,17 +521,6 @@ def test_indices_above_any(n, dtype):
         assert torch.equal(indices_above(scores, threshold), expected)
     if n == 1000:
         torch.library.opcheck(torch.ops.uasparse.indices_above.default, (scores, 0.25))
-
-
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
-def test_other_instruction_sets(isa):
-    """The same tests where the kernels are told to use less than this CPU has (they choose once per process)."""
-    tests = [pathlib.Path(__file__), pathlib.Path(__file__).with_name("test_unknown_aware_loss.py")]
-    wanted = "topk_of_any or above_any or growth_of_any or misleads or extreme or (float64_reference and mean)"
-    wanted = ["-m", "not cuda", "-k", f"({wanted}) and not instruction"]
-    command = [sys.executable, "-m", "pytest", *wanted, *map(str, tests)]
-    done = subprocess.run(command, env={**os.environ, "UASPARSE_CPU_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("storage", ["packed", "dense"])

@@ -1,7 +1,6 @@
 """The command line of training/: what it prints and how it fails."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -135,8 +134,3 @@ def test_errors_are_one_message(monkeypatch, capsys, tmp_path, arguments, messag
     assert captured.err.startswith("error: ")
     assert any(part in captured.err for part in ([message] if "[" in message else message.split("|")))
     assert "Traceback" not in captured.err
-
-
-def test_module_runs():
-    done = subprocess.run([sys.executable, "-m", "training", "--help"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "compare" in done.stdout

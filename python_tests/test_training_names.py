@@ -38,7 +38,7 @@ def test_what_never_was_a_module_is_none():
 
 def test_the_command_of_a_checkout():
     done = subprocess.run([sys.executable, "-m", "training", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "report-study" in done.stdout
+    assert done.returncode == 0 and "compare" in done.stdout and "report-study" in done.stdout
 
 
 def test_imports_point_one_way():

@@ -3,6 +3,7 @@
 import copy
 import os
 
+import processes
 import pytest
 import torch
 import transformers
@@ -227,7 +228,7 @@ def worker(rank, port, folder):
 
 @pytest.mark.distributed
 def test_two_processes_end_alike(tmp_path, free_port):
-    torch.multiprocessing.start_processes(worker, (free_port, str(tmp_path)), nprocs=2, start_method="spawn")
+    processes.start(worker, (free_port, str(tmp_path)), 2)
     for loop in ("trainer", "accelerate"):
         mine, theirs = (torch.load(tmp_path / f"{loop}-{rank}.pt") for rank in range(2))
         assert all(torch.equal(mine[key], theirs[key]) for key in mine), loop

@@ -19,11 +19,12 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
     VERSION < (3, 7) and tuple(int(part) for part in numpy.__version__.split(".")[:2]) >= (2, 4),
     reason="the interpreter of Triton before 3.7 fails with numpy 2.4 and later",
 )
-@pytest.mark.parametrize("name", ["masked_linear", "masked_conv2d", "pattern", "dispatch"])
-def test_kernels(name):
+@pytest.mark.parametrize("names", ["masked_conv2d", "masked_linear pattern dispatch"])  # two processes for two cores
+def test_kernels(names):
     if _library.compiled is None:
         pytest.skip("needs the compiled ops")
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", f"{HERE}/test_triton_{name}.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+    command += [f"{HERE}/test_triton_{name}.py" for name in names.split()]
     run = subprocess.run(
         command, cwd=HERE.parent, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )

@@ -68,7 +68,7 @@ def save(device: str, table: Table) -> Path | None:
         file = None
         _unsaved[device] = table
         warnings.warn(
-            f"uasparse_kernels: the measured crossovers serve this process only, they could not be kept: {error}",
+            f"uasparse_kernels: the measured crossovers hold for this process only; they could not be stored: {error}",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -116,7 +116,7 @@ def _name() -> str:
 @functools.lru_cache  # of a file a reason is told once
 def _warn(file: str, reason: str) -> None:
     warnings.warn(
-        f"uasparse_kernels: {file} is not used ({reason}); run uasparse_kernels.tune() to write it anew.",
+        f"uasparse_kernels: {file} is not used ({reason}); run uasparse_kernels.tune() to write it again.",
         RuntimeWarning,
         stacklevel=2,
     )

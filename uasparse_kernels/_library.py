@@ -64,17 +64,17 @@ def _has_kernel_for(op: str, device_type: str) -> bool:
 
 
 def free_workspaces() -> int:
-    """Gives back the memory that the CPU kernels keep for their next call, at most 256 MiB; returns its bytes."""
+    """Frees the memory that the CPU kernels keep for their next call, at most 256 MiB; returns its size in bytes."""
     return torch.ops.uasparse.free_workspaces() if compiled is not None else 0
 
 
 def keep_freed_memory() -> bool:
-    """Has the C library keep memory that tensors on the CPU free, for the rest of the process; returns whether it does.
+    """Makes the C library keep memory that CPU tensors free, for the rest of the process; returns whether it does.
 
-    glibc gives large blocks back to the system, so that every training step asks for its activations again and pays for
-    each page that it touches: in the step of a sparse ResNet-18 a good part of the time. With this the process stays as
-    large as it was at its largest; blocks over 32 MiB are given back nonetheless. Call it before training. False for
-    other C libraries.
+    glibc returns large blocks to the system. So every training step asks for its activations again and pays for each
+    page that it touches: a good part of the time of a sparse ResNet-18's step. After this call the process stays as
+    large as it was at its largest, except that blocks over 32 MiB are still returned. Call it before training. It
+    returns False with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     # M_MMAP_THRESHOLD, at the most that glibc takes, and M_TRIM_THRESHOLD: never.

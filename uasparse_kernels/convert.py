@@ -56,73 +56,70 @@ def sparsify(
     overrides: Mapping[str, float | Mapping[str, Any]] | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
 ) -> nn.Module:
-    """Swaps the linear and convolution layers of a model for sparse ones, and brings those that are sparse already to
-    the sparsity asked for.
+    """Replaces the linear and convolution layers of a model by sparse ones, and brings layers that are already sparse
+    to the requested sparsity.
 
-    These are ``nn.Linear``, ``nn.Conv2d``, ``nn.Conv1d``, Hugging Face's ``Conv1D``, subclasses of them that define no
-    behaviour, and what :func:`register_layer` was told of.
+    It converts ``nn.Linear``, ``nn.Conv2d``, ``nn.Conv1d``, Hugging Face's ``Conv1D``, subclasses of these that change
+    no behaviour, and classes registered with :func:`register_layer`. Patterns are random by default. For a pretrained
+    network, ``keep="magnitude"`` keeps the largest weights, and ``scores`` those with the largest scores. Make the
+    optimiser afterwards: the parameters are new.
 
-    From scratch, patterns are random. From a pretrained network, ``keep="magnitude"`` keeps the largest weights, and
-    ``scores`` those of largest score.
+    **What stays dense.** "erk" and "er" cover every layer, "uniform" all but the first convolution, as published (RigL,
+    arXiv 1911.11134). A layer that the distribution makes fully dense stays dense (but see ``include_dense``), and so
+    do the output embeddings of a language model, which its library resizes as a matrix; ``exempt`` and ``overrides``
+    change that. A layer that cannot be converted is left as it is, and the reason is logged (logger
+    "uasparse_kernels"): it is of another type, or another module reads or shares its weight. A warning is logged if no
+    layer, or less than 80 % of the weights in matrices, could be covered, and another if half of a layer's outputs have
+    no weight left; ``summary(model)`` shows everything.
 
-    As published (RigL, arXiv 1911.11134), "erk" and "er" cover every layer, and "uniform" all but the first
-    convolution, few weights that matter much. A layer that the distribution makes fully dense stays a dense one (but
-    see ``include_dense``), and so do the output embeddings of a language model, which its library resizes as a matrix;
-    ``exempt`` and ``overrides`` say otherwise. What cannot be converted is left as it is and logged (logger
-    "uasparse_kernels") with the reason: layers of other types, and those whose weight somebody else reads or shares.
-    One line at WARNING says so where no layer, or less than 80 % of the weights in matrices, could be covered, and
-    another where half of a layer's outputs have no weight left; ``summary(model)`` tells all. Hooks and attributes of a
-    layer go to the new one. Build the optimiser afterwards: the parameters are new ones.
+    **Values.** Under a random pattern the weights of each output are scaled up for the inputs that it lost, so that
+    outputs keep their variance and deep networks without normalisation train. Weights that were chosen by magnitude,
+    by scores, or by a ``pattern`` that you give, keep their values.
 
-    Weights are scaled up to what a random pattern leaves of each output's inputs, so that outputs keep their variance
-    and deep networks without normalisation train. What was chosen by magnitude or scores, or by a ``pattern`` that was
-    given, keeps its values.
+    **Sparse layers** change in place, to exactly the density that the distribution gives them. They drop their weights
+    of smallest magnitude (or score), or grow at random (or by scores of the dense weight's shape), starting at zero.
+    Modules, parameters and block sizes stay; packed weights change their size, and optimisers with state (momentum)
+    have to be made again.
 
-    **Sparse layers** change in place, to exactly the density that the distribution gives them: they lose their weights
-    of smallest magnitude (or score), or grow at random (or by scores of the dense weight's shape) from zero. Modules
-    and parameters stay the same objects, and blocks as they are; packed weights take another size, for which
-    optimisers with state (momentum) have to be made anew.
-
-    ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`, the same object, whose
-    projections are layers of the names ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``; its own
-    name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` go by its dense names too.
-
-    ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
-    forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
-    reads weights.
+    **Other modules.** ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`; it
+    stays the same object, with projections that are layers called ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``)
+    and ``out_proj``. Its own name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` may use its
+    dense names. ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` stay the same objects and get a faster forward for contiguous
+    maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads weights. Hooks and attributes
+    of a layer move to the new one.
 
     Args:
-        model: changed in place; a lone layer is not, its sparse form is returned.
+        model: changed in place; if it is itself a layer, its sparse form is returned and it is not changed.
         sparsity: share of absent weights, in [0, 1), over all layers that the distribution covers: those that are
             neither exempt nor overridden. The count is exact (see ``topology.layer_densities``).
-        distribution: "erk", "er" or "uniform", which "N:M" is always; or "global", with ``keep="magnitude"`` or
-            ``scores``: one threshold over all layers, which all keep at least their best block (blocks of several
+        distribution: "erk", "er" or "uniform" ("N:M" is always uniform); or, with ``keep="magnitude"`` or ``scores``,
+            "global": one threshold over all layers, each of which keeps at least its best block (blocks of different
             sizes are compared by root mean square).
-        keep: what stays of a dense layer: "random" weights, or those of largest "magnitude" (blocks by Frobenius
+        keep: which weights of a dense layer stay: "random" ones or those of largest "magnitude" (blocks by Frobenius
             norm), as many in each layer as the distribution says; with a structure, the largest of each row or group.
-        scores: by name of the weight, as in ``model.named_parameters()`` ("fc.weight"), a tensor of its shape: a
-            gradient, |w| times the norm of the inputs (Wanda, arXiv 2306.11695), |w * gradient| (SNIP, arXiv
-            1810.02340). Those of largest magnitude stay (blocks by norm). Every layer that becomes sparse must have
-            one; other parameters' are not looked at. Instead of ``keep``.
+        scores: instead of ``keep``, a tensor for each weight, keyed by its name in ``model.named_parameters()``
+            ("fc.weight") and of its shape: a gradient, |w| times the norm of the inputs (Wanda, arXiv 2306.11695),
+            |w * gradient| (SNIP, arXiv 1810.02340). Those of largest magnitude stay (blocks by norm). Every layer that
+            becomes sparse must have one; scores of other parameters are ignored.
         block: (1, 1), (r, 1) or (b, b).
-        storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``), for sparse layers too.
-        structure: None for patterns without constraint; "fan-in" for as many active blocks in every row (their number
-            is rounded in each layer), or "N:M" (such as "2:4") for N in every M neighbouring input channels, whose
-            sparsity is 1 - N / M in every layer: ``sparsity`` must say the same. See ``topology.structured_pattern``.
-        include_dense: swaps layers that the distribution makes fully dense too, for methods that prune gradually:
-            ``sparsify(model, 0.0, include_dense=True)`` is where GMP starts.
+        storage: "auto", "packed" or "dense" (see ``nn.SparseLinear``), also for layers that are already sparse.
+        structure: None for patterns without constraint; "fan-in" for the same number of active blocks in every row
+            (rounded in each layer); or "N:M" (such as "2:4") for N in every M neighbouring input channels, where
+            ``sparsity`` must be 1 - N / M. See ``topology.structured_pattern``.
+        include_dense: also replaces layers that the distribution makes fully dense, for methods that prune gradually:
+            GMP starts from ``sparsify(model, 0.0, include_dense=True)``.
         exempt: fully qualified names of layers that stay dense (or as they are).
         overrides: by fully qualified name, a layer's own sparsity, or a mapping of ``sparsity`` or ``pattern``,
-            ``block`` and ``storage``; what it leaves out is as for the model.
+            ``block`` and ``storage``; what the mapping leaves out is as for the model.
         filter: called with name and layer; False leaves a layer dense (or as it is).
 
     Returns:
         The model.
 
     Raises:
-        ValueError: for unknown names or arguments out of range, scores that are missing, not finite or of another
-            shape, a model without any layer of these classes, one that is wrapped for several processes, sparse
-            layers that a DynamicSparsity holds, or sparse deltas; the model is unchanged then.
+        ValueError: for unknown names, arguments out of range, scores that are missing, not finite or of another shape,
+            a model without any layer of these classes or wrapped for several processes, sparse layers that a
+            DynamicSparsity holds, and sparse deltas. The model is then unchanged.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
@@ -261,9 +258,9 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Swaps the sparse layers of a model for dense ones with the same weights (in place; a lone layer is returned).
+    """Replaces the sparse layers of a model by dense ones with the same weights (in place; a lone layer is returned).
 
-    Its batch norms and pooling are torch's again, and sparse deltas are merged into their layers.
+    Batch norms and pooling become torch's again, and sparse deltas are merged into their layers.
     """
     model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}

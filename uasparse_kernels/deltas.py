@@ -26,24 +26,25 @@ def add_sparse_deltas(
     """Gives every ``nn.Linear`` and ``nn.Conv2d`` of a pretrained model a :class:`SparseDelta`, in place, and freezes
     all else.
 
-    What is to be trained besides (a new head, norms) is unfrozen afterwards with ``requires_grad_(True)``. Make the
-    optimiser of the parameters that require gradients. Layers that ``sparsify`` would leave (their weight is shared,
-    read by somebody else, or their class is another) get none, and that is logged.
+    To train anything else (a new head, norms), call ``requires_grad_(True)`` on it afterwards. Give the optimiser the
+    parameters that require gradients. A layer that ``sparsify`` would leave dense (its weight is shared or read by
+    another module, or its class is another) gets no delta, and that is logged.
 
     Args:
         density: share of trained weights of each layer, in (0, 1].
-        block: of the patterns; a layer that is not made of such blocks gets no delta.
-        scores: by name of the weight, as in ``model.named_parameters()``, a tensor of its shape: each layer trains
-            where they are largest, such as where gradients are (RoSA, arXiv 2401.04679). Otherwise patterns are random.
-        exempt: fully qualified names of layers that get none.
-        filter: called with name and layer; False leaves a layer without.
+        block: of the patterns; a layer whose sizes the block does not divide gets no delta.
+        scores: a tensor for each weight, keyed by its name in ``model.named_parameters()`` and of its shape. Each layer
+            trains where its scores are largest, such as gradients (RoSA, arXiv 2401.04679). Without, patterns are
+            random.
+        exempt: fully qualified names of layers that get no delta.
+        filter: called with name and layer; a layer for which it returns False gets no delta.
 
     Returns:
         The model (a lone layer's delta).
 
     Raises:
-        ValueError: for names that are no layer's, scores that are missing or do not fit, sparse layers, and where no
-            layer is left; the model is unchanged then.
+        ValueError: for unknown names, scores that are missing or do not fit, sparse layers, and if no layer is left.
+            The model is then unchanged.
     """
     check_block(block)
     if not 0 < density <= 1:

@@ -48,16 +48,16 @@ class Explanation(NamedTuple):
 
 
 def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanations:
-    """Runs a module, or an op, on the given arguments and tells which kernel served each of its sparse ops.
+    """Runs a module, or an op, on the given arguments and says which kernel served each of its sparse ops.
 
-    ``explain(model, x)`` or ``explain(ops.masked_linear, x, weight, pattern)``. The call is made without gradients, a
-    module in eval mode for its time, so that nothing changes. Only calls of this thread are told, so that the module
-    may serve other threads meanwhile; it is in eval mode for them too (one that they train should be copied first).
+    ``explain(model, x)`` or ``explain(ops.masked_linear, x, weight, pattern)``. The call runs without gradients, and a
+    module is in eval mode meanwhile, so that nothing changes. Only calls of this thread are recorded: other threads may
+    use the module at the same time, but see it in eval mode too (copy a module that they train).
 
     Returns:
-        A list, which ``print`` shows as a table with totals: of one :class:`Explanation` a call, in order (``where`` is
-        the layer's name, or the op's for a lone call); or, for a model of :func:`optimize_for_inference`, of one
-        :class:`LayerTime` a step with its share of time.
+        A list that ``print`` shows as a table with totals. It has one :class:`Explanation` per call, in order
+        (``where`` is the layer's name, or the op's for a lone call); for a model of :func:`optimize_for_inference`, one
+        :class:`LayerTime` per step, with its share of the time.
     """
     if isinstance(target, OptimizedModel):
         return Explanations(target.explain(*args, **kwargs))

@@ -11,18 +11,18 @@ from uasparse_kernels.nn.layers import SparseLayer
 
 
 def param_groups(model: nn.Module, weight_decay: float, *, no_decay: Collection[str] = ()) -> list[dict[str, Any]]:
-    """Two parameter groups for any torch optimiser: what decays, and what does not.
+    """Makes two parameter groups for any torch optimiser: with weight decay and without.
 
-    The rule is that of timm and nanoGPT: matrices decay (of linear and convolution layers, packed ones included, and
-    embeddings), parameters of one dimension (norms) and all biases do not. As in timm, the names of a module's
-    ``no_weight_decay()`` do not either, nor parameters with an attribute ``_no_weight_decay``. Frozen parameters are
-    left out::
+    The rule is that of timm and nanoGPT: matrices decay (linear and convolution layers, packed ones included, and
+    embeddings), parameters of one dimension (norms) and all biases do not. As in timm, parameters named by a module's
+    ``no_weight_decay()``, or with an attribute ``_no_weight_decay``, do not decay either. Frozen parameters are left
+    out::
 
         optimizer = torch.optim.AdamW(ua.param_groups(model, weight_decay=0.05), lr=1e-3)
 
-    Rules that count the dimensions of a parameter take packed 1x1 weights, ``[nnz]``, for norms, and their decay away.
-    They are of one dimension nonetheless, for what treats matrices in a way of its own (Muon, Shampoo, Adafactor) would
-    take ``[nnz, 1]`` for one, where a row of numbers is refused, or treated entry by entry, which is right.
+    A rule that counts dimensions takes packed 1x1 weights, ``[nnz]``, for norms, and does not decay them. They have one
+    dimension all the same: optimisers that treat matrices specially (Muon, Shampoo, Adafactor) would take ``[nnz, 1]``
+    for a matrix, but refuse one dimension, or treat it entry by entry, which is correct.
 
     Args:
         model: a parameter that is shared counts under its first name.

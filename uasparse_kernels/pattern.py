@@ -43,16 +43,16 @@ class SparsityPattern(nn.Module):
       in the order by rows.
 
     It is an ``nn.Module``, so that it moves, copies, pickles and is saved with the layer that owns it. Its tensors are
-    no buffers: an average over buffers, a cast, ``to_empty()`` or a write into the values of a ``state_dict()`` (which
-    holds copies: ``layout``, shape and block, ``crow`` and ``col``) does not reach them. They are checked when they are
-    given, and changed only by :meth:`assign_`, :meth:`set_blocks_`, a topology update and ``load_state_dict``; only a
-    change of the number of active blocks makes new ones.
+    not buffers: an average over buffers, a cast, ``to_empty()`` or a write into the values of a ``state_dict()`` does
+    not reach them (a state_dict holds copies: ``layout``, which is shape and block, ``crow`` and ``col``). They are
+    checked when you pass them in, and changed only by :meth:`assign_`, :meth:`set_blocks_`, a topology update and
+    ``load_state_dict``. New tensors are made only when the number of active blocks changes.
 
-    The one buffer, ``signature``, goes where the weight goes, and tells whether it belongs to this pattern: eight
-    powers of two that are a hash of the active blocks. An average of weights of one pattern keeps them; one of two
-    patterns does not, nor does a copy of another pattern's weights. :meth:`tensors`, which every op calls, compares.
+    The one buffer, ``signature``, goes wherever the weight goes and tells whether the weight belongs to this pattern.
+    It holds eight powers of two, a hash of the active blocks. An average over one pattern keeps them; an average over
+    two patterns, or a copy of another pattern's weights, does not. :meth:`tensors`, which every op calls, compares.
 
-    On the meta device, where a layer has no values, the pattern keeps its own on the device that it came from.
+    On the meta device, where a layer has no values, the pattern's tensors stay on the device that they came from.
     """
 
     signature: Tensor
@@ -217,7 +217,7 @@ class SparsityPattern(nn.Module):
         return self.mask_of(self.blocks())
 
     def mask_(self, dense: Tensor) -> None:
-        """Zeroes the inactive entries of a dense tensor of the weight's shape, in place; autograd takes no notice."""
+        """Zeroes the inactive entries of a dense tensor of the weight's shape, in place, unseen by autograd."""
         dense = dense.detach()
         if dense.is_meta:
             return

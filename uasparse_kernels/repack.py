@@ -19,17 +19,17 @@ def repack(
     storage: str = "auto",
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
 ) -> nn.Module:
-    """Changes the storage of a model's sparse layers in place, packed or dense, to what suits their density now.
+    """Changes the storage of a model's sparse layers, packed or dense, in place to what suits their density now.
 
-    After gradual pruning (GMP, GraNet) layers that were dense-stored when they had most of their weights are sparse
-    enough to be packed: memory falls and the sparse kernels serve them. Modules and parameters stay the same objects
-    and the weights keep their values; the parameters take another shape. A model in DistributedDataParallel, whose
-    buckets have fixed sizes, is refused: take it out and wrap it anew.
+    Use it after gradual pruning (GMP, GraNet): layers that started dense-stored are then sparse enough to be packed,
+    which saves memory and lets the sparse kernels serve them. Modules and parameters stay the same objects and the
+    weights keep their values; the parameters change their shape. A model in DistributedDataParallel, whose buckets have
+    fixed sizes, is refused: take it out and wrap it again.
 
     Args:
-        storage: "auto", as a new layer of that density would have it, "packed" or "dense" for all.
-        optimizer: its state of these weights changes with them; several as a sequence. Without, an optimiser that has
-            state (momentum) has to be made anew, and that is logged.
+        storage: "auto", as a new layer of the same density would have it, or "packed" or "dense" for all.
+        optimizer: its state changes with the weights; several as a sequence. Without it, an optimiser that has state
+            (momentum) has to be made again, and that is logged.
 
     Returns:
         The model.

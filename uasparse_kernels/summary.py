@@ -40,9 +40,9 @@ class SummaryRow(NamedTuple):
 class Summary:
     """The table that :func:`summary` makes; ``str()`` of it is the table as text.
 
-    ``weights`` counts the entries of all matrices (parameters of two or more dimensions), ``active`` those that are
-    not absent, ``others`` the parameters in biases and norms; ``bytes`` are of all parameters and patterns, and
-    ``dense_bytes`` what the dense model's parameters take. ``constant_outputs`` has the layers of which half of the
+    ``weights`` counts the entries of all matrices (parameters of two or more dimensions), ``active`` the active ones
+    among them, ``others`` the parameters in biases and norms. ``bytes`` are those of all parameters and patterns,
+    ``dense_bytes`` those of the dense model's parameters. ``constant_outputs`` names the layers of which half of the
     outputs or more have no weight: how many, and how many outputs there are.
     """
 
@@ -99,14 +99,14 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """What of a model is sparse: a row for every matrix, with what stayed dense and why, and totals.
+    """Shows what is sparse in a model: a row for every matrix, the reason where one is dense, and totals.
 
-    ``print(summary(model))`` shows it as a table of at most 100 columns. Nothing is run, and no weight is looked at:
-    models on the meta device have one too. Why ``sparsify`` left a layer dense by its arguments (exempt, the filter,
-    the distribution) is known of the model that it was called for, not of copies.
+    ``print(summary(model))`` shows it as a table of at most 100 columns. Nothing runs and no weight is read, so that it
+    works on the meta device too. If ``sparsify`` left a layer dense because of its arguments (exempt, the filter, the
+    distribution), this reason is known for the model that it was called with, not for copies.
 
     Args:
-        model: any module; every parameter counts once, under its first name.
+        model: any module; a shared parameter counts once, under its first name.
     """
     rows, covered, active, held = [], 0, 0, 0
     candidates, skipped = _candidates(model)

@@ -24,19 +24,20 @@ _STEPS = 5
 def tune(device: torch.device | str = "cpu", *, verbose: bool = True) -> _crossovers.Table:
     """Measures the densities at which the dense kernels become faster than the sparse ones on a device.
 
-    It takes about a minute on an idle machine; the CPU is measured with the current number of threads. The densities
-    are kept in a file of the platform's cache folder, for this process and later ones; where that cannot be written
-    they serve this process, with a warning.
+    It takes about a minute; nothing else should run on the machine. The CPU is measured with the current number of
+    threads. The densities are stored in a file in the platform's cache folder, for this process and later ones. If the
+    file cannot be written, they hold for this process only, and a warning says so.
 
     Args:
         device: the CPU, or a CUDA device.
-        verbose: prints each density as it is found (of a CUDA device the whole table).
+        verbose: prints each density as it is found (for a CUDA device the whole table).
 
     Returns:
-        Of the CPU, ``table[op][dtype][structure][vectors]``; of a CUDA device, ``table[op][arithmetic][block]``.
-        Densities in (0, 1]; 1 where the sparse kernel is faster at all of them. ``structure`` is "1x1" or "blocks",
-        ``vectors`` how many the weight is multiplied with (of a convolution "taps", "one tap", or
-        "narrow tap" where input or output channels are at most 128), ``arithmetic`` "half", "tf32" or "fp32".
+        For the CPU, ``table[op][dtype][structure][vectors]``; for a CUDA device, ``table[op][arithmetic][block]``.
+        Densities are in (0, 1]; 1 means that the sparse kernel is faster at all of them. ``structure`` is "1x1" or
+        "blocks"; ``vectors`` is the number of vectors that the weight is multiplied with (for a convolution "taps",
+        "one tap", or "narrow tap" where input or output channels are at most 128); ``arithmetic`` is "half", "tf32" or
+        "fp32".
 
     Raises:
         RuntimeError: if the package was built without compiled kernels.

@@ -17,16 +17,16 @@ from uasparse_kernels.pattern import SparsityPattern
 
 @torch.no_grad()
 def add_unknown_output(model: nn.Module, name: str) -> nn.Module:
-    """Gives a model's last layer, of K outputs, one more for "unknown", in place; the first K outputs stay as they are.
+    """Adds an output for "unknown" to a model's last layer of K outputs, in place; the first K outputs do not change.
 
-    The new output is the mean of the others: its weights are the means of theirs, its bias that of theirs. So it is
-    never the largest, every prediction is as before, and it says the more the flatter the others are, whatever their
-    common offset. In a sparse layer the new row has as many weights as the others have on average (rounded), those of
-    largest mean, at full size; there the new output is only near the mean.
+    The new output is the mean of the others: its weights and its bias are the means of theirs. So it is never the
+    largest, and every prediction is as before; the flatter the others are, the closer it is to the largest. In
+    a sparse layer the new row has as many weights as the others on average (rounded), those of largest mean, unscaled;
+    the new output is then only close to the mean.
 
-    The layer stays the same object and its ``out_features`` (``out_channels``) becomes K + 1; weight and bias are new
-    parameters: make the optimiser afterwards. What else knows the number of classes (``num_classes``, a config) is
-    yours to change.
+    The layer stays the same object, and its ``out_features`` (``out_channels``) becomes K + 1. Weight and bias are new
+    parameters: make the optimiser afterwards. Anything else that holds the number of classes (``num_classes``, a
+    config) you have to change yourself.
 
     Args:
         model: changed in place.
@@ -38,8 +38,8 @@ def add_unknown_output(model: nn.Module, name: str) -> nn.Module:
 
     Raises:
         ValueError: if there is no such layer, its weight is shared, parametrised or sharded, it is a grouped
-            convolution, or its blocks have more than one row, which K + 1 outputs are not made of. Nothing is changed
-            then.
+            convolution, or its blocks have more than one row, which does not divide K + 1 outputs. The model is then
+            unchanged.
     """
     check_not_wrapped(model)
     modules = dict(model.named_modules())

@@ -16,16 +16,16 @@ class DynamicSparsityCallback(Callback):
 
     Sparsify the model in the LightningModule's ``__init__`` (or before ``fit``), so that ``configure_optimizers`` sees
     the sparse weights. Steps are the batches after which an optimiser stepped: with accumulation one in several, with
-    several optimisers (manual optimisation) one for all of them. Gradients must stand until the batch ends, as they do
-    in automatic optimisation; with manual optimisation zero them before the backward pass.
+    several optimisers (manual optimisation) one for all of them. Gradients must be kept until the batch ends, as
+    they are in automatic optimisation; with manual optimisation zero them before the backward pass.
 
-    Training that goes on from a checkpoint (``fit(ckpt_path=...)``) is that without the interruption, bit for bit.
+    Training resumed from a checkpoint (``fit(ckpt_path=...)``) equals uninterrupted training, bit for bit.
 
     Args:
         method: as of DynamicSparsity.
         total_steps: optimiser steps of the whole training; None takes the trainer's ``estimated_stepping_batches``.
-        options: what else DynamicSparsity takes (``delta_t``, ``drop_fraction``, ``stop_fraction``, ``generator``,
-            ``process_group``).
+        options: the other arguments of DynamicSparsity (``delta_t``, ``drop_fraction``, ``stop_fraction``,
+            ``generator``, ``process_group``).
 
     Raises:
         ValueError: when the training starts, as DynamicSparsity does; where the trainer does not know its number of
@@ -96,7 +96,7 @@ class DynamicSparsityCallback(Callback):
     def _refuse(self, average: Callback) -> None:
         assert self.topology is not None
         raise ValueError(
-            f"{type(average).__name__} begins before step {self.topology.schedule.end}, until which weights change "
-            "their places: they would be averaged with others. Begin later, give a smaller stop_fraction, or use "
-            "uasparse_kernels.AveragedModel, which follows them."
+            f"{type(average).__name__} begins before step {self.topology.schedule.end}, at which the topology is "
+            "frozen: it would average weights of different places. Begin later, give a smaller stop_fraction, or use "
+            "uasparse_kernels.AveragedModel, which follows the topology."
         )

@@ -36,7 +36,7 @@ class SparseLinearLora(Linear):
 
 
 def with_sparse_layers(config: LoraConfig) -> LoraConfig:
-    """Has a LoraConfig take ``SparseLinear`` for a target, too; returns it.
+    """Lets a LoraConfig target ``SparseLinear`` too; returns it.
 
     ``get_peft_model(model, with_sparse_layers(LoraConfig(target_modules=["q_proj"])))`` freezes the sparse base, whose
     weights keep values and pattern (DynamicSparsity leaves frozen layers alone). Variants that read the weight (DoRA,

@@ -22,15 +22,14 @@ _LAYOUT = ".pattern.layout"
 class DynamicSparsityCallback(TrainerCallback, ExportableState):
     """Steps a :class:`uasparse_kernels.DynamicSparsity` after each optimiser step, and keeps its state in checkpoints.
 
-    Sparsify the model before it is given to the Trainer. The state is in the checkpoint's trainer_state.json; training
-    that goes on from a checkpoint (``train(resume_from_checkpoint=...)``) is that without the interruption, bit for
-    bit.
+    Sparsify the model before you give it to the Trainer. The state is in the checkpoint's trainer_state.json; training
+    resumed from a checkpoint (``train(resume_from_checkpoint=...)``) equals uninterrupted training, bit for bit.
 
     Args:
         method: as of DynamicSparsity.
         total_steps: optimiser steps of the whole training; None takes the trainer's.
-        options: what else DynamicSparsity takes (``delta_t``, ``drop_fraction``, ``stop_fraction``, ``generator``,
-            ``process_group``).
+        options: the other arguments of DynamicSparsity (``delta_t``, ``drop_fraction``, ``stop_fraction``,
+            ``generator``, ``process_group``).
 
     Raises:
         ValueError: when the training starts, as DynamicSparsity does; for a checkpoint without this callback's state.

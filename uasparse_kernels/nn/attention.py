@@ -22,14 +22,14 @@ _DENSE_ONLY = ("in_proj_weight", *(f"{name}_weight" for name in _SEPARATE), "in_
 class SparseMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` whose projections are layers of their own, which may be sparse.
 
-    Where the dense module holds ``in_proj_weight``, this one has a layer ``in_proj`` of ``[3 * embed_dim, embed_dim]``:
-    self-attention is one product with it. Where keys or values have other sizes than queries, and in the
-    cross-attention of ``nn.TransformerDecoderLayer``, there are layers ``q_proj``, ``k_proj`` and ``v_proj`` instead,
-    so that every input is multiplied by its own weights only. With ``in_proj``, inputs that are not the same tensor
-    each cost the whole product. ``out_proj`` is a layer as before.
+    In place of ``in_proj_weight`` it has a layer ``in_proj`` of ``[3 * embed_dim, embed_dim]``, with which
+    self-attention is one product. If query, key and value are different tensors, each costs the whole product. If keys
+    or values have other sizes than queries, and in the cross-attention of ``nn.TransformerDecoderLayer``, there are
+    layers ``q_proj``, ``k_proj`` and ``v_proj`` instead, so that every input is multiplied by its own weights only.
+    ``out_proj`` is a layer as before.
 
-    ``sparsify`` makes it of an ``nn.MultiheadAttention``, in place, and ``densify`` gives that back. Results and
-    gradients are those of the dense module with masked weights; a state_dict of the dense module is loaded too.
+    ``sparsify`` turns an ``nn.MultiheadAttention`` into it, in place, and ``densify`` turns it back. Results and
+    gradients are those of the dense module with masked weights. It also loads a state_dict of the dense module.
 
     Args:
         embed_dim ... dtype: as for ``nn.MultiheadAttention``.

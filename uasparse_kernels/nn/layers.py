@@ -22,13 +22,13 @@ from uasparse_kernels.ops._cuda import is_packed_by_default
 from uasparse_kernels.pattern import SparsityPattern
 
 _NO_PARAMETRIZATION = (
-    "A sparse layer's weight cannot be parametrised (spectral_norm, weight_norm, orthogonal): a packed weight is a row "
-    "of numbers to it, and of a dense-stored one it would train entries outside of the pattern. Leave the layer dense "
+    "A sparse layer's weight cannot be parametrised (spectral_norm, weight_norm, orthogonal): it would take "
+    "a packed weight for a vector, and train entries of a dense-stored one outside the pattern. Leave the layer dense "
     "(sparsify(..., exempt=[...])), or call densify(model) first."
 )
 _NO_EXPORT = (
-    "{}: call uasparse_kernels.densify(copy.deepcopy(model)) and take the result. On a CPU, "
-    "uasparse_kernels.optimize_for_inference(model, x) runs the model fast as it is, and its package() without Python."
+    "{}: use uasparse_kernels.densify(copy.deepcopy(model)) instead. On a CPU, "
+    "uasparse_kernels.optimize_for_inference(model, x) runs the sparse model fast, and its package() without Python."
 )
 
 
@@ -46,12 +46,11 @@ def as_leaf(module: nn.Module, input: Proxy) -> Any:
 class SparseLayer(nn.Module):
     """What the sparse layers share: a weight with a pattern, in packed or dense storage.
 
-    ``weight`` is a parameter of ``pattern.packed_shape`` (packed: gradient and optimiser state are packed with it) or
-    of ``pattern.shape`` (dense-stored: gradients are masked, and what else is written outside of the pattern becomes
-    zero at the next forward pass). Initial values are scaled to each output's own fan-in (see
-    :meth:`reset_parameters`).
+    ``weight`` is a parameter of ``pattern.packed_shape`` (packed: gradient and optimiser state are packed too) or of
+    ``pattern.shape`` (dense-stored: gradients are masked, and anything else written outside the pattern becomes zero at
+    the next forward pass). Initial values are scaled to each output's own fan-in (see :meth:`reset_parameters`).
 
-    Whatever is done to its tensors, a forward pass is that of the masked weight, or refuses: see ``SparsityPattern``.
+    Whatever was done to its tensors, a forward pass uses the masked weight or refuses: see ``SparsityPattern``.
     """
 
     weight: nn.Parameter

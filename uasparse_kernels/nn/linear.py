@@ -63,9 +63,9 @@ class SparseLinear(SparseLayer):
     ) -> SparseLinear:
         """A sparse layer with the active weights and the bias of a dense one (copied).
 
-        With ``sparsity`` the pattern is random, as sparse training starts, and the weights are scaled to what each
-        output has left of its inputs (:meth:`scale_to_fan_in_`). A ``pattern`` keeps the values as they are: to prune a
-        trained layer by magnitude pass ``SparsityPattern.from_mask``.
+        With ``sparsity`` the pattern is random, for training from scratch, and each output's weights are scaled up for
+        the inputs that it lost (:meth:`scale_to_fan_in_`). With a ``pattern`` the values are not changed: to prune a
+        trained layer by magnitude, pass ``SparsityPattern.from_mask(...)``.
         """
         build = partial(cls, module.in_features, module.out_features, module.bias is not None)
         return from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)

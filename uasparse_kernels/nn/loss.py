@@ -12,17 +12,17 @@ from uasparse_kernels import ops
 
 
 class UnknownAwareLoss(nn.Module):
-    """Loss over K known classes and one output for "unknown", its strength alpha tuned during training.
+    """Loss over K known classes and one output for "unknown", with a strength alpha that rises during training.
 
-    The loss is :func:`uasparse_kernels.ops.unknown_aware_loss`. During the warm-up alpha is 0: cross entropy over K+1
-    outputs. At every training step, warm-up included, a running mean ``a`` of the loss's threshold is kept
-    (``a <- 0.05 * threshold + 0.95 * a``, starting at the first value; one that is not finite counts nothing). A
-    training step is a call in training mode whose logits require gradients: validation leaves the mean alone. After the
-    warm-up alpha starts at ``a / rho`` and rises by the same amount each epoch, so that it is ``alpha_final`` in the
-    last one. Call :meth:`step_epoch` after each epoch. Nothing here waits for the device.
+    The loss is :func:`uasparse_kernels.ops.unknown_aware_loss`. During the warm-up alpha is 0, and it is cross entropy
+    over K+1 outputs. Every training step, also of the warm-up, updates a running mean ``a`` of the loss's threshold:
+    ``a <- 0.05 * threshold + 0.95 * a``, starting at the first value; a threshold that is not finite is skipped. A
+    training step is a call in training mode whose logits require gradients, so that validation does not change the
+    mean. After the warm-up alpha starts at ``a / rho`` and rises by the same amount each epoch, to ``alpha_final`` in
+    the last one. Call :meth:`step_epoch` after each epoch. Nothing here waits for the device.
 
-    With ``total_steps``, for a short fine-tuning, alpha rises at every training step instead: steps are counted here
-    (every micro-batch is one), and nothing has to be called.
+    With ``total_steps``, for a short fine-tuning, alpha rises at every training step instead. The loss counts the steps
+    itself (every micro-batch is one), and you need not call anything.
 
     Source: Lei et al., "Embracing Unknown Step by Step", arXiv 2403.20047; the schedule after Thulasidasan et al.,
     "Combating Label Noise in Deep Learning Using Abstention", arXiv 1905.10964.

@@ -41,16 +41,16 @@ class Registration(NamedTuple):
 def register_layer(
     cls: type[nn.Module], from_dense: Callable[..., Any], to_dense: Callable[[Any], nn.Module]
 ) -> Registration:
-    """Teaches ``sparsify``, ``densify`` and all that builds on them a class of layers of your own.
+    """Registers your own class of layers with ``sparsify``, ``densify`` and everything that builds on them.
 
     Not needed for ``nn.Linear``, ``nn.Conv2d``, ``nn.Conv1d`` and Hugging Face's ``Conv1D``, nor for subclasses of them
-    that define no behaviour (an ``__init__``, ``reset_parameters`` and constants are none): these become sparse, and
-    come back as what they were.
+    that change no behaviour (only ``__init__``, ``reset_parameters`` or constants): these become sparse, and
+    ``densify`` restores their class.
 
-    A sparse layer that does something else than the built-in ones is a subclass of them. A convolution that pads in its
-    own way overrides ``padded`` alone. One with a ``forward`` of its own defines ``weight_gradient`` too, by which
-    RigL and others grow; where its forward is the built-in one with other values for the weight, it is
-    ``weight_gradient = SparseConv2d.weight_gradient``.
+    If your layer does something else than the built-in ones, write a sparse subclass of them. A convolution with its
+    own padding only overrides ``padded``. One with its own ``forward`` must also define ``weight_gradient``, by which
+    RigL and others grow; if its forward is the built-in one with other values for the weight,
+    ``weight_gradient = SparseConv2d.weight_gradient`` does.
 
     Example:
         >>> class SparseConv2dSame(ua.SparseConv2d):
@@ -59,22 +59,22 @@ def register_layer(
         >>> ua.register_layer(Conv2dSame, SparseConv2dSame.from_dense, lambda layer: layer.to_dense(Conv2dSame))
 
     Args:
-        cls: the class of dense layers, exactly: subclasses with behaviour of their own are registered themselves. Its
-            parameter ``weight`` is ``[out, in]`` or ``[out, in / groups, kh, kw]`` (of a subclass of ``nn.Conv1d``, or
-            Hugging Face's ``Conv1D``, as there).
-        from_dense: called with a module of that class and keywords, as ``SparseLinear.from_dense`` takes them
-            (``sparsity`` or ``pattern``, ``block``, ``storage``); returns the sparse layer, with values.
-        to_dense: called with that sparse layer; returns the dense one, with values: of ``cls``, or another where only
-            that does the same. ``layer.to_dense(cls)`` makes one that has the built-in class's arguments.
-            Device, dtype, ``requires_grad`` of weight and bias, and the training flag are set for both.
+        cls: the class of dense layers, exactly: a subclass with its own behaviour needs its own registration. Its
+            parameter ``weight`` is ``[out, in]`` or ``[out, in / groups, kh, kw]`` (for subclasses of ``nn.Conv1d`` and
+            of Hugging Face's ``Conv1D``, as there).
+        from_dense: called with a module of that class and the keywords of ``SparseLinear.from_dense`` (``sparsity`` or
+            ``pattern``, ``block``, ``storage``); returns the sparse layer, with values. ``sparsify`` checks the result
+            before it changes the model: a sparse layer with a pattern of the weight's shape, as requested.
+        to_dense: called with that sparse layer; returns the dense layer, with values. It is of ``cls``, or of another
+            class if only that one does the same. ``layer.to_dense(cls)`` does it for a class with the built-in class's
+            arguments. Device, dtype, ``requires_grad`` of weight and bias, and the training flag are set for you.
 
     Returns:
-        A handle, whose ``remove()`` takes the registration back.
+        A handle; its ``remove()`` undoes the registration.
 
     Raises:
-        TypeError: if cls is no class of modules, or one of the others cannot be called.
-        ValueError: if cls has a sparse form already, or is one. What ``from_dense`` returns is checked by ``sparsify``,
-            before it changes the model: it must be a sparse layer with a pattern of the weight's shape, as asked for.
+        TypeError: if cls is not a class of modules, or one of the others is not callable.
+        ValueError: if cls already has a sparse form, or is one.
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"Expected a class of nn.Module to register, got {cls!r}.")

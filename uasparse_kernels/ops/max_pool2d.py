@@ -20,9 +20,10 @@ def max_pool2d(
     dilation: IntPair = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """``F.max_pool2d``: the same values and gradients, of equal numbers the first, of NaN the last.
+    """``F.max_pool2d``: the same values and gradients; of equal numbers the first counts, of NaN the last.
 
-    Our kernel serves contiguous float32 ``[N, C, H, W]`` on a CPU, without dilation and ``ceil_mode``, else torch's.
+    Our kernel serves contiguous float32 ``[N, C, H, W]`` on a CPU, without dilation and ``ceil_mode``; torch's serves
+    the rest.
 
     Raises:
         ValueError, RuntimeError: if sizes do not fit.

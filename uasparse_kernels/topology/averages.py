@@ -26,10 +26,10 @@ class AveragedModel(nn.Module):
     """The exponential moving average (EMA) or the equal average (SWA) of a model's weights, as a model of its own.
 
     Call :meth:`update_parameters` after the optimiser's and the topology's step, and use the average as the model.
-    Weights are averaged by position: an inactive weight counts as zero, so that the average is that of the dense
-    weights, masked by the model's last pattern. What a position had when it left the pattern is remembered until it
-    comes back (8 bytes and a value for every position that ever was active and is not now); a step costs as much as
-    that of a dense average costs for the active weights.
+    Weights are averaged by position, and an inactive weight counts as zero: the result is the average of the dense
+    weights, masked by the model's last pattern. A position that leaves the pattern keeps its average until it comes
+    back, which takes 8 bytes and a value for every position that was active once and is not now. A step costs as much
+    as that of a dense average over as many weights as are active.
 
     As with ``torch.optim.swa_utils.AveragedModel``, the first update takes the weights as they are, and buffers are the
     model's own: for batch norm's call ``torch.optim.swa_utils.update_bn(loader, averaged)`` at the end of SWA.
@@ -73,7 +73,7 @@ class AveragedModel(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the model's weights into the average, and its patterns and buffers.
+        """Adds the model's weights to the average, and copies its patterns and buffers.
 
         Raises:
             ValueError: for a model of another structure. Nothing is changed then.

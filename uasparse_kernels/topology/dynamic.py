@@ -41,32 +41,32 @@ _OWNERS: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[DynamicSparsity]] = 
 class DynamicSparsity:
     """Changes which weights of a model are active, every ``delta_t`` optimiser steps.
 
-    Call :meth:`step` once an optimiser step (not once a micro-batch: it cannot tell them apart), after
-    ``loss.backward()`` and before the gradients are zeroed. On an update step the method decides for all layers at once
-    what they drop and grow; weights, gradients in flight and every optimiser state tensor of the weight's shape move
-    along in place. Entries that were inactive start at zero, their states as at the optimiser's first step; those that
-    are dropped and grown at the same update stay as they are. Most methods grow as many blocks as they drop,
-    ``ceil(fraction * blocks)`` a layer, so that no size ever changes, and leave fully dense layers alone. Gradual
-    pruning (and SRigL's ablation) changes the number of active weights: packed weights and their states take new sizes
-    then, parameters keeping their identity.
+    Call :meth:`step` once per optimiser step (not per micro-batch: it cannot tell them apart), after
+    ``loss.backward()`` and before the gradients are zeroed. On an update step the method decides, for all layers at
+    once, what they drop and grow. Weights, gradients in flight and every optimiser state tensor of the weight's shape
+    are changed in place. Entries that were inactive start at zero, with the state of an optimiser's first step; those
+    that are dropped and grown at the same update keep value and state. Most methods grow as many blocks as they drop,
+    ``ceil(fraction * blocks)`` per layer, so that no size ever changes, and leave fully dense layers alone. Gradual
+    pruning (and SRigL's ablation) changes the number of active weights: packed weights and their states then change
+    their sizes, and the parameters stay the same objects.
 
-    ``step`` after ``optimizer.step()`` makes the update an addition to the optimiser step. The authors of RigL and MOON
-    have it replace the optimiser step: ``if not topology.step(): optimizer.step()``.
+    Called after ``optimizer.step()``, the update comes on top of the optimiser step. The authors of RigL and MOON let
+    it replace the optimiser step: ``if not topology.step(): optimizer.step()``.
 
-    **What an update touches.** Layers whose weight does not require gradients are left as they are, bit for bit; where
-    scores are compared over all layers (``scope="global"``, GraNet) their weights do not count. So are, by a method
-    that looks at gradients, layers that have no gradient at this step. SET and GMP need none. What cannot be done right
-    (a weight that the optimiser does not hold, state that cannot move, a sharded or parametrised weight) is an error
+    **What an update changes.** Layers whose weight does not require gradients stay as they are, bit for bit, and do not
+    count where scores are compared over all layers (``scope="global"``, GraNet). The same holds, with a method that
+    uses gradients, for layers without a gradient at this step; SET and GMP need none. What cannot be done correctly (a
+    weight that the optimiser does not hold, state that cannot move, a sharded or parametrised weight) is an error
     before anything changes.
 
-    **Growth by gradient** looks at exactly the backward passes that the weights' ``.grad`` came from: micro-batches add
-    up; passes of which nothing is left in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. On
-    the way to an update step a layer's inputs and output gradients are kept until :meth:`step`, and the dense gradient
-    exists only a tile at a time; where they would take more memory than the dense gradient, that is summed instead.
+    **Growth by gradient** uses exactly the backward passes that the weights' ``.grad`` came from. Micro-batches add up;
+    passes that left nothing in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. Before an
+    update step, a layer's inputs and output gradients are kept until :meth:`step`, and the dense gradient exists one
+    tile at a time. If they would take more memory than the dense gradient, that is summed instead.
 
-    **Mixed precision.** An update waits for a step whose gradients are finite on all layers and processes. Call step()
-    at every step, also where a GradScaler skips its own, after the gradients are unscaled (MEST compares them with the
-    weights)::
+    **Mixed precision.** An update waits for a step at which the gradients of all layers and processes are finite. Call
+    step() at every step, also when a GradScaler skips its own, and after the gradients are unscaled (MEST compares them
+    with the weights)::
 
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -75,19 +75,20 @@ class DynamicSparsity:
         scaler.update()
         optimizer.zero_grad()
 
-    **Several processes.** The DistributedDataParallel that holds the weights is found, whether the model is it, is in
-    it or holds it. Patterns and weights are made alike at first; gradients are summed over its processes before the
-    selection and random draws are the first process's, so that all end with the same pattern. Its buckets have fixed
-    sizes: a method that changes the number of active weights needs ``storage="dense"``. With ``fully_shard`` (FSDP2,
-    a mesh of one dimension) make DynamicSparsity after it: values, gradients and optimiser state stay sharded, and are
-    gathered a layer at a time at an update; the patterns must be the same in every process before.
+    **Several processes.** The DistributedDataParallel that holds the weights is found, whether the model is the
+    wrapper, is inside it or contains it. At the start, patterns and weights are made equal on all processes. At an
+    update, gradients are summed over the processes before the selection, and random draws are those of the first
+    process, so that all end with the same pattern. DDP's buckets have fixed sizes: a method that changes the number of
+    active weights needs ``storage="dense"``. With ``fully_shard`` (FSDP2, a mesh of one dimension) make DynamicSparsity
+    after sharding. Values, gradients and optimiser state stay sharded, and an update gathers one layer at a time. All
+    processes must start with the same patterns.
 
     A model has one DynamicSparsity: making another detaches the first. :meth:`detach` ends one.
 
     Args:
         model: holds the sparse layers.
         optimizer: its state tensors of a weight's shape move with the weight; several as a sequence. Optimisers inside
-            of a wrapper (ZeroRedundancyOptimizer, Lookahead, of Accelerate and Lightning) are found.
+            a wrapper (ZeroRedundancyOptimizer, Lookahead, those of Accelerate and Lightning) are found.
         method: "rigl", "set", "mest", "gmp", "granet", "srigl", "N:M" (such as "2:4"), "static" (never changes
             anything), or a :class:`topology.Method`, such as ``topology.GraNet(final_sparsity=0.95)``.
         total_steps: optimiser steps of the whole training.
@@ -327,9 +328,9 @@ class DynamicSparsity:
                 self._say_postponed("all gradients are zero")
                 return None, states
             raise RuntimeError(
-                "Expected a backward pass through the sparse layers since the last step() (growth by gradient looks at "
-                "it), got none that stands in their .grad; call step() after loss.backward() and before zero_grad(), "
-                "once an optimiser step."
+                "Expected a backward pass through the sparse layers since the last step() (growth by gradient uses "
+                "it), got none whose gradients are in their .grad; call step() after loss.backward() and before "
+                "zero_grad(), once per optimiser step."
             )
         misread = [name for name, (_, seen, _, wrong) in trained.items() if wrong and not seen]
         if misread:

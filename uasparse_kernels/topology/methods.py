@@ -81,10 +81,10 @@ def magnitude(layer: LayerUpdate) -> Tensor:
 def relative_magnitude(layer: LayerUpdate) -> Tensor:
     """``|w| / sum of |w| over the row``: a weight's share of its output, for blocks of Frobenius norms.
 
-    Batch norm after a layer makes the scale of a row arbitrary, and where few weights are left those of a few large
-    rows push out all others: outputs lose their last weight. By this score the only weight of a row stands highest. It
-    is for growth by gradient: random growth revives outputs by itself (docs/methods.md has figures). RIA (Zhang et al.,
-    ICLR 2024) prunes by this share plus that of the column.
+    Batch norm after a layer makes the scale of a row arbitrary. If few weights are left, those of a few large rows
+    displace all others, and outputs lose their last weight. By this score the only weight of a row ranks highest. Use
+    it with growth by gradient: random growth revives outputs by itself (docs/methods.md has figures). RIA (Zhang et
+    al., ICLR 2024) prunes by this share plus that of the column.
     """
     norms = magnitude(layer)
     lengths = row_counts(layer.pattern).to(torch.int64)
@@ -183,10 +183,10 @@ class Method:
 
     Args:
         drop: score of a layer's active blocks, ``[num_blocks]``; the lowest leave.
-        grow: what comes instead; None for nothing.
+        grow: chooses what grows instead; None for nothing.
         scope: "layer" drops the same share of each layer. "global" compares the scores of all layers (of one block
-            size); every layer keeps at least its best block, and grows in itself what it lost. With gradual pruning,
-            what goes for good is found globally, and replacement is by layer (as in GraNet).
+            size); every layer keeps at least its best block, and regrows as many as it lost. With gradual pruning,
+            blocks are pruned globally and replaced by layer (as in GraNet).
         regrow_dropped: whether a just-dropped block may be grown again; it then stays as it is, optimiser state
             included.
         reset_regrown: whether such a block starts at zero instead, as others that are grown.

@@ -12,11 +12,11 @@ from uasparse_kernels.unknowns.head import head_of
 
 
 class FeatureNetwork(nn.Module):
-    """`model` with its penultimate features within reach, for pytorch-ood's detectors and OpenOOD's evaluators.
+    """`model` with access to its penultimate features, for pytorch-ood's detectors and OpenOOD's evaluators.
 
     `network(x)` gives class logits [N, K]; `network(x, return_feature=True)` these and the features [N, D], which are
-    the input of the last linear layer; `network.features(x)` the features alone. `get_fc()` and `get_fc_layer()` are
-    OpenOOD's way to the head.
+    the input of the last linear layer; `network.features(x)` the features alone. OpenOOD gets the head
+    by `get_fc()` and `get_fc_layer()`.
 
     Args:
         model: dense or sparse; it is not copied.

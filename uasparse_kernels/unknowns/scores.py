@@ -42,9 +42,9 @@ class Outputs:
 
 @dataclass
 class Judge:
-    """A network with all that scoring needs: its images' normalisation and outputs on training images to fit on.
+    """A network with what scoring needs: its normalisation of images, and outputs on training images to fit on.
 
-    `normalise` is called on images [N, C, H, W] and gives the network's input (`lambda x: x` where they are that). If
+    `normalise` is called on images [N, C, H, W] and gives the network's input (`lambda x: x` if they already are). If
     it divides channels, its attribute `std` says by what: ODIN takes its step in pixels.
     """
 
@@ -73,7 +73,7 @@ class Judge:
         return cls(model.eval(), normalise, num_classes, fit, labels[order], device)
 
     def scorer(self, name: str) -> Callable[[Any], Tensor]:
-        """A score by its name: fitted once, and of outputs that it just had (combined scores ask again) remembered."""
+        """The score of this name: fitted once; results on the last outputs are remembered, for combined scores."""
         if name not in self.scorers:
             score = SCORES[name].make(self)
             self.scorers[name] = lru_cache(maxsize=2)(score) if SCORES[name].takes == "outputs" else score

@@ -36,15 +36,15 @@ class Vote:
         self.averaged = AveragedModel(model)
 
     def update(self, model: nn.Module) -> None:
-        """Takes the present weights into the average (equal weights)."""
+        """Adds the current weights to the average; all count equally."""
         self._check_frozen()
         self.averaged.update_parameters(model)
 
     @torch.no_grad()
     def result(self, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
-        """Returns the averaged network, its batch-norm statistics estimated afresh by one pass over `batches`.
+        """Returns the averaged network, its batch-norm statistics estimated again in one pass over `batches`.
 
-        The batches have to be such as in training, synthetic unknowns included: another mixture has other statistics.
+        The batches must be like those of training, synthetic unknowns included: another mixture has other statistics.
         """
         if int(self.averaged.n_averaged) == 0:
             raise UnknownsError("Expected at least one update before the result of a vote, got none.")
