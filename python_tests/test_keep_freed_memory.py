@@ -10,7 +10,7 @@ import resource, torch, uasparse_kernels as ua
 {call}
 def faults():
     start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(7 * 2**20) for _ in range(3)]  # 28 MiB each
+    tensors = [torch.ones(mib * 2**18) for mib in (28, 28, 100)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
 print(*[faults() for _ in range(6)])
 """

@@ -47,15 +47,22 @@ def test_a_narrow_batch_has_a_crossover_of_its_own(cache):
 @needs_compiled
 def test_convolutions_of_one_tap_have_a_crossover_of_their_own(cache):
     table = json.loads(json.dumps(_cpu.DEFAULT))
-    table["masked_conv2d"]["float32"]["1x1"] = {"narrow tap": 0.8, "one tap": 0.6, "taps": 0.4}
+    table["masked_conv2d"]["float32"]["1x1"] = {"one tap, 256": 0.6, "one tap, 1024": 0.3, "taps": 0.4}
     _crossovers.save(_cpu.processor(), table)
-    for channels, kernel, storage, chosen in (
-        (128, 1, "packed", "cpu"),
-        (129, 1, "dense", "dense"),
-        (128, 3, "dense", "dense"),
+    # By the harmonic mean of the channels: 0.6 at 256, 0.3 at 1024, 0.2 + 102.4 / mean between and beyond.
+    for channels, outputs, kernel, density, kernel_wanted in (
+        (256, 256, 1, 0.59, "cpu"),
+        (256, 256, 1, 0.61, "dense"),
+        (384, 768, 1, 0.39, "cpu"),  # 512: 0.4
+        (384, 768, 1, 0.41, "dense"),
+        (96, 192, 1, 0.99, "cpu"),  # 128: 1
+        (4096, 4096, 1, 0.23, "dense"),
+        (256, 256, 3, 0.39, "cpu"),
+        (256, 256, 3, 0.41, "dense"),
     ):
-        layer = ua.SparseConv2d(channels, 256, kernel, sparsity=0.3)
-        assert layer.storage == storage and ua.explain(layer, torch.randn(2, channels, 6, 6))[0].kernel == chosen
+        layer = ua.SparseConv2d(channels, outputs, kernel, sparsity=1 - density)
+        chosen = ua.explain(layer, torch.randn(2, channels, 3, 3))[0].kernel
+        assert chosen == kernel_wanted and layer.storage == {"cpu": "packed", "dense": "dense"}[chosen]
 
 
 @needs_compiled
@@ -101,7 +108,8 @@ def test_a_bad_file_warns_and_the_defaults_serve(cache, content):
 @needs_compiled
 def test_tune_measures_every_cell(cache, monkeypatch):
     """Which density each cell is asked at, and what is made of the answers; the timing itself is not tested."""
-    truth, asked = {"1": 0.3, "2-16": 1.0, ">16": 0.55, "narrow tap": 1.0, "one tap": 0.9, "taps": 0.45}, set()
+    truth = {"1": 0.3, "2-16": 1.0, ">16": 0.55, "one tap, 256": 1.0, "one tap, 1024": 0.9, "taps": 0.45}
+    asked = set()
 
     def faster(op, dtype, structure, width, density):
         asked.add((op, dtype, structure, width))
@@ -118,7 +126,7 @@ def test_tune_measures_every_cell(cache, monkeypatch):
 
 @needs_compiled
 @pytest.mark.parametrize(
-    ("op", "width"), [("masked_linear", ">16"), ("masked_conv2d", "narrow tap"), ("masked_conv2d", "taps")]
+    ("op", "width"), [("masked_linear", ">16"), ("masked_conv2d", "one tap, 256"), ("masked_conv2d", "taps")]
 )
 def test_tune_times_both_kernels(op, width):
     heard = []

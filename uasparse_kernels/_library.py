@@ -73,12 +73,12 @@ def keep_freed_memory() -> bool:
 
     glibc returns large blocks to the system. So every training step asks for its activations again and pays for each
     page that it touches: a good part of the time of a sparse ResNet-18's step. After this call the process stays as
-    large as it was at its largest, except that blocks over 32 MiB are still returned. Call it before training. It
-    returns False with other C libraries.
+    large as it was at its largest. Call it before training. It returns False with other C libraries.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_MMAP_THRESHOLD, at the most that glibc takes, and M_TRIM_THRESHOLD: never.
-    return mallopt is not None and bool(mallopt(-3, 32 * 2**20)) and bool(mallopt(-1, -1))
+    # M_MMAP_MAX: no block comes from the system by itself, to go back when it is freed, as those over 32 MiB else do.
+    # M_TRIM_THRESHOLD: never.
+    return mallopt is not None and bool(mallopt(-4, 0)) and bool(mallopt(-1, -1))
 
 
 def register_fake(op: str):

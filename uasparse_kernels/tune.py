@@ -16,7 +16,7 @@ from uasparse_kernels.pattern import SparsityPattern
 # What a cell is measured on: vectors of a linear layer of _SIZE x _SIZE; channels in and out, taps a side and the
 # image's side of a conv.
 _VECTORS = {"1": 1, "2-16": 8, ">16": 256}
-_CONVS = {"narrow tap": (64, 256, 1, 56), "one tap": (256, 512, 1, 14), "taps": (128, 128, 3, 16)}
+_CONVS = {"one tap, 256": (256, 256, 1, 28), "one tap, 1024": (1024, 1024, 1, 7), "taps": (128, 128, 3, 16)}
 _SIZE = 1024
 _STEPS = 5
 
@@ -35,9 +35,8 @@ def tune(device: torch.device | str = "cpu", *, verbose: bool = True) -> _crosso
     Returns:
         For the CPU, ``table[op][dtype][structure][vectors]``; for a CUDA device, ``table[op][arithmetic][block]``.
         Densities are in (0, 1]; 1 means that the sparse kernel is faster at all of them. ``structure`` is "1x1" or
-        "blocks"; ``vectors`` is the number of vectors that the weight is multiplied with (for a convolution "taps",
-        "one tap", or "narrow tap" where input or output channels are at most 128); ``arithmetic`` is "half", "tf32" or
-        "fp32".
+        "blocks"; ``vectors`` is the number of vectors that the weight is multiplied with (for a convolution "taps", or
+        "one tap" and the channels, between which others lie); ``arithmetic`` is "half", "tf32" or "fp32".
 
     Raises:
         RuntimeError: if the package was built without compiled kernels.

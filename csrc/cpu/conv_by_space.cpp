@@ -108,6 +108,14 @@ struct Planes {
     destination_plane = rows * pitch;
   }
 
+  // Whether the copies are of a row, and of its neighbours on the left and on the right.
+  bool copies_neighbours(int64_t lanes) const {
+    if (!copies || x.shift.size() != 3 || x.source.extent != pitch || pitch % lanes != 0) return false;
+    for (int64_t k = 0; k < 3; ++k)
+      if (x.shift[k] + x.source.origin != k - 1) return false;
+    return true;
+  }
+
   // Of sums.
   int64_t column_shift(size_t k) const { return copies || gap > 0 ? 0 : x.shift[k] - columns.begin; }
   // The segment of entries that need no shift.
@@ -135,7 +143,9 @@ struct Planes {
   }
 
   int64_t source_block(double nonzeros_a_channel, int64_t channels) const {
-    return channels_a_block(sizeof(T) * source_planes() * (rows + y.reach) * source_row, nonzeros_a_channel, channels);
+    const int64_t bytes = sizeof(T) * source_planes() * (rows + y.reach) * source_row;
+    // Copies are three times as large, and dot products are not loaded and stored.
+    return channels_a_block(bytes, nonzeros_a_channel, channels, copies ? 12 : 20);
   }
 };
 
@@ -165,13 +175,21 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
   if (images < p.images) std::fill_n(to, p.source_channels * p.source_channel, T(0));
   const Axis &y = p.y.source, &x = p.x.source;
   const Run run = run_of(y, begin, end);
-  for (int64_t k = 0; k < p.source_planes(); ++k) {
-    T* const plane = to + k * p.source_plane;
+  for (int64_t k = 0; k < p.source_planes(); ++k)
     for (int64_t c = 0; c < p.source_channels; ++c) {
-      T* const channel = plane + c * p.source_channel;
+      T* const channel = to + k * p.source_plane + c * p.source_channel;
       std::fill(channel, channel + (run.begin - begin) * p.source_row, T(0));
       std::fill(channel + (run.end - begin) * p.source_row, channel + (end - begin) * p.source_row, T(0));
     }
+  if (p.copies_neighbours(kernels.lanes)) {
+    kernels.copy_neighbours({p.source_channels, run.end - run.begin, p.pitch,
+                             t.const_data_ptr<T>() + image * t.stride(0) + (run.begin + y.origin) * t.stride(2),
+                             t.stride(1), t.stride(2), to + (run.begin - begin) * p.source_row, p.source_channel,
+                             p.source_row, p.source_plane});
+    return;
+  }
+  for (int64_t k = 0; k < p.source_planes(); ++k) {
+    T* const plane = to + k * p.source_plane;
     const Run columns = p.copies ? run_of(x, p.x.shift[k], p.x.shift[k] + p.pitch) : p.columns;
     const int64_t column = p.copies ? columns.begin - p.x.shift[k] : p.gap > 0 ? p.gap + columns.begin + x.origin : 0;
     ConvPlanes<T> planes{p.source_channels, images, run.end - run.begin, columns.end - columns.begin,

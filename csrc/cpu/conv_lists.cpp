@@ -1,6 +1,7 @@
 #include "cpu/conv_lists.h"
 
 #include <ATen/Parallel.h>
+#include <unistd.h>
 
 #include <algorithm>
 
@@ -51,11 +52,20 @@ int64_t rows_a_task(const ConvWeight& w) { return std::max<int64_t>(1, kGrain * 
 
 }  // namespace
 
-int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels) {
-  constexpr int64_t kL1Bytes = 32 << 10;
-  constexpr double kNonzeros = 20;
-  const int64_t fits = std::max<int64_t>(1, kL1Bytes / channel_bytes);
-  const double wanted = nonzeros_a_channel > 0 ? kNonzeros / nonzeros_a_channel : 1e9;
+// Of the first-level cache, for sources: all of a small one; of a larger one all but what results and entries take.
+static int64_t l1_bytes() {
+  constexpr int64_t kSmall = 32 << 10, kRest = 4 << 10;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t bytes = std::max<int64_t>(kSmall, sysconf(_SC_LEVEL1_DCACHE_SIZE) - kRest);
+  return bytes;
+#else
+  return kSmall;
+#endif
+}
+
+int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels, double least) {
+  const int64_t fits = std::max<int64_t>(1, l1_bytes() / channel_bytes);
+  const double wanted = nonzeros_a_channel > 0 ? least / nonzeros_a_channel : 1e9;
   const int64_t block = wanted > double(channels) ? channels : std::max(fits, int64_t(wanted) + 1);
   // Blocks of one size.
   const int64_t blocks = std::max<int64_t>(1, blocks_of(channels, block));

@@ -36,9 +36,9 @@ struct ConvTaps {
   int64_t segments = 1;
 };
 
-// Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about twenty
+// Source channels a block for tiles that read `channel_bytes` a channel: what fits L1, but enough for about `least`
 // nonzeros a destination channel, as a tile is loaded and stored once a block.
-int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels);
+int64_t channels_a_block(int64_t channel_bytes, double nonzeros_a_channel, int64_t channels, double least = 20);
 
 inline int64_t blocks_of(int64_t channels, int64_t channels_a_block) {
   return (channels + channels_a_block - 1) / channels_a_block;

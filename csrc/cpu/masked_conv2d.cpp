@@ -88,6 +88,13 @@ void dispatch(at::ScalarType type, Run run) {
   }
 }
 
+// A map to be written.
+at::Tensor empty_map(at::IntArrayRef sizes, const at::Tensor& like) {
+  const at::Tensor map = at::empty(sizes, like.options(), like.suggest_memory_format());
+  prefer_huge_pages(map.mutable_data_ptr(), map.nbytes());
+  return map;
+}
+
 at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                          const at::Tensor& crow, const at::Tensor& col, const at::Tensor& ccol,
                          const at::Tensor& row, const at::Tensor& perm, at::IntArrayRef shape, at::IntArrayRef block, at::IntArrayRef stride,
@@ -101,8 +108,7 @@ at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
                       bias->sizes(), ".");
     bias_values = bias->contiguous();
   }
-  const at::Tensor output = at::empty({g.batch, g.out, g.out_height, g.out_width}, input.options(),
-                                      input.suggest_memory_format());
+  const at::Tensor output = empty_map({g.batch, g.out, g.out_height, g.out_width}, input);
   if (output.numel() == 0) return output;
   const ConvWeight w = weight_of(values, crow, col, shape, block, groups);
   dispatch(input.scalar_type(), [&]<typename T, typename S>() {
@@ -135,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
   const auto plain = input.options().memory_format(at::MemoryFormat::Contiguous);
   // Dense storage: inactive entries keep zero.
   ConvGradients gradients;
-  if (output_mask[0]) gradients.input = at::empty(input.sizes(), input.options(), input.suggest_memory_format());
+  if (output_mask[0]) gradients.input = empty_map(input.sizes(), input);
   if (output_mask[1]) gradients.weight = w.packed ? at::empty(weight.sizes(), plain) : at::zeros(weight.sizes(), plain);
   if (output_mask[2]) gradients.bias = at::empty({g.out}, plain);
   const auto or_empty = [&](const at::Tensor& t) { return t.defined() ? t : at::empty({0}, plain); };

@@ -154,6 +154,16 @@ struct ConvPlanes {
   int64_t to_channel, to_image, to_row;
 };
 
+// Copies rows of whole vectors three times, `plane` apart: shifted to the right by a number, as they are, to the left.
+template <typename T>
+struct ConvNeighbours {
+  int64_t channels, rows, width;
+  const T* from;
+  int64_t from_channel, from_row;
+  T* to;
+  int64_t to_channel, to_row, plane;
+};
+
 constexpr int kMaxLanes = 16;
 constexpr int kConvGroup = 8;  // dot products that sddmm takes together
 
@@ -170,6 +180,7 @@ struct ConvKernels {
   void (*quad_sddmm)(const ConvQuadSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
   void (*copy_planes)(const ConvPlanes<T>&);
+  void (*copy_neighbours)(const ConvNeighbours<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

@@ -15,6 +15,8 @@
 namespace uasparse {
 namespace {
 
+constexpr size_t kHugePage = size_t{2} << 20;
+
 struct Buffer {
   void* data;
   size_t capacity;
@@ -67,13 +69,12 @@ Workspace::Workspace(size_t bytes) {
     }
   }
   // Huge pages where they are worth it: the kernels' accesses are spread over the whole buffer.
-  constexpr size_t huge = size_t{2} << 20;
-  const size_t alignment = bytes >= huge ? huge : 4096;
+  const size_t alignment = bytes >= kHugePage ? kHugePage : 4096;
   capacity_ = (bytes + alignment - 1) / alignment * alignment;
   data_ = std::aligned_alloc(alignment, capacity_);
   if (data_ == nullptr) throw std::bad_alloc();
 #ifdef __linux__
-  if (alignment == huge) madvise(data_, capacity_, MADV_HUGEPAGE);
+  if (alignment == kHugePage) madvise(data_, capacity_, MADV_HUGEPAGE);
 #endif
 }
 
@@ -92,6 +93,16 @@ Workspace::~Workspace() {
 }
 
 #endif
+
+void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  constexpr size_t kFromSystem = size_t{32} << 20;
+  if (bytes < kFromSystem) return;
+  // The whole pages inside.
+  const auto address = reinterpret_cast<uintptr_t>(data), first = (address + kHugePage - 1) / kHugePage * kHugePage;
+  madvise(reinterpret_cast<void*>(first), (address + bytes - first) / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
+}
 
 size_t free_workspaces() {
   Pool& p = pool();

@@ -29,6 +29,10 @@ class Workspace {
   size_t capacity_ = 0;
 };
 
+// Of memory that is about to be written, whole: has it huge pages where the C library took it from the system for this
+// block alone, as it does from 32 MiB on. Small pages, asked for one by one, would cost more than the kernel.
+void prefer_huge_pages(void* data, size_t bytes);
+
 // Returns the bytes given back.
 size_t free_workspaces();
 

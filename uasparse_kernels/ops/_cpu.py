@@ -16,10 +16,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 # The density up to which the sparse kernel is faster than unpacking, the vendor's dense kernel and packing gradients:
 # by op, dtype, structure and, of a linear layer, how many vectors the weight meets (forward alone up to 16, else a
-# training step), of a convolution, whether it has one tap: with few channels memory bounds dense and sparse alike.
+# training step), of a convolution, whether it has one tap, and then its channels (see _of_one_tap).
 # Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2);
-# on a Zen 5 (AVX-512) float32 linear layers of training, beside oneDNN, and convolutions of one tap by steps of a
-# ResNet-50's layers (docs/cpu-kernels.md).
+# on a Zen 5 float32 linear layers of training beside oneDNN (AVX-512), and float32 convolutions of one tap by steps of
+# 17 layers at batch 8 and 32, with either instruction set (docs/cpu-kernels.md).
 _AVX512: _crossovers.Table = {
     "masked_linear": {
         "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.45}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.6}},
@@ -27,12 +27,12 @@ _AVX512: _crossovers.Table = {
     },
     "masked_conv2d": {
         "float32": {
-            "1x1": {"narrow tap": 1.0, "one tap": 0.5, "taps": 0.7},
-            "blocks": {"narrow tap": 1.0, "one tap": 0.6, "taps": 0.61},
+            "1x1": {"one tap, 256": 0.75, "one tap, 1024": 0.5, "taps": 0.7},
+            "blocks": {"one tap, 256": 0.8, "one tap, 1024": 0.6, "taps": 0.61},
         },
         "bfloat16": {
-            "1x1": {"narrow tap": 0.33, "one tap": 0.33, "taps": 0.33},
-            "blocks": {"narrow tap": 0.3, "one tap": 0.3, "taps": 0.3},
+            "1x1": {"one tap, 256": 0.33, "one tap, 1024": 0.33, "taps": 0.33},
+            "blocks": {"one tap, 256": 0.3, "one tap, 1024": 0.3, "taps": 0.3},
         },
     },
 }
@@ -43,12 +43,12 @@ _AVX2: _crossovers.Table = {
     },
     "masked_conv2d": {
         "float32": {
-            "1x1": {"narrow tap": 0.64, "one tap": 0.64, "taps": 0.64},
-            "blocks": {"narrow tap": 0.61, "one tap": 0.61, "taps": 0.61},
+            "1x1": {"one tap, 256": 0.75, "one tap, 1024": 0.6, "taps": 0.64},
+            "blocks": {"one tap, 256": 0.75, "one tap, 1024": 0.6, "taps": 0.61},
         },
         "bfloat16": {
-            "1x1": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
-            "blocks": {"narrow tap": 1.0, "one tap": 1.0, "taps": 1.0},
+            "1x1": {"one tap, 256": 1.0, "one tap, 1024": 1.0, "taps": 1.0},
+            "blocks": {"one tap, 256": 1.0, "one tap, 1024": 1.0, "taps": 1.0},
         },
     },
 }
@@ -85,27 +85,46 @@ def _by_crossover(density: float, limit: float, source: str) -> Choice:
 _by_known_crossover = functools.lru_cache(_by_crossover)  # formatting would cost more than all the rest
 
 
-def wide(shape: tuple[int, ...]) -> str:
-    """What the crossover of a training step depends on beside the structure, of a weight of this shape."""
+def wide(shape: tuple[int, ...]) -> str | float:
+    """What the crossover of a training step depends on beside the structure, of a weight of this shape: the cell of the
+    table or, of a convolution of one tap, the harmonic mean of its channels."""
     if len(shape) == 2:
         return ">16"
     if set(shape[2:]) != {1}:
         return "taps"
-    return "one tap" if min(shape[:2]) > 128 else "narrow tap"
+    return 2 * shape[0] * shape[1] / max(1, shape[0] + shape[1])
 
 
 @_library.constant_when_compiled
-def crossover(op: str, dtype: torch.dtype, structure: str, width: str) -> tuple[float, str]:
+def crossover(op: str, dtype: torch.dtype, structure: str, width: str | float) -> tuple[float, str]:
     """The density up to which the sparse kernel is faster, and where that is known from."""
     return _crossover(op, "bfloat16" if dtype == torch.bfloat16 else "float32", structure, width)
 
 
 @functools.lru_cache
-def _crossover(op: str, dtype: str, structure: str, width: str) -> tuple[float, str]:
+def _crossover(op: str, dtype: str, structure: str, width: str | float) -> tuple[float, str]:
     found = _crossovers.load(processor(), DEFAULT)
-    if found is not None:
-        return found[op][dtype][structure][width], "measured on this machine"
-    return DEFAULT[op][dtype][structure][width], "default; uasparse_kernels.tune() measures this machine's"
+    cells = (DEFAULT if found is None else found)[op][dtype][structure]
+    source = "measured on this machine" if found is not None else _DEFAULT_SOURCE
+    return cells[width] if isinstance(width, str) else _of_one_tap(cells, width), source
+
+
+_DEFAULT_SOURCE = "default; uasparse_kernels.tune() measures this machine's"
+
+
+def _of_one_tap(cells: _crossovers.Table, channels: float) -> float:
+    """The crossover of a convolution of one tap, from those of two that are measured.
+
+    A position of ``in`` and ``out`` channels costs work of ``in * out`` and memory of ``in + out``, which the sparse
+    kernel moves less often than the dense one. Where both take equally long, the density is so
+    ``a + b * (1 / in + 1 / out)``; the number of positions, and so the batch, does not count.
+    """
+    if channels <= 0:
+        return 1.0
+    few, many = 256, 1024
+    share = (1 / channels - 1 / many) / (1 / few - 1 / many)
+    low, high = (cells[f"one tap, {n}"] for n in (many, few))
+    return min(1.0, max(0.0, low + share * (high - low)))
 
 
 _crossovers.on_change(_crossover.cache_clear)
