@@ -347,6 +347,41 @@ void rows(const ServeRows<T>& p, int64_t row, int64_t end) {
   }
 }
 
+// The larger of two; NaN stays NaN, as in torch.
+template <typename T>
+UASPARSE_INLINE T larger(T best, T value) {
+  return (value > best) | (value != value) ? value : best;
+}
+
+// to[w] = largest of row[w * S + x] for x below `kernel`.
+template <typename T, int S>
+UASPARSE_INLINE void largest_across(const T* row, T* to, int64_t count, int64_t kernel) {
+  for (int64_t w = 0; w < count; ++w) to[w] = row[w * S];
+  for (int64_t x = 1; x < kernel; ++x)
+    for (int64_t w = 0; w < count; ++w) to[w] = larger(to[w], row[w * S + x]);
+}
+
+// A row of outputs of which every window is inside: first down the columns, which lie side by side, then across.
+template <typename T>
+void max_pool_row(const ServePool<T>& p, const T* start, int64_t height, T* to, int64_t count) {
+  constexpr int64_t kRow = 1024;
+  T row[kRow];
+  const int64_t most = (kRow - p.kernel_w) / p.stride_w + 1;
+  for (int64_t w = 0; w < count; w += most) {
+    const int64_t some = count - w < most ? count - w : most, span = (some - 1) * p.stride_w + p.kernel_w;
+    const T* from = start + w * p.stride_w;
+    for (int64_t i = 0; i < span; ++i) row[i] = from[i];
+    for (int64_t y = 1; y < height; ++y) {
+      from += p.pitch;
+      for (int64_t i = 0; i < span; ++i) row[i] = larger(row[i], from[i]);
+    }
+    if (p.stride_w == 1) largest_across<T, 1>(row, to + w, some, p.kernel_w);
+    else if (p.stride_w == 2) largest_across<T, 2>(row, to + w, some, p.kernel_w);
+    else
+      for (int64_t i = 0; i < some; ++i) largest_across<T, 1>(row + i * p.stride_w, to + w + i, 1, p.kernel_w);
+  }
+}
+
 template <typename T>
 void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
   for (int64_t c = channel; c < end; ++c) {
@@ -363,7 +398,7 @@ void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
         // Outputs whose window is all inside take the short way.
         int64_t inner = p.pad_w == 0 ? 0 : (p.pad_w + p.stride_w - 1) / p.stride_w;
         int64_t outer = (p.width - p.kernel_w + p.pad_w) / p.stride_w + 1;
-        if (p.width + p.pad_w < p.kernel_w) outer = 0;
+        if (p.width + p.pad_w < p.kernel_w || p.kernel_w > 512) outer = 0;
         if (outer > p.out_width) outer = p.out_width;
         if (inner > outer) inner = outer;
         auto edge = [&](int64_t w) {
@@ -376,7 +411,7 @@ void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
             for (int64_t x = left; x < right; ++x) {
               const T value = in[y * p.pitch + x];
               if (p.average) best += value;
-              else if (!(value <= best)) best = value;
+              else best = larger(best, value);
             }
           if (p.average) best /= p.count_padding ? padded_h * padded_w : (bottom - top) * (right - left);
           to[w] = best;
@@ -392,23 +427,8 @@ void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
               for (int64_t x = 0; x < p.kernel_w; ++x) total += start[y * p.pitch + w * p.stride_w + x];
             to[w] = total * scale;
           }
-        } else if (p.stride_w == 2) {
-          for (int64_t w = inner; w < outer; ++w) to[w] = start[2 * w];
-          for (int64_t y = 0; y < bottom - top; ++y)
-            for (int64_t x = 0; x < p.kernel_w; ++x) {
-              const T* from = start + y * p.pitch + x;
-              for (int64_t w = inner; w < outer; ++w) to[w] = from[2 * w] <= to[w] ? to[w] : from[2 * w];
-            }
         } else {
-          for (int64_t w = inner; w < outer; ++w) to[w] = start[w * p.stride_w];
-          for (int64_t y = 0; y < bottom - top; ++y)
-            for (int64_t x = 0; x < p.kernel_w; ++x) {
-              const T* from = start + y * p.pitch + x;
-              for (int64_t w = inner; w < outer; ++w) {
-                const T value = from[w * p.stride_w];
-                to[w] = value <= to[w] ? to[w] : value;
-              }
-            }
+          max_pool_row(p, start + inner * p.stride_w, bottom - top, to + inner, outer - inner);
         }
       }
   }
