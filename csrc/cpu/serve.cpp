@@ -13,7 +13,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "cpu/isa.h"
 #include "cpu/serve_checks.h"
@@ -49,10 +48,10 @@ enum Step : int64_t { kLoad, kConv, kRows, kPool, kAffine, kStore, kNorm, kAtten
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Work that is worth a thread: numbers that are moved, and multiply-adds.
-static const int64_t kMoved = getenv("U_MOVED") ? atol(getenv("U_MOVED")) : 16384, kMultiplied = getenv("U_MULT") ? atol(getenv("U_MULT")) : 65536;
+constexpr int64_t kMoved = 16384, kMultiplied = 65536;
 // Bytes of a plane that threads do not share among them, but take whole: what one of them writes, the other would fetch
 // with its own part.
-static const int64_t kShort = getenv("U_SHORT") ? atol(getenv("U_SHORT")) : 2048;
+constexpr int64_t kShort = 1024;
 
 template <typename T>
 class Plan {
@@ -88,6 +87,7 @@ class Plan {
       Team::Member member(team, number);
       mine.member_ = &member;
       while (mine.next_ < mine.stop_ && !team.failed()) mine.run_step();
+      member.leave();
     });
   }
 

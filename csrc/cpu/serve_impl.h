@@ -353,32 +353,47 @@ UASPARSE_INLINE T larger(T best, T value) {
   return (value > best) | (value != value) ? value : best;
 }
 
-// to[w] = largest of row[w * S + x] for x below `kernel`.
-template <typename T, int S>
-UASPARSE_INLINE void largest_across(const T* row, T* to, int64_t count, int64_t kernel) {
-  for (int64_t w = 0; w < count; ++w) to[w] = row[w * S];
-  for (int64_t x = 1; x < kernel; ++x)
-    for (int64_t w = 0; w < count; ++w) to[w] = larger(to[w], row[w * S + x]);
+template <typename T>
+UASPARSE_INLINE Vec<T> larger_of(Vec<T> best, Vec<T> value) {
+  return (value > best) | (value != value) ? value : best;
 }
 
-// A row of outputs of which every window is inside: first down the columns, which lie side by side, then across.
+// `count` outputs side by side of which every window is inside, `start` the first one's: the largest down the columns,
+// which lie side by side, then across.
 template <typename T>
 void max_pool_row(const ServePool<T>& p, const T* start, int64_t height, T* to, int64_t count) {
+  constexpr int L = kLanes<T>;
   constexpr int64_t kRow = 1024;
-  T row[kRow];
+  T down[kRow + L], across[kRow + L];
   const int64_t most = (kRow - p.kernel_w) / p.stride_w + 1;
   for (int64_t w = 0; w < count; w += most) {
     const int64_t some = count - w < most ? count - w : most, span = (some - 1) * p.stride_w + p.kernel_w;
-    const T* from = start + w * p.stride_w;
-    for (int64_t i = 0; i < span; ++i) row[i] = from[i];
-    for (int64_t y = 1; y < height; ++y) {
-      from += p.pitch;
-      for (int64_t i = 0; i < span; ++i) row[i] = larger(row[i], from[i]);
+    const T* const from = start + w * p.stride_w;
+    const auto vector = [&](int64_t i) UASPARSE_LAMBDA {
+      Vec<T> best = load(from + i);
+      for (int64_t y = 1; y < height; ++y) best = larger_of<T>(best, load(from + y * p.pitch + i));
+      store<T>(down + i, best);
+    };
+    for (int64_t i = 0; i + L <= span; i += L) vector(i);
+    if (span >= L) vector(span - L);
+    for (int64_t i = 0; span < L && i < span; ++i) {
+      T best = from[i];
+      for (int64_t y = 1; y < height; ++y) best = larger(best, from[y * p.pitch + i]);
+      down[i] = best;
     }
-    if (p.stride_w == 1) largest_across<T, 1>(row, to + w, some, p.kernel_w);
-    else if (p.stride_w == 2) largest_across<T, 2>(row, to + w, some, p.kernel_w);
-    else
-      for (int64_t i = 0; i < some; ++i) largest_across<T, 1>(row + i * p.stride_w, to + w + i, 1, p.kernel_w);
+    store<T>(down + span, Vec<T>{});
+    for (int64_t i = 0; i + p.kernel_w <= span; i += L) {
+      Vec<T> best = load(down + i);
+      for (int64_t x = 1; x < p.kernel_w; ++x) best = larger_of<T>(best, load(down + i + x));
+      store<T>(across + i, best);
+    }
+    if (p.stride_w == 1) {
+      for (int64_t i = 0; i < some; ++i) to[w + i] = across[i];
+    } else if (p.stride_w == 2) {
+      for (int64_t i = 0; i < some; ++i) to[w + i] = across[2 * i];
+    } else {
+      for (int64_t i = 0; i < some; ++i) to[w + i] = across[i * p.stride_w];
+    }
   }
 }
 
