@@ -39,7 +39,12 @@ _CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, rounds: int = 11, rest: float = 0.0
+    variants: Mapping[str, Callable[[], Any]],
+    *,
+    seconds: float = 1.0,
+    rounds: int = 11,
+    rest: float = 0.0,
+    warm: float = 0.0,
 ) -> dict[str, float]:
     """Median seconds of a call of each variant, all called in turn so that the machine's moods meet them alike. Before
     each timed call goes one that is not, for the other variants have filled the caches.
@@ -49,6 +54,9 @@ def interleave(
         rounds: calls of each at least.
         rest: seconds to wait before each variant. Threads that wait for work spin for some milliseconds, and would take
             the next variant's core if it has threads of its own.
+        warm: seconds of calls that are not timed before each timed one, where one is not enough: a call of a tenth of a
+            millisecond after other work finds threads asleep, and caches and the prediction of branches as that left
+            them.
     """
     slowest = 0.0
     for call in variants.values():
@@ -56,13 +64,16 @@ def interleave(
         start = time.perf_counter()
         call()
         slowest = max(slowest, time.perf_counter() - start)
-    rounds = max(rounds, min(1000, int(seconds / max(2 * slowest, 1e-6))))
+    rounds = max(rounds, min(1000, int(seconds / max(2 * slowest, warm, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
             if rest:
                 time.sleep(rest)
             call()
+            until = time.perf_counter() + warm
+            while time.perf_counter() < until:
+                call()
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)

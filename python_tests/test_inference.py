@@ -144,6 +144,20 @@ def test_pooling(kind, kernel, stride, padding):
     assert not [step for step in optimized.explain(x) if step.kernel == "torch"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kernel, stride, padding, width", [
+    (2, 2, 0, 70), (3, 2, 1, 5), (3, 2, 1, 112), (3, 1, 1, 17), (5, 3, 2, 41), (2, 1, 0, 2500), (600, 7, 290, 610),
+])  # fmt: skip
+def test_max_pooling_of_every_width_keeps_nan(kernel, stride, padding, width, dtype):
+    x = torch.randn(2, 3, max(9, kernel) if kernel < 600 else 601, width, dtype=dtype)
+    x[torch.rand_like(x) < 0.02] = float("nan")
+    same = nn.Sequential(nn.Conv2d(3, 3, 1, groups=3, bias=False), nn.MaxPool2d(kernel, stride, padding)).eval()
+    nn.init.ones_(same[0].weight)
+    optimized = ua.optimize_for_inference(same.to(dtype), x)
+    torch.testing.assert_close(optimized(x), same[1](x), rtol=0, atol=0, equal_nan=True)
+    assert not [step for step in optimized.explain(x) if step.kernel == "torch"]
+
+
 def test_all_activations_over_their_range():
     x = torch.linspace(-30, 30, 4001).view(1, 1, 1, -1)
     for act, extra in [*ACTIVATIONS, ("aten.gelu.default", ())]:

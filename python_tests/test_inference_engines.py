@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pages
@@ -142,15 +143,29 @@ def test_the_serving_page_and_its_program_without_python(tmp_path, monkeypatch, 
     got = torch.frombuffer(bytearray(Path("logits.f32").read_bytes()), dtype=torch.float32)
     torch.testing.assert_close(got, namespace["optimized"](namespace["images"][:1])[0], rtol=1e-5, atol=1e-6)
 
+    with zipfile.ZipFile("net.pt2") as whole, zipfile.ZipFile("other.pt2", "w") as other:
+        about = [item for item in whole.infolist() if b'"uasparse_isa"' in whole.read(item)]
+        for item in whole.infolist():
+            data = whole.read(item)
+            other.writestr(item, data.replace(_library.compiled.cpu_isa().encode(), b"vax") if item in about else data)
+    assert about
+
     x = torch.zeros(2, 3, 224, 224)
     for library, package, message in [
         (ops, "net.pt2", "expected: 1, but got: 2"),
         ("/nowhere.so", "net.pt2", "cannot open"),
         (ops, "net.onnx", "zip"),
+        (ops, "other.pt2", "expected a package for this machine, got one for vax"),
     ]:
         command = ["examples/serve_cpp/serve", library, package, *map(str, x.shape)]
         done = subprocess.run(command, input=x.numpy().tobytes(), capture_output=True, env=environment, timeout=60)
         assert done.returncode == 1 and message in done.stderr.decode()
+    # As on a machine that lacks the kernels' instructions: forced, as no other is at hand.
+    command = ["examples/serve_cpp/serve", ops, "net.pt2", *map(str, x[:1].shape)]
+    done = subprocess.run(command, input=x[:1].numpy().tobytes(), capture_output=True, timeout=60,
+                          env=environment | {"UASPARSE_CPU_ISA": "portable"})  # fmt: skip
+    refused = b"a package for a machine of portable instructions" in done.stderr
+    assert refused == (_library.compiled.cpu_isa() != "portable") == (done.returncode == 1)
 
 
 def test_a_package_needs_a_compiler(tmp_path, monkeypatch):

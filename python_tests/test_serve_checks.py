@@ -10,7 +10,7 @@ from torch import nn
 import uasparse_kernels as ua
 from uasparse_kernels import _library
 from uasparse_kernels.inference import files
-from uasparse_kernels.inference.builder import AFFINE, CONV, LOAD, POOL, ROWS, STORE
+from uasparse_kernels.inference.builder import AFFINE, CONV, FORMAT, ISAS, LOAD, MADE_FOR, POOL, ROWS, STORE
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
 
@@ -55,6 +55,23 @@ def captured_rows(request):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 7)).to(request.param)
     return call_of(model, torch.randn(3, 20, dtype=request.param))
+
+
+def test_plans_of_files_name_their_version_and_machine(captured_rows):
+    (arena, program, *rest), wanted, _ = copied(captured_rows)
+    isa = ISAS.index(_library.compiled.cpu_isa())
+    made = [(FORMAT, own) for own in range(isa + 1)]
+    wrong = [
+        (FORMAT + 1, isa, "another version"),
+        *((FORMAT, i, "for a machine of") for i in range(isa + 1, len(ISAS))),
+    ]
+    for version, machine, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            torch.ops.uasparse.serve_run(arena, torch.cat([torch.tensor([MADE_FOR, version, machine]), program]), *rest)
+    assert arena.isnan().all()
+    for version, machine in made:
+        torch.ops.uasparse.serve_run(arena, torch.cat([torch.tensor([MADE_FOR, version, machine]), program]), *rest)
+        torch.testing.assert_close(rest[-1][0].view_as(wanted), wanted)
 
 
 def copied(case):

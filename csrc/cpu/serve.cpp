@@ -3,7 +3,8 @@
 // them in. Positions are in numbers: in the arena, in `values` (weights, biases), in `ints` (offsets, masks), or in one of
 // the tensors. A plan is checked before it runs (serve_checks.cpp), once.
 //
-// Every number is computed by one task in a fixed order: results do not depend on the number of threads.
+// Every number is computed by one task in a fixed order: results do not depend on the number of threads. From the first
+// step on that is worth several, the threads run the plan together (team.h).
 
 #include "cpu/serve.h"
 
@@ -15,6 +16,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/serve_checks.h"
+#include "cpu/team.h"
 #include "cpu/workspace.h"
 
 namespace uasparse {
@@ -41,12 +43,15 @@ const ServeKernels<double>& serve_kernels<double>() {
   return portable::serve_double;
 }
 
-enum Step : int64_t { kLoad, kConv, kRows, kPool, kAffine, kStore, kNorm, kAttention, kLookup };
+enum Step : int64_t { kLoad, kConv, kRows, kPool, kAffine, kStore, kNorm, kAttention, kLookup, kMadeFor };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Numbers that are worth a thread.
-constexpr int64_t kGrain = 16384;
+// Work that is worth a thread: numbers that are moved, and multiply-adds.
+constexpr int64_t kMoved = 16384, kMultiplied = 65536;
+// Bytes of a plane that threads do not share among them, but take whole: what one of them writes, the other would fetch
+// with its own part.
+constexpr int64_t kShort = 1024;
 
 template <typename T>
 class Plan {
@@ -60,26 +65,67 @@ class Plan {
         ints_(ints.const_data_ptr<int32_t>()),
         values_(values.const_data_ptr<T>()),
         inputs_(inputs),
-        outputs_(outputs) {}
+        outputs_(outputs),
+        threads_(at::in_parallel_region() ? 1 : at::get_num_threads()) {}
 
   void run() {
     while (next_ < stop_) {
-      switch (take()) {
-        case kLoad: load(); break;
-        case kConv: conv(); break;
-        case kRows: rows(); break;
-        case kPool: pool(); break;
-        case kAffine: affine(); break;
-        case kStore: store(); break;
-        case kNorm: norm(); break;
-        case kAttention: attention(); break;
-        case kLookup: lookup(); break;
-        default: TORCH_CHECK(false, "serve_run: the plan has an unknown step.");
+      const int64_t* const step = next_;
+      run_step();
+      if (wants_team_) {
+        next_ = step;
+        return run_together();
       }
     }
   }
 
  private:
+  void run_together() {
+    Team team(threads_);
+    at::parallel_for(0, threads_, 1, [&](int64_t number, int64_t) {
+      Plan mine = *this;
+      Team::Member member(team, number);
+      mine.member_ = &member;
+      while (mine.next_ < mine.stop_ && !team.failed()) mine.run_step();
+      member.leave();
+    });
+  }
+
+  // Steps read their fields, then hand what they do to spread(): outside of it they write nothing.
+  void run_step() {
+    switch (take()) {
+      case kLoad: return load();
+      case kConv: return conv();
+      case kRows: return rows();
+      case kPool: return pool();
+      case kAffine: return affine();
+      case kStore: return store();
+      case kNorm: return norm();
+      case kAttention: return attention();
+      case kLookup: return lookup();
+      case kMadeFor: take(), take(); return;  // for the checks
+      default: TORCH_CHECK(false, "serve_run: the plan has an unknown step.");
+    }
+  }
+
+  // Runs tasks [0, tasks): run(begin, end) for each thread that `work`, in units that are worth one, is enough for.
+  template <typename Run>
+  void spread(int64_t tasks, int64_t work, const Run& run) {
+    const int64_t parts = std::max<int64_t>(1, std::min({tasks, work, threads_}));
+    if (member_ != nullptr) {
+      member_->step(parts, [&](int64_t i) { run(tasks * i / parts, tasks * (i + 1) / parts); });
+    } else if (parts == 1) {
+      run(0, tasks);
+    } else {
+      wants_team_ = true;
+    }
+  }
+
+  // Clears the gap before a map's first plane: its first task does.
+  static void clear_before(T* y, int64_t gap, int64_t begin) {
+    if (begin == 0) std::fill(y - gap, y, T{});
+  }
+
   int64_t take() {
     TORCH_CHECK(next_ < stop_, "serve_run: the plan ends within a step.");
     return *next_++;
@@ -115,10 +161,9 @@ class Plan {
     p.x = input < 0 ? at(position, 1, 0, reach) : source(input, position + reach) + position;
     p.y = at(y, channels * p.phases, p.plane, p.body + p.gap);
     TORCH_CHECK(y >= p.gap, "serve_run: a map has no room before it.");
-    std::fill(p.y - p.gap, p.y, T{});
-    const int64_t grain = std::max<int64_t>(1, kGrain / (p.phases * p.plane));
     // Channels by 16 for the transposing load.
-    at::parallel_for(0, ceil_div(channels, 16), ceil_div(grain, 16), [&](int64_t begin, int64_t end) {
+    spread(ceil_div(channels, 16), channels * p.phases * p.plane / kMoved, [&](int64_t begin, int64_t end) {
+      clear_before(p.y, p.gap, begin);
       kernels_.load(p, begin * 16, std::min(channels, end * 16));
     });
   }
@@ -141,14 +186,16 @@ class Plan {
     p.y = at(y, p.rows, p.y_plane, p.body + p.gap);
     p.residual = residual < 0 ? nullptr : at(residual, p.rows, p.residual_plane, p.body);
     TORCH_CHECK(y >= p.gap && p.tile > 0 && p.chunk > 0, "serve_run: a convolution's plan is damaged.");
-    std::fill(p.y - p.gap, p.y, T{});
     const int64_t tiles = kernels_.tiles(p);
     const int64_t work = int64_t{p.ptr[p.blocks * (p.rows / p.group + 1) - 1]} * p.body * p.group;
-    const int64_t threads = work < 1 << 17 ? 1 : at::get_num_threads();
-    if (threads == 1) return kernels_.conv(p, 0, tiles, 0, p.rows);
-    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-      int64_t at = share(p, tiles, begin, threads);
-      const int64_t stop = share(p, tiles, end, threads);
+    spread(threads_, work / kMultiplied, [&](int64_t begin, int64_t end) {
+      clear_before(p.y, p.gap, begin);
+      if (begin == 0 && end == threads_) return kernels_.conv(p, 0, tiles, 0, p.rows);
+      const int64_t units = ceil_div(p.rows, row_step(p));
+      if (p.body * static_cast<int64_t>(sizeof(T)) <= kShort && (units % threads_ == 0 || units >= 4 * threads_))
+        return kernels_.conv(p, 0, tiles, share(p, 1, begin, threads_), share(p, 1, end, threads_));
+      int64_t at = share(p, tiles, begin, threads_);
+      const int64_t stop = share(p, tiles, end, threads_);
       while (at < stop) {
         const int64_t tile = at / p.rows, row = at % p.rows, whole = row == 0 ? stop / p.rows : tile;
         if (whole > tile) {
@@ -163,11 +210,14 @@ class Plan {
     });
   }
 
+  // Rows that stay together: blocks have an order of their own.
+  static int64_t row_step(const ServeConv<T>& p) { return p.group > 1 ? p.group : p.blocks > 1 ? kRowWindow : 1; }
+
   // Where the i-th of so many shares begins, as tile * rows + row. Shares have equally many nonzeros, and are whole tiles but
   // for their ends: so a thread's positions are the same from layer to layer and lie in its cache, and the part of a block of
   // input channels that L1 holds serves many rows.
   static int64_t share(const ServeConv<T>& p, int64_t tiles, int64_t i, int64_t shares) {
-    const int64_t step = p.group > 1 ? p.group : p.blocks > 1 ? kRowWindow : 1;  // blocks have an order of their own
+    const int64_t step = row_step(p);
     const auto before = [&](int64_t steps) {  // nonzeros in the rows of so many steps
       const int64_t row = std::min(p.rows, steps * step) / p.group, lists = p.rows / p.group + 1;
       int64_t count = 0;
@@ -206,19 +256,17 @@ class Plan {
     p.residual = residual < 0 ? nullptr : at(residual, p.batch, p.y_stride, rows);
     p.width = p.batch == 1 ? 1 : p.batch <= 4 ? 4 : 8;
     TORCH_CHECK(p.batch <= 8, "serve_run: expected at most 8 rows.");
-    const bool direct = p.batch == 1 && stride_k == 1;
-    const Workspace packed(direct ? 0 : columns * p.width * sizeof(T));
-    if (direct) {
-      p.x = x;
-    } else {
-      T* to = packed.template as<T>();
-      for (int64_t k = 0; k < columns; ++k)
-        for (int64_t m = 0; m < p.width; ++m)
-          to[k * p.width + m] = m < p.batch ? x[m * stride_m + k * stride_k] : T{};
-      p.x = to;
-    }
-    const int64_t grain = std::max<int64_t>(16, rows * kGrain / std::max<int64_t>(1, p.ptr[rows]));
-    at::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) { kernels_.rows(p, begin, end); });
+    spread(rows, int64_t{p.ptr[rows]} * p.batch / kMoved, [&](int64_t begin, int64_t end) {
+      // Each thread makes its own copy: it reads it often, and the other's lines lie far.
+      ServeRows<T> mine = p;
+      const bool direct = p.batch == 1 && stride_k == 1;
+      const Workspace packed(direct ? 0 : columns * p.width * sizeof(T));
+      T* const to = packed.template as<T>();
+      mine.x = direct ? x : to;
+      for (int64_t k = 0; k < (direct ? 0 : columns); ++k)
+        for (int64_t m = 0; m < p.width; ++m) to[k * p.width + m] = m < p.batch ? x[m * stride_m + k * stride_k] : T{};
+      kernels_.rows(mine, begin, end);
+    });
   }
 
   void pool() {
@@ -235,9 +283,10 @@ class Plan {
     p.x = at(x, channels, p.x_plane, p.images * p.rows * p.pitch - p.pitch + p.width);
     p.y = at(y, channels, p.y_plane, p.out_body + p.gap);
     TORCH_CHECK(y >= p.gap, "serve_run: a map has no room before it.");
-    std::fill(p.y - p.gap, p.y, T{});
-    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / p.x_plane),
-                     [&](int64_t begin, int64_t end) { kernels_.pool(p, begin, end); });
+    spread(channels, channels * p.x_plane / kMoved, [&](int64_t begin, int64_t end) {
+      clear_before(p.y, p.gap, begin);
+      kernels_.pool(p, begin, end);
+    });
   }
 
   void affine() {
@@ -255,9 +304,10 @@ class Plan {
     p.y = at(y, channels, p.y_plane, p.body + p.gap);
     p.residual = residual < 0 ? nullptr : at(residual, channels, p.residual_plane, p.body);
     TORCH_CHECK(y >= p.gap, "serve_run: a map has no room before it.");
-    std::fill(p.y - p.gap, p.y, T{});
-    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / p.body),
-                     [&](int64_t begin, int64_t end) { kernels_.affine(p, begin, end); });
+    spread(channels, channels * p.body / kMoved, [&](int64_t begin, int64_t end) {
+      clear_before(p.y, p.gap, begin);
+      kernels_.affine(p, begin, end);
+    });
   }
 
   void store() {
@@ -269,13 +319,11 @@ class Plan {
     T* to = target(output, y + (images - 1) * stride_n + (channels - 1) * stride_c + (height - 1) * stride_h +
                                (width - 1) * stride_w + 1) + y;
     if (stride_c == 1 && images == 1 && height == 1) {
-      at::parallel_for(0, ceil_div(channels, 16), ceil_div(std::max<int64_t>(1, kGrain / width), 16),
-                       [&](int64_t begin, int64_t end) {
-                         kernels_.store_rows(x, plane, to, stride_w, width, begin * 16, std::min(channels, end * 16));
-                       });
-      return;
+      return spread(ceil_div(channels, 16), channels * width / kMoved, [&](int64_t begin, int64_t end) {
+        kernels_.store_rows(x, plane, to, stride_w, width, begin * 16, std::min(channels, end * 16));
+      });
     }
-    at::parallel_for(0, channels, std::max<int64_t>(1, kGrain / plane), [&](int64_t begin, int64_t end) {
+    spread(channels, channels * plane / kMoved, [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c)
         for (int64_t n = 0; n < images; ++n)
           for (int64_t h = 0; h < height; ++h) {
@@ -301,10 +349,10 @@ class Plan {
     p.x = at(x, p.channels, p.x_plane, p.body);
     p.y = at(y, p.channels, p.y_plane, p.body + gap);
     TORCH_CHECK(y >= gap, "serve_run: a map has no room before it.");
-    std::fill(p.y - gap, p.y, T{});
     // Four vectors a task: a task's lines are read whole.
     const int64_t vectors = p.body / kernels_.lanes, tasks = ceil_div(vectors, 4);
-    at::parallel_for(0, tasks, p.body * p.channels < kGrain ? tasks : 1, [&](int64_t begin, int64_t end) {
+    spread(tasks, p.body * p.channels / kMoved, [&](int64_t begin, int64_t end) {
+      clear_before(p.y, gap, begin);
       kernels_.norm(p, begin * 4, std::min(vectors, end * 4));
       clear(p.y, p.channels * begin / tasks, p.channels * end / tasks, p.y_plane, p.body, p.body + gap);
     });
@@ -324,10 +372,11 @@ class Plan {
     p.v = at(v, (p.heads - 1) * p.v_head + p.value_dim, p.v_plane, (p.images - 1) * p.v_image + p.keys);
     p.y = at(y, p.heads * p.value_dim, p.y_plane, body + gap);
     TORCH_CHECK(y >= gap && p.images * p.queries <= body, "serve_run: an attention's plan is damaged.");
-    std::fill(p.y - gap, p.y, T{});
     const int64_t tiles = kernels_.attention_tiles(p), tasks = p.images * p.heads * tiles;
     const int64_t planes = p.heads * p.value_dim;
-    at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t work = tasks / tiles * p.queries * p.keys * (p.dim + p.value_dim);
+    spread(tasks, work / kMultiplied, [&](int64_t begin, int64_t end) {
+      clear_before(p.y, gap, begin);
       const Workspace room(kernels_.attention_room(p) * sizeof(T));
       for (int64_t task = begin; task < end; ++task)
         kernels_.attention(p, task / tiles / p.heads, task / tiles % p.heads, task % tiles, room.template as<T>());
@@ -358,18 +407,19 @@ class Plan {
     TORCH_CHECK(kernels_.lookup != nullptr && p.batch <= kLookupBatch,
                 "serve_run: a step is made for another instruction set, or for fewer rows.");
     p.blocks = ceil_div(columns, kLookupRows);
-    const int64_t wide = p.blocks * kLookupRows;
-    const Workspace packed(p.batch * wide * sizeof(T));
-    T* to = packed.template as<T>();
-    for (int64_t m = 0; m < p.batch; ++m, to += wide) {
-      for (int64_t k = 0; k < columns; ++k) to[k] = x[m * stride_m + k * stride_k];
-      std::fill(to + columns, to + wide, T{});
-    }
-    p.x = packed.template as<T>();
-    const int64_t windows = ceil_div(p.rows, kLookupRows);
+    const int64_t wide = p.blocks * kLookupRows, windows = ceil_div(p.rows, kLookupRows);
     const int64_t slots = p.ptr[windows * p.blocks * (kLookupRows / 16)] * p.batch;
-    at::parallel_for(0, windows, std::max<int64_t>(1, windows * kGrain / 16 / std::max<int64_t>(1, slots)),
-                     [&](int64_t begin, int64_t end) { kernels_.lookup(p, begin, end); });
+    spread(windows, slots * 16 / kMoved, [&](int64_t begin, int64_t end) {
+      ServeLookup<T> mine = p;
+      const Workspace packed(p.batch * wide * sizeof(T));
+      mine.x = packed.template as<T>();
+      for (int64_t m = 0; m < p.batch; ++m) {
+        T* const to = packed.template as<T>() + m * wide;
+        for (int64_t k = 0; k < columns; ++k) to[k] = x[m * stride_m + k * stride_k];
+        std::fill(to + columns, to + wide, T{});
+      }
+      kernels_.lookup(mine, begin, end);
+    });
   }
 
   // Zeros at [used, end) of the planes [first, last).
@@ -398,6 +448,9 @@ class Plan {
   const int32_t* ints_;
   const T* values_;
   at::TensorList inputs_, outputs_;
+  int64_t threads_;
+  Team::Member* member_ = nullptr;  // within a team
+  bool wants_team_ = false;
 };
 
 // Runs the steps of `program`.

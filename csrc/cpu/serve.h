@@ -14,6 +14,7 @@
 
 namespace uasparse {
 
+constexpr int64_t kServeFormat = 1;  // of plans in files (builder.py): one more where a step's fields change
 constexpr int64_t kPlaneLanes = 16;  // a body is a whole number of vectors of any instruction set
 constexpr int kLookupRows = 128;     // rows of a window and columns of a block of ServeLookup
 constexpr int kLookupBatch = 8;      // rows of x that it serves at most

@@ -41,7 +41,7 @@ class Checker {
 
   Needs check() {
     for (; next_ < stop_; ++step_) {
-      switch (field(0, 8)) {
+      switch (field(0, 9)) {
         case 0: load(); break;
         case 1: conv(); break;
         case 2: rows(); break;
@@ -50,7 +50,8 @@ class Checker {
         case 5: store(); break;
         case 6: norm(); break;
         case 7: attention(); break;
-        default: lookup(); break;
+        case 8: lookup(); break;
+        default: made_for(); break;
       }
     }
     return needs_;
@@ -316,6 +317,17 @@ class Checker {
     else tensor(needs_.inputs, input, end);
     arena(y, batch, y_stride, rows);
     if (residual >= 0) arena(residual, batch, y_stride, rows);
+  }
+
+  // Of a plan that was kept in a file (package.py): it knows this version's steps, and kernels of its machine.
+  void made_for() {
+    const int64_t format = field(0, kMostCount), isa = field(0, static_cast<int64_t>(Isa::avx512));
+    TORCH_CHECK_VALUE(format == kServeFormat, "serve_run: expected a package of format ", kServeFormat,
+                      ", got one of format ", format,
+                      ": another version of uasparse_kernels made it; make it again with this one.");
+    TORCH_CHECK_VALUE(isa <= static_cast<int64_t>(cpu_isa()), "serve_run: expected a package for a machine of ",
+                      isa_name(cpu_isa()), " instructions, as this one, got one for ", isa_name(static_cast<Isa>(isa)),
+                      ": make it on a machine like this, or with UASPARSE_CPU_ISA=", isa_name(cpu_isa()), ".");
   }
 
   const int64_t *next_, *stop_;

@@ -347,6 +347,56 @@ void rows(const ServeRows<T>& p, int64_t row, int64_t end) {
   }
 }
 
+// The larger of two; NaN stays NaN, as in torch.
+template <typename T>
+UASPARSE_INLINE T larger(T best, T value) {
+  return (value > best) | (value != value) ? value : best;
+}
+
+template <typename T>
+UASPARSE_INLINE Vec<T> larger_of(Vec<T> best, Vec<T> value) {
+  return (value > best) | (value != value) ? value : best;
+}
+
+// `count` outputs side by side of which every window is inside, `start` the first one's: the largest down the columns,
+// which lie side by side, then across.
+template <typename T>
+void max_pool_row(const ServePool<T>& p, const T* start, int64_t height, T* to, int64_t count) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t kRow = 1024;
+  T down[kRow + L], across[kRow + L];
+  const int64_t most = (kRow - p.kernel_w) / p.stride_w + 1;
+  for (int64_t w = 0; w < count; w += most) {
+    const int64_t some = count - w < most ? count - w : most, span = (some - 1) * p.stride_w + p.kernel_w;
+    const T* const from = start + w * p.stride_w;
+    const auto vector = [&](int64_t i) UASPARSE_LAMBDA {
+      Vec<T> best = load(from + i);
+      for (int64_t y = 1; y < height; ++y) best = larger_of<T>(best, load(from + y * p.pitch + i));
+      store<T>(down + i, best);
+    };
+    for (int64_t i = 0; i + L <= span; i += L) vector(i);
+    if (span >= L) vector(span - L);
+    for (int64_t i = 0; span < L && i < span; ++i) {
+      T best = from[i];
+      for (int64_t y = 1; y < height; ++y) best = larger(best, from[y * p.pitch + i]);
+      down[i] = best;
+    }
+    store<T>(down + span, Vec<T>{});
+    for (int64_t i = 0; i + p.kernel_w <= span; i += L) {
+      Vec<T> best = load(down + i);
+      for (int64_t x = 1; x < p.kernel_w; ++x) best = larger_of<T>(best, load(down + i + x));
+      store<T>(across + i, best);
+    }
+    if (p.stride_w == 1) {
+      for (int64_t i = 0; i < some; ++i) to[w + i] = across[i];
+    } else if (p.stride_w == 2) {
+      for (int64_t i = 0; i < some; ++i) to[w + i] = across[2 * i];
+    } else {
+      for (int64_t i = 0; i < some; ++i) to[w + i] = across[i * p.stride_w];
+    }
+  }
+}
+
 template <typename T>
 void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
   for (int64_t c = channel; c < end; ++c) {
@@ -363,7 +413,7 @@ void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
         // Outputs whose window is all inside take the short way.
         int64_t inner = p.pad_w == 0 ? 0 : (p.pad_w + p.stride_w - 1) / p.stride_w;
         int64_t outer = (p.width - p.kernel_w + p.pad_w) / p.stride_w + 1;
-        if (p.width + p.pad_w < p.kernel_w) outer = 0;
+        if (p.width + p.pad_w < p.kernel_w || p.kernel_w > 512) outer = 0;
         if (outer > p.out_width) outer = p.out_width;
         if (inner > outer) inner = outer;
         auto edge = [&](int64_t w) {
@@ -376,7 +426,7 @@ void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
             for (int64_t x = left; x < right; ++x) {
               const T value = in[y * p.pitch + x];
               if (p.average) best += value;
-              else if (!(value <= best)) best = value;
+              else best = larger(best, value);
             }
           if (p.average) best /= p.count_padding ? padded_h * padded_w : (bottom - top) * (right - left);
           to[w] = best;
@@ -392,23 +442,8 @@ void pool(const ServePool<T>& p, int64_t channel, int64_t end) {
               for (int64_t x = 0; x < p.kernel_w; ++x) total += start[y * p.pitch + w * p.stride_w + x];
             to[w] = total * scale;
           }
-        } else if (p.stride_w == 2) {
-          for (int64_t w = inner; w < outer; ++w) to[w] = start[2 * w];
-          for (int64_t y = 0; y < bottom - top; ++y)
-            for (int64_t x = 0; x < p.kernel_w; ++x) {
-              const T* from = start + y * p.pitch + x;
-              for (int64_t w = inner; w < outer; ++w) to[w] = from[2 * w] <= to[w] ? to[w] : from[2 * w];
-            }
         } else {
-          for (int64_t w = inner; w < outer; ++w) to[w] = start[w * p.stride_w];
-          for (int64_t y = 0; y < bottom - top; ++y)
-            for (int64_t x = 0; x < p.kernel_w; ++x) {
-              const T* from = start + y * p.pitch + x;
-              for (int64_t w = inner; w < outer; ++w) {
-                const T value = from[w * p.stride_w];
-                to[w] = value <= to[w] ? to[w] : value;
-              }
-            }
+          max_pool_row(p, start + inner * p.stride_w, bottom - top, to + inner, outer - inner);
         }
       }
   }

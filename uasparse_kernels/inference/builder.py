@@ -23,7 +23,9 @@ from uasparse_kernels.inference.maps import Map, Space, place, up
 from uasparse_kernels.inference.views import View, plain
 
 # The steps of csrc/cpu/serve.cpp.
-LOAD, CONV, ROWS, POOL, AFFINE, STORE, NORM, ATTENTION, LOOKUP = range(9)
+LOAD, CONV, ROWS, POOL, AFFINE, STORE, NORM, ATTENTION, LOOKUP, MADE_FOR = range(10)
+FORMAT = 1  # kServeFormat
+ISAS = ("portable", "avx2", "avx512")
 
 
 @dataclasses.dataclass

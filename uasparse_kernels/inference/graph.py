@@ -171,7 +171,10 @@ def _convert(program: Any, dynamic_batch: bool, batch: int) -> Graph:
     dtypes: list[torch.dtype] = []
     sizes: dict[str, str] = {}
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        raise ValueError("Expected a model that changes no buffer and no input in eval mode.")
+        raise ValueError(
+            "Expected a model that changes no buffer and no input in eval mode; does it begin with a layer of "
+            "inplace=True?"
+        )
     for node in program.graph.nodes:
         if isinstance(node.meta.get("val"), Tensor):
             sizes[node.name] = str(tuple(node.meta["val"].shape))
@@ -184,7 +187,10 @@ def _convert(program: Any, dynamic_batch: bool, batch: int) -> Graph:
                 value = node.meta.get("val")
                 inputs.append(node.name)
                 if not isinstance(value, Tensor):
-                    raise ValueError(f"Expected tensors as inputs, got {type(value).__name__} for {node.name}.")
+                    raise ValueError(
+                        f"Expected tensors as inputs, got {type(value).__name__} for {node.name}; leave it out, or "
+                        "wrap the model in a module that fixes it."
+                    )
                 shapes.append([s if isinstance(s, int) else None for s in value.shape])
                 dtypes.append(value.dtype)
         elif node.op == "call_function":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from uasparse_kernels._library import register_fake
+from uasparse_kernels._library import compiled, register_fake
+from uasparse_kernels.inference.builder import FORMAT, ISAS, MADE_FOR
 from uasparse_kernels.inference.graph import one_cudnn_precision
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 @register_fake("serve_run")
 def _(arena, program, ints, values, inputs, outputs) -> None:
     pass
+
+
+# What the compiler may use for each: the x86-64 levels that the kernels' instruction sets are.
+_LEVELS = {"portable": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
 
 
 class _Planned(nn.Module):
@@ -45,10 +51,19 @@ def package(model: OptimizedModel, path: str | os.PathLike[str], batch: int) -> 
     graph = model._graph
     sizes = [[batch if size is None else size for size in shape] for shape in graph.input_shapes]
     inputs = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, graph.input_dtypes, strict=True)]
+    isa = compiled.cpu_isa() if compiled is not None else "portable"
+    made_for = torch.tensor([MADE_FOR, FORMAT, ISAS.index(isa)])
     with torch.no_grad(), one_cudnn_precision():
         model._run_parts(inputs)  # makes the plans
+        for call in (call for plan in model._plans.values() for call in plan.merged):
+            call.program = None if call.program is None else torch.cat([made_for, call.program])
         program = torch.export.export(_Planned(model), pytree.tree_unflatten(inputs, model._in_spec)[0], strict=False)
         try:
-            torch._inductor.aoti_compile_and_package(program, package_path=os.fspath(path))
+            # Machine code for those machines that the plan is for, whichever of them this one is.
+            settings: dict[str, Any] = {"aot_inductor.metadata": {"uasparse_isa": isa}}
+            chosen = torch._inductor.config.cpp
+            if platform.machine() == "x86_64" and getattr(chosen, "march", "") is None:
+                settings |= {"cpp.march": _LEVELS[isa], "cpp.simdlen": {"portable": 1, "avx2": 256}.get(isa)}
+            torch._inductor.aoti_compile_and_package(program, package_path=os.fspath(path), inductor_configs=settings)
         except torch._inductor.exc.InvalidCxxCompiler as error:
             raise RuntimeError(f"A package is compiled: it needs a C++ compiler ($CXX, else g++). {error}") from error

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels import _library
@@ -53,10 +54,13 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
     Args:
         model: in eval mode, on the CPU, float32 (or float64).
         example_inputs: a tensor, or a tuple of positional arguments, as ``torch.export`` takes them.
-        dynamic_batch: the first dimension of every input that has the first input's batch may vary in calls.
+        dynamic_batch: the first dimension of every input that has the first input's batch may vary in calls. Where an
+            input's first dimension is 1 whatever the batch, give an example with a batch of 2 or more.
 
     Returns:
-        A module that is called as the model is. Its calls take no gradients and may come from several threads at once.
+        A module that is called as the model is, with positional arguments. It computes in the dtype that it was
+        captured in, whatever autocast says. Its calls give no gradients, and refuse inputs that want some; they may
+        come from several threads at once.
 
     Raises:
         ValueError: for a model in training mode or on another device, or that ``torch.export`` cannot capture.
@@ -65,6 +69,8 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
     """
     if not _library.has_kernel_for("serve_run", "cpu"):
         raise RuntimeError("optimize_for_inference needs the compiled part of uasparse_kernels; build the package.")
+    if any(isinstance(module, OptimizedModel) for module in model.modules()):
+        raise ValueError("Expected a model that is not optimised yet, got one with an optimised model in it.")
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"Expected a model in eval mode, got {training[0]!r} in training mode; call model.eval().")
@@ -104,6 +110,13 @@ class OptimizedModel(nn.Module):
         self._arenas: list[Tensor] = []
         self._lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: plans are made anew, from what is left."""
+        return self.__dict__ | {"_plans": OrderedDict(), "_arenas": [], "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state | {"_lock": threading.Lock()})
+
     def train(self, mode: bool = True) -> OptimizedModel:
         if mode:
             raise ValueError("An optimised model has no training mode; train the model that it was made from.")
@@ -111,10 +124,13 @@ class OptimizedModel(nn.Module):
 
     @_library.apart_when_compiled  # its steps are compiled already
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
             raise RuntimeError(_NO_EXPORT)
+        if torch.is_autocast_enabled("cpu"):
+            with torch.autocast("cpu", enabled=False):
+                return self.forward(*args, **kwargs)
         inputs = self._inputs(args, kwargs)
-        with torch.inference_mode():
+        with torch.no_grad():  # results are usual tensors, which a loss may take
             return self._run_parts(inputs)
 
     def _run_parts(self, inputs: list[Tensor]) -> Any:
@@ -137,23 +153,33 @@ class OptimizedModel(nn.Module):
         return None if part >= inputs[0].shape[0] else part
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        inputs, spec = pytree.tree_flatten((args, kwargs))
         graph = self._graph
-        if len(inputs) != len(graph.inputs) or (kwargs and spec != self._in_spec):
-            raise ValueError(f"Expected {len(graph.inputs)} inputs as captured, got {len(inputs)}.")
+        try:
+            inputs = self._in_spec.flatten_up_to((args, kwargs))
+        except ValueError as error:
+            raise ValueError(
+                f"Expected {len(graph.inputs)} inputs, by position and nested as in the example that the model was "
+                f"optimised with, got {len(args)} by position and {len(kwargs)} by name: {error}"
+            ) from None
         batch = None
         for name, value, shape, dtype in zip(graph.inputs, inputs, graph.input_shapes, graph.input_dtypes, strict=True):
-            if not isinstance(value, Tensor) or value.device.type != "cpu":
-                got = value.device if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"Expected {name} to be a tensor on the CPU, got {got}.")
+            if not isinstance(value, Tensor) or value.device.type != "cpu" or value.layout != torch.strided:
+                got = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"Expected {name} to be a dense tensor on the CPU, got {got}.")
+            if _wants_derivatives(value):
+                raise ValueError(
+                    f"Expected {name} not to require gradients, of which an optimised model gives none: call it under "
+                    f"torch.no_grad(), or with {name}.detach(); derivatives are the original model's."
+                )
             if value.dtype != dtype:
                 raise TypeError(f"Expected {name} of dtype {dtype}, got {value.dtype}; convert it with .to({dtype}).")
             same = len(shape) == value.dim() and all(s in (None, v) for s, v in zip(shape, value.shape, strict=True))
             if not same or 0 in value.shape or (shape[:1] == [None] and batch not in (None, value.shape[0])):
                 wanted = ", ".join("batch" if s is None else str(s) for s in shape)
+                one = "the batch is 1 or more, and one for all inputs; " if None in shape else ""
                 raise ValueError(
-                    f"Expected {name} of shape [{wanted}], got {list(value.shape)}; other sizes need a model optimised "
-                    "with such an example."
+                    f"Expected {name} of shape [{wanted}], got {list(value.shape)}; {one}other sizes need a model "
+                    "optimised with such an example."
                 )
             if shape[:1] == [None]:
                 batch = value.shape[0]
@@ -204,14 +230,16 @@ class OptimizedModel(nn.Module):
             arena = next((a for a in self._arenas if a.numel() >= plan.arena), None)
             if arena is not None:
                 self._arenas = [a for a in self._arenas if a is not arena]
+            elif self._arenas:
+                self._arenas.pop()  # the larger one takes its place: as many as calls at once
         if arena is None:
-            arena = torch.empty(plan.arena, dtype=self._dtype)
+            arena = torch.empty(plan.arena, dtype=self._dtype, device="cpu")
         run = torch.ops.uasparse.serve_run.default
         for call in plan.merged if times is None else plan.calls:
             start = time.perf_counter() if times is not None else 0.0
             if call.program is not None:
                 given = [env[name].contiguous() for name in call.inputs]
-                made = [torch.empty(shape, dtype=self._dtype) for _, shape in call.outputs]
+                made = [torch.empty(shape, dtype=self._dtype, device="cpu") for _, shape in call.outputs]
                 for (name, _), tensor in zip(call.outputs, made, strict=True):
                     env[name] = tensor
                 if torch.compiler.is_exporting():  # AOTInductor hands an empty list over as none
@@ -234,7 +262,7 @@ class OptimizedModel(nn.Module):
 
         Nothing in it depends on the machine: kernels and layouts are chosen where it is loaded.
         """
-        content = {"kind": "optimized", "graph": files.graph_to_json(self._graph)}
+        content = {"kind": "optimized", "graph": files.graph_to_json(self._graph), "torch": torch.__version__}
         files.write(path, self._graph.constants, content)
 
     def package(self, path: str | os.PathLike[str], batch: int = 1) -> None:
@@ -255,7 +283,7 @@ class OptimizedModel(nn.Module):
         """Runs the model a few times, step by step: kernel, density, what is fused, and share of the time of each."""
         inputs = self._inputs(args, kwargs)
         rounds = []
-        with torch.inference_mode():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             plan = self._plan(inputs)
             for _ in range(5):
                 times: list[float] = []
@@ -269,11 +297,20 @@ class OptimizedModel(nn.Module):
         ]
 
 
+def _wants_derivatives(tensor: Tensor) -> bool:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        return True
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # of torch.func: vmap too
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def load_optimized(path: str | os.PathLike[str]) -> OptimizedModel:
     """The model that :meth:`OptimizedModel.save` wrote.
 
     Raises:
-        ValueError: for a file that is damaged, of another version, or not of an optimised model.
+        ValueError: for a file that is damaged, of another version, not of an optimised model, or whose graph this torch
+            cannot run.
     """
     tensors, content = files.read(path)
     if content.get("kind") != "optimized":
@@ -281,4 +318,10 @@ def load_optimized(path: str | os.PathLike[str]) -> OptimizedModel:
     try:
         return OptimizedModel(files.graph_from_json(content["graph"], tensors))
     except Exception as error:  # a graph can be wrong in every way
+        made = content.get("torch")
+        if made and made != torch.__version__:
+            raise ValueError(
+                f"{os.fspath(path)} was written with torch {made}, and this torch, {torch.__version__}, cannot run its "
+                f"graph: {error!r:.300}; optimise and save the model with this one."
+            ) from error
         raise ValueError(f"{os.fspath(path)} is damaged: its graph cannot be run: {error!r:.300}.") from error
