@@ -1,11 +1,11 @@
-"""Sparse layers, the unknown-aware loss, and faster batch norms and pooling."""
+"""Sparse layers, the unknown-aware loss, and faster batch norms, ReLUs and pooling."""
 
 from uasparse_kernels.nn.attention import SparseMultiheadAttention
 from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
-from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d
+from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d, ReLU
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import register_layer
 from uasparse_kernels.nn.transposed import SparseTransposedLinear
@@ -14,6 +14,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNormReLU2d",
     "MaxPool2d",
+    "ReLU",
     "SparseConv1d",
     "SparseConv2d",
     "SparseDelta",
