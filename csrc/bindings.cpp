@@ -72,18 +72,24 @@ TORCH_LIBRARY(uasparse, m) {
   m.def("prune_grow_(Tensor(a!) weight, Tensor(b!)[] states, Tensor(c!) crow, Tensor(d!) col, Tensor(e!) ccol, "
         "Tensor(f!) row, Tensor(g!) perm, Tensor dropped, Tensor grown, int[] shape, int[] block) -> ()");
 
-  // Over batch and pixels of input [N, C, ...]. -> output; stats [2, C]: mean and unbiased variance; saved [2, C]: mean
-  // and 1 / sqrt(variance + eps) in float64 for the backward, whose unwanted gradients come back empty.
+  // Over batch and pixels of input [N, C, ...]. -> output; stats [2, C]: mean and unbiased variance; saved [3, C]: mean,
+  // 1 / sqrt(variance + eps) and bias in float64 for the backward, whose unwanted gradients come back empty.
   m.def("batch_norm(Tensor input, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)");
   m.def("batch_norm_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor saved, bool[3] output_mask) "
         "-> (Tensor, Tensor, Tensor)");
 
   // relu(batch_norm(input) + residual). The backward tells from `output` where a gradient passes, or, without a residual,
-  // from input, weight and bias.
+  // from input, weight and what was saved.
   m.def("batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps) "
         "-> (Tensor, Tensor, Tensor)");
-  m.def("batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor? output, "
-        "Tensor saved, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? output, Tensor saved, "
+        "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Both backwards, with a ReLU or without, into grad_output: the residual's gradient where it is asked for, else the
+  // input's. -> gradients of the input (empty where it is there), the weight and the bias.
+  m.def("batch_norm_backward_(Tensor(a!) grad_output, Tensor input, Tensor? weight, Tensor? output, Tensor saved, bool relu, "
+        "bool[4] output_mask) -> (Tensor, Tensor, Tensor)");
+  // torch.relu_. After a batch_norm, or the addition of a residual to one, its gradient is taken in that one's backward.
+  m.def("relu_(Tensor(a!) input) -> Tensor(a!)");
 
   // -> output, indices into each plane, as torch's max_pool2d_with_indices.
   m.def("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> (Tensor, Tensor)");

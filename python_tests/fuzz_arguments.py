@@ -260,10 +260,10 @@ def make_batch_norm(rng):
 
 
 def make_batch_norm_backward(rng):
-    x, weight, _, eps = make_batch_norm(rng)
+    x, weight, bias, eps = make_batch_norm(rng)
     dims = [d for d in range(x.dim()) if d != 1]
     mean, variance = x.double().mean(dims), x.double().var(dims, correction=0)
-    saved = torch.stack([mean, (variance + eps).rsqrt()])
+    saved = torch.stack([mean, (variance + eps).rsqrt(), torch.zeros_like(mean) if bias is None else bias.double()])
     return [laid_out(rng, torch.randn(x.shape)), x, weight, saved, [rng.random() < 0.7 for _ in range(3)]]
 
 

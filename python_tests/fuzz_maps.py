@@ -33,27 +33,25 @@ def batch_norm_relu_reference(input, weight, bias, residual, eps):
 
 def make_batch_norm_relu_backward(rng):
     dy, x, weight, saved, mask = make_batch_norm_backward(rng)
-    bias = torch.randn(x.shape[1]) if rng.random() < 0.7 else None
     output = laid_out(rng, torch.randn(x.shape).relu()) if rng.random() < 0.5 else None
-    return [dy, x, weight, bias, output, saved, [*mask, rng.random() < 0.7]]
+    return [dy, x, weight, output, saved, [*mask, rng.random() < 0.7]]
 
 
-def batch_norm_relu_backward_reference(grad, input, weight, bias, output, saved, mask):
+def batch_norm_relu_backward_reference(grad, input, weight, output, saved, mask):
     refuse(len(mask) != 4 or any(t.dtype != torch.float32 for t in (grad, input)) or input.dim() < 2, "dtype")
-    refuse(grad.shape != input.shape or list(saved.shape) != [2, input.shape[1]], "shapes")
+    refuse(grad.shape != input.shape or list(saved.shape) != [3, input.shape[1]], "shapes")
     refuse(saved.dtype != torch.float64, "saved")
-    for p in (weight, bias):
-        refuse(p is not None and (p.dtype != torch.float32 or list(p.shape) != [input.shape[1]]), "parameter")
+    refuse(weight is not None and (weight.dtype != torch.float32 or list(weight.shape) != [input.shape[1]]), "weight")
     refuse(output is not None and (output.dtype != torch.float32 or output.shape != input.shape), "output")
     dims, shape = [d for d in range(input.dim()) if d != 1], [1, -1] + [1] * (input.dim() - 2)
-    x, (mean, rstd) = input.double(), saved
+    x, (mean, rstd, bias) = input.double(), saved
     unsure = torch.zeros(x.shape, dtype=torch.bool)
     if output is not None:
         gate = ~(output <= 0)
     else:  # from x, rounded: near zero either will do
         w = (rstd if weight is None else weight.double() * rstd).view(shape)
-        z = (x - mean.view(shape)) * w + (0 if bias is None else bias.double().view(shape))
-        size = (x.abs() + mean.abs().view(shape)) * w.abs() + (0 if bias is None else bias.double().abs().view(shape))
+        z = (x - mean.view(shape)) * w + bias.view(shape)
+        size = (x.abs() + mean.abs().view(shape)) * w.abs() + bias.abs().view(shape)
         gate, unsure = ~(z <= 0), ~(z.abs() > 1e-6 * size)
     dy = torch.where(gate, grad, torch.zeros_like(grad))
     pairs = batch_norm_backward_reference(dy, input, weight, saved, [True] * 3)
@@ -66,6 +64,23 @@ def batch_norm_relu_backward_reference(grad, input, weight, bias, output, saved,
     results = [(value, bound + more) for (value, bound), more in zip(pairs, (dx, dw, db), strict=True)]
     results.append((dy.double(), off))
     return [pair if wanted else (nothing, nothing) for pair, wanted in zip(results, mask, strict=True)]
+
+
+def make_batch_norm_backward_(rng):
+    dy, x, weight, output, saved, mask = make_batch_norm_relu_backward(rng)
+    relu = rng.random() < 0.7
+    return [dy.contiguous(), x, weight, output, saved, relu, [*mask[:3], mask[3] and relu]]
+
+
+def batch_norm_backward_reference_(grad, input, weight, output, saved, relu, mask):
+    """What is written: the other results are those of the ops that write nothing."""
+    refuse(len(mask) != 4 or not grad.is_contiguous() or (mask[3] and not relu), "mask, layout")
+    refuse(output is not None and (output.dtype != torch.float32 or output.shape != input.shape), "output")
+    if relu:
+        found = batch_norm_relu_backward_reference(grad, input, weight, output, saved, mask)
+    else:
+        found = batch_norm_backward_reference(grad, input, weight, saved, mask[:3])
+    return [found[3] if mask[3] else found[0] if mask[0] else grad]
 
 
 def make_max_pool(rng):

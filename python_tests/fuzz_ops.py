@@ -274,6 +274,7 @@ OPS = {
     "batch_norm_backward": (arguments.make_batch_norm_backward, references.batch_norm_backward_reference, ()),
     "batch_norm_relu": (maps.make_batch_norm_relu, maps.batch_norm_relu_reference, ()),
     "batch_norm_relu_backward": (maps.make_batch_norm_relu_backward, maps.batch_norm_relu_backward_reference, ()),
+    "batch_norm_backward_": (maps.make_batch_norm_backward_, maps.batch_norm_backward_reference_, (0,)),
     "max_pool2d": (maps.make_max_pool, maps.max_pool_reference, ()),
     "pattern_hash": (maps.make_hash, maps.hash_reference, ()),
     "mask_": (maps.make_mask, maps.mask_reference, (0,)),

@@ -311,26 +311,26 @@ def batch_norm_reference(input, weight, bias, eps):
     size = (x.abs() + x.abs().mean(dims).view(shape)) * w.abs().view(shape) + b.abs().view(shape)
     count = x.numel() // x.shape[1]
     stats = torch.stack([mean, x.var(dims, correction=1)])
-    saved = torch.stack([mean, rstd])
+    saved = torch.stack([mean, rstd, b])
     far = 1e-6 * (1 + x.abs().amax(dims) ** 2 / (variance + eps))
     of_mean = 1e-6 * x.abs().mean(dims)
     return [
         (y, 8e-7 * size * (1 + far.amax()) + 1e-37),
         (stats, stats.abs() * (1e-5 + far * count / (count - 1)) + of_mean),
-        (saved, saved.abs() * (1e-5 + far) + of_mean),
+        (saved, saved.abs() * (1e-5 + far) + of_mean * torch.tensor([[1.0], [1.0], [0.0]])),
     ]
 
 
 def batch_norm_backward_reference(grad, input, weight, saved, mask):
     refuse(any(t.dtype != torch.float32 for t in (grad, input)) or saved.dtype != torch.float64, "dtype")
     refuse(
-        input.dim() < 2 or grad.shape != input.shape or list(saved.shape) != [2, input.shape[1]] or len(mask) != 3,
+        input.dim() < 2 or grad.shape != input.shape or list(saved.shape) != [3, input.shape[1]] or len(mask) != 3,
         "shapes",
     )
     refuse(input.numel() <= input.shape[1], "one value a channel")
     refuse(weight is not None and (weight.dtype != torch.float32 or list(weight.shape) != [input.shape[1]]), "weight")
     dims, shape = [d for d in range(input.dim()) if d != 1], [1, -1] + [1] * (input.dim() - 2)
-    dy, x, (mean, rstd) = grad.double(), input.double(), saved
+    dy, x, (mean, rstd, _) = grad.double(), input.double(), saved
     n = x.numel() // x.shape[1]
     hat = (x - mean.view(shape)) * rstd.view(shape)
     db, dw = dy.sum(dims), (dy * hat).sum(dims)

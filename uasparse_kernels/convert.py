@@ -24,7 +24,7 @@ from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
-from uasparse_kernels.nn.norm import BatchNorm2d
+from uasparse_kernels.nn.norm import BatchNorm2d, ReLU
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import kind_of, make_sparse, why_not
 from uasparse_kernels.pattern import check_block
@@ -34,7 +34,11 @@ from uasparse_kernels.topology.structure import parse_n_of_m
 logger = logging.getLogger("uasparse_kernels")
 
 # What stands between: the same objects, values and gradients, by other kernels.
-_BETWEEN: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm2d: BatchNorm2d, nn.MaxPool2d: MaxPool2d}
+_BETWEEN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.MaxPool2d: MaxPool2d,
+    nn.ReLU: ReLU,
+}
 
 
 _CONVOLUTIONS = nn.Conv2d | nn.Conv1d | SparseConv2d | SparseConv1d
@@ -260,7 +264,7 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
 def densify(model: nn.Module) -> nn.Module:
     """Replaces the sparse layers of a model by dense ones with the same weights (in place; a lone layer is returned).
 
-    Batch norms and pooling become torch's again, and sparse deltas are merged into their layers.
+    Batch norms, ReLUs and pooling become torch's again, and sparse deltas are merged into their layers.
     """
     model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}

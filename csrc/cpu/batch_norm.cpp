@@ -46,8 +46,8 @@ void run(const BatchNormBackward& problem, int64_t first, int64_t last, float* s
 
 template <typename Problem>
 void run_all(const Problem& problem) {
-  // Neighbouring channels make up a kilobyte of each image.
-  const int64_t together = std::clamp<int64_t>(256 / problem.pixels, 1, kMaxChannels);
+  // Neighbouring channels make up four kilobytes of each image.
+  const int64_t together = std::clamp<int64_t>(1024 / problem.pixels, 1, kMaxChannels);
   const int64_t tasks = (problem.channels + together - 1) / together;
   const int64_t grain = std::max<int64_t>(1, 32768 / (together * problem.batch * problem.pixels));
   at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
@@ -69,12 +69,20 @@ const float* parameter(const OptionalTensor& tensor, int64_t channels, const cha
   return tensor->const_data_ptr<float>();
 }
 
+// Whether maps that are written go past the caches (cpu/batch_norm.h), as far as their sizes say it.
+bool streams(const BatchNormProblem& problem) {
+  constexpr int64_t line = 16, least = 512 << 10;  // floats
+  return problem.pixels % line == 0 && problem.batch * problem.channels * problem.pixels >= least;
+}
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 64 == 0; }
+
 BatchNormProblem describe(const at::Tensor& x, const OptionalTensor& weight) {
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "Expected a float32 input, got ", x.scalar_type(), ".");
   TORCH_CHECK_VALUE(x.dim() >= 2 && x.numel() > x.size(1), "Expected an input [N, C, ...] of more than one value per "
                     "channel, got sizes ", x.sizes(), ".");
   return {x.size(0), x.size(1), x.numel() / (x.size(0) * x.size(1)), x.const_data_ptr<float>(),
-          parameter(weight, x.size(1), "weight")};
+          parameter(weight, x.size(1), "weight"), false};
 }
 
 // A float32 tensor of x's sizes, contiguous, or null.
@@ -95,40 +103,47 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run_forward(const at::Tensor& inp
   check_storage(input, "input");
   if (residual.has_value()) check_storage(*residual, "residual");
   const at::Tensor x = input.contiguous(), added = map_like(x, residual, "residual");
-  const BatchNormProblem problem = describe(x, weight);
+  BatchNormProblem problem = describe(x, weight);
   at::Tensor y = at::empty(x.sizes(), x.options());
   at::Tensor stats = at::empty({2, problem.channels}, x.options());
-  at::Tensor saved = at::empty({2, problem.channels}, x.options().dtype(at::kDouble));
+  at::Tensor saved = at::empty({3, problem.channels}, x.options().dtype(at::kDouble));
+  problem.streams = streams(problem) && is_aligned(y.const_data_ptr());
   run_all(BatchNormForward{problem, parameter(bias, problem.channels, "bias"), data_or_null(added), relu, eps,
                            y.mutable_data_ptr<float>(), stats.mutable_data_ptr<float>(),
                            saved.mutable_data_ptr<double>()});
   return {y, stats, saved};
 }
 
+// in_place: what passes the ReLU is written over grad_output where it is asked for, else the input's gradient, and comes
+// back empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& output, bool relu, const at::Tensor& saved, std::array<bool, 4> output_mask) {
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& output,
+    bool relu, const at::Tensor& saved, std::array<bool, 4> output_mask, bool in_place) {
   check_storage(input, "input");
   check_storage(grad_output, "grad_output");
   check_storage(saved, "saved");
   if (output.has_value()) check_storage(*output, "output");
   const at::Tensor x = input.contiguous(), dy = grad_output.contiguous(), y = map_like(x, output, "output");
-  const BatchNormProblem problem = describe(x, weight);
+  BatchNormProblem problem = describe(x, weight);
   TORCH_CHECK_TYPE(dy.scalar_type() == at::kFloat && saved.scalar_type() == at::kDouble,
                    "Expected a float32 gradient and what the forward saved, got ", dy.scalar_type(), " and ",
                    saved.scalar_type(), ".");
-  TORCH_CHECK_VALUE(dy.sizes() == x.sizes() && saved.is_contiguous() && saved.sizes() == at::IntArrayRef({2, problem.channels}),
+  TORCH_CHECK_VALUE(dy.sizes() == x.sizes() && saved.is_contiguous() && saved.sizes() == at::IntArrayRef({3, problem.channels}),
                     "Expected a gradient of sizes ", x.sizes(), " and what the forward saved, got sizes ", dy.sizes(),
                     " and ", saved.sizes(), ".");
+  TORCH_CHECK_VALUE(!in_place || grad_output.is_contiguous(), "Expected a contiguous gradient to write over.");
   const std::array<int64_t, 1> none = {0}, vector = {problem.channels};
-  at::Tensor dx = at::empty(output_mask[0] ? x.sizes() : at::IntArrayRef(none), x.options());
+  const auto map = [&](int i, bool over) {
+    return at::empty(output_mask[i] && !over ? x.sizes() : at::IntArrayRef(none), x.options());
+  };
+  at::Tensor dx = map(0, in_place && !output_mask[3]), dresidual = map(3, in_place);
   at::Tensor dweight = at::empty(output_mask[1] ? vector : none, x.options());
   at::Tensor dbias = at::empty(output_mask[2] ? vector : none, x.options());
-  at::Tensor dresidual = at::empty(output_mask[3] ? x.sizes() : at::IntArrayRef(none), x.options());
   const auto wanted = [&](const at::Tensor& t, int i) { return output_mask[i] ? t.mutable_data_ptr<float>() : nullptr; };
-  run_all(BatchNormBackward{problem, dy.const_data_ptr<float>(), saved.const_data_ptr<double>(), relu, data_or_null(y),
-                            parameter(bias, problem.channels, "bias"), wanted(dx, 0), wanted(dweight, 1),
-                            wanted(dbias, 2), wanted(dresidual, 3)});
+  float* const to = wanted(in_place && !output_mask[3] ? dy : dx, 0);
+  problem.streams = streams(problem) && to != dy.const_data_ptr<float>() && is_aligned(to);
+  run_all(BatchNormBackward{problem, dy.const_data_ptr<float>(), saved.const_data_ptr<double>(), relu, data_or_null(y), to,
+                            wanted(dweight, 1), wanted(dbias, 2), wanted(in_place ? dy : dresidual, 3)});
   return {dx, dweight, dbias, dresidual};
 }
 
@@ -140,8 +155,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& input, 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output, const at::Tensor& input,
                                                         const OptionalTensor& weight, const at::Tensor& saved,
                                                         std::array<bool, 3> output_mask) {
-  auto [dx, dweight, dbias, none] = run_backward(grad_output, input, weight, std::nullopt, std::nullopt, false, saved,
-                                                 {output_mask[0], output_mask[1], output_mask[2], false});
+  auto [dx, dweight, dbias, none] = run_backward(grad_output, input, weight, std::nullopt, false, saved,
+                                                 {output_mask[0], output_mask[1], output_mask[2], false}, false);
   return {dx, dweight, dbias};
 }
 
@@ -152,9 +167,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relu_forward(const at::Tensor& in
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relu_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& output, const at::Tensor& saved, std::array<bool, 4> output_mask) {
-  return run_backward(grad_output, input, weight, bias, output, true, saved, output_mask);
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& output,
+    const at::Tensor& saved, std::array<bool, 4> output_mask) {
+  return run_backward(grad_output, input, weight, output, true, saved, output_mask, false);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_(const at::Tensor& grad_output, const at::Tensor& input,
+                                                         const OptionalTensor& weight, const OptionalTensor& output,
+                                                         const at::Tensor& saved, bool relu,
+                                                         std::array<bool, 4> output_mask) {
+  TORCH_CHECK_VALUE(relu || !output_mask[3], "Expected no gradient of a residual to be asked for without a ReLU.");
+  auto [dx, dweight, dbias, none] = run_backward(grad_output, input, weight, output, relu, saved, output_mask, true);
+  return {dx, dweight, dbias};
 }
 
 }  // namespace
@@ -164,6 +188,7 @@ TORCH_LIBRARY_IMPL(uasparse, CPU, m) {
   m.impl("batch_norm_backward", &backward);
   m.impl("batch_norm_relu", &relu_forward);
   m.impl("batch_norm_relu_backward", &relu_backward);
+  m.impl("batch_norm_backward_", &backward_);
 }
 
 }  // namespace uasparse

@@ -19,6 +19,8 @@ struct BatchNormProblem {
   int64_t batch, channels, pixels;
   const float* x;
   const float* weight;  // or null: ones
+  // Whether a map that is written goes past the caches: it is larger than L2, and each row whole cache lines.
+  bool streams;
 };
 
 struct BatchNormForward : BatchNormProblem {
@@ -28,7 +30,7 @@ struct BatchNormForward : BatchNormProblem {
   double eps;
   float* y;
   float* stats;   // [2, channels]: mean, unbiased variance
-  double* saved;  // [2, channels]: mean, 1 / sqrt(variance + eps)
+  double* saved;  // [3, channels]: mean, 1 / sqrt(variance + eps), bias
 };
 
 struct BatchNormBackward : BatchNormProblem {
@@ -36,11 +38,12 @@ struct BatchNormBackward : BatchNormProblem {
   const double* saved;
   // Of a ReLU: where the output is not above zero no gradient passes. That is known from y where it is given, else from x.
   bool relu;
-  const float *y, *bias;
+  const float* y;
   float* dx;         // these, or null
   float* dweight;
   float* dbias;
   float* dresidual;  // what passes the ReLU
+  // dresidual, or without it dx, may be dy.
 };
 
 // Channels [first, last).

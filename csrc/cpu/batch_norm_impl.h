@@ -4,8 +4,9 @@
 // A channel is `batch` rows of `pixels` floats, a row for each image. Statistics are taken by chunks of about 4096
 // floats, which stay in the L1 cache: a first pass gives a chunk's mean, a second its moments about that mean; chunks are
 // merged in double (Chan, Golub, LeVeque), so that a mean far above the deviation costs no digits. Then the channels are
-// read once more, from the L2 cache as a rule, and written. Where maps are small, several channels go together, for whole
-// pieces of memory. Maps smaller than a vector are first gathered into one row.
+// read once more, from the L2 cache as a rule, and written, while those that come next are asked for: memory would have
+// nothing to do meanwhile. Where maps are small, several channels go together, for whole pieces of memory. Maps smaller
+// than a vector are first gathered into one row.
 
 #include "cpu/vec.h"
 
@@ -117,61 +118,119 @@ UASPARSE_INLINE Vec<float> gradient(const float* dy, const float* y, Vec<float> 
   return g;
 }
 
-// sum += dz, product += dz * (x - center) over rows, dz being what the gate lets pass of dy; kept where `dz` is given.
+// sum += dz, product += dz * (x - center) over rows, dz being what the gate lets pass of dy; kept where `dz` is given, which
+// may be dy.
 template <Gate gate>
 UASPARSE_INLINE void add_products(const float* x, const float* dy, const float* y, Affine forward, Rows rows, float center,
                                   float* dz, double* sum, double* product) {
   Vec<float> plain[kUnroll] = {}, mixed[kUnroll] = {};
-  for_each_vector(
-      rows,
-      [&](int u, int64_t at) UASPARSE_LAMBDA {
-        const Vec<float> g = gradient<gate>(dy, y, load(x + at), forward, at);
-        if (gate != Gate::none && dz != nullptr) store(dz + at, g);
-        plain[u] += g;
-        mixed[u] += g * (load(x + at) - center);
-      },
-      [&](int64_t at, int32_t skip) UASPARSE_LAMBDA {
-        const Vec<float> g = gradient<gate>(dy, y, load(x + at), forward, at);
-        if (gate != Gate::none && dz != nullptr) store(dz + at, g);
-        plain[0] += without_first(g, skip);
-        mixed[0] += without_first(g * (load(x + at) - center), skip);
-      });
+  const auto add = [&](int u, Vec<float> g, Vec<float> g_times_x) UASPARSE_LAMBDA {
+    plain[u] += g;
+    mixed[u] += g_times_x;
+  };
+  const int32_t rest = static_cast<int32_t>(rows.length % kVector);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    const int64_t begin = i * rows.stride, end = begin + rows.length, last = end - kVector;
+    Vec<float> last_g = {};
+    if (rest != 0) {  // first, for it overlaps what is written before
+      last_g = gradient<gate>(dy, y, load(x + last), forward, last);
+      add(0, without_first(last_g, kVector - rest),
+          without_first(last_g * (load(x + last) - center), kVector - rest));
+    }
+    const auto visit = [&](int u, int64_t at) UASPARSE_LAMBDA {
+      const Vec<float> v = load(x + at), g = gradient<gate>(dy, y, v, forward, at);
+      if (gate != Gate::none && dz != nullptr) store(dz + at, g);
+      add(u, g, g * (v - center));
+    };
+    int64_t at = begin;
+    for (; at + kUnroll * kVector <= end; at += kUnroll * kVector) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnroll; ++u) visit(u, at + u * kVector);
+    }
+    for (; at + kVector <= end; at += kVector) visit(0, at);
+    if (rest != 0 && gate != Gate::none && dz != nullptr) store(dz + last, last_g);
+  }
   *sum += sum_of(plain);
   *product += sum_of(mixed);
 }
 
-template <bool relu, bool residual>
-UASPARSE_INLINE void write_rows(const float* x, const float* added, Rows rows, Affine a, float* y) {
+// Past the caches, where `to` is the beginning of a vector in memory; fence() before another thread may read it.
+UASPARSE_INLINE void stream(float* to, Vec<float> v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Vec<float>*>(to));
+#elif UASPARSE_VECTOR_BYTES == 64
+  __builtin_ia32_movntps512(to, v);
+#elif UASPARSE_VECTOR_BYTES == 32
+  __builtin_ia32_movntps256(to, v);
+#else
+  store(to, v);
+#endif
+}
+
+UASPARSE_INLINE void fence() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
+// to[at] = make(at) for every vector of a row. What `make` reads at `at` may be what is written: the vector that ends with
+// a row and overlaps the one before it is made first.
+template <bool streams, typename Make>
+UASPARSE_INLINE void write_row(int64_t length, float* to, Make make) {
+  const bool has_rest = length % kVector != 0;
+  const Vec<float> rest = has_rest ? make(length - kVector) : Vec<float>{};
   const auto write = [&](int64_t at) UASPARSE_LAMBDA {
+    if constexpr (streams) stream(to + at, make(at));
+    else store(to + at, make(at));
+  };
+  int64_t at = 0;
+  for (; at + kUnroll * kVector <= length; at += kUnroll * kVector) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) write(at + u * kVector);
+  }
+  for (; at + kVector <= length; at += kVector) write(at);
+  if (has_rest) store(to + length - kVector, rest);
+}
+
+// Asks for what lies `ahead` of the vector, if there is any. Not an error beyond the end of memory.
+UASPARSE_INLINE void ask(const float* from, int64_t ahead) {
+  if (ahead != 0) __builtin_prefetch(from + ahead, 0, 2);
+}
+
+template <bool relu, bool residual, bool streams>
+UASPARSE_INLINE void write_output(const float* x, const float* added, int64_t length, Affine a, float* y, int64_t ahead) {
+  write_row<streams>(length, y, [&](int64_t at) UASPARSE_LAMBDA {
+    ask(x + at, ahead);
     Vec<float> v = apply(a, load(x + at));
     const Vec<float> zero = {};
-    if constexpr (residual) v += load(added + at);
+    if constexpr (residual) {
+      ask(added + at, ahead);
+      v += load(added + at);
+    }
     if constexpr (relu) v = v < zero ? zero : v;  // NaN stays
-    store(y + at, v);
-  };
-  for_each_vector(
-      rows, [&](int, int64_t at) UASPARSE_LAMBDA { write(at); },
-      [&](int64_t at, int32_t) UASPARSE_LAMBDA { write(at); });
+    return v;
+  });
 }
 
-UASPARSE_INLINE void write_rows(const BatchNormForward& p, const float* x, const float* added, Rows rows, Affine a,
-                                float* y) {
-  if (added != nullptr)
-    p.relu ? write_rows<true, true>(x, added, rows, a, y) : write_rows<false, true>(x, added, rows, a, y);
-  else
-    p.relu ? write_rows<true, false>(x, added, rows, a, y) : write_rows<false, false>(x, added, rows, a, y);
-}
-
-template <Gate gate>
-UASPARSE_INLINE void write_gradient(const float* x, const float* dy, const float* y, Affine forward, Rows rows, Affine a,
-                                    float* dx) {
-  const auto write = [&](int64_t at) UASPARSE_LAMBDA {
+// next: where the gradient that comes next is read first.
+template <Gate gate, bool streams>
+UASPARSE_INLINE void write_gradient(const float* x, const float* dy, const float* y, const float* next, Affine forward,
+                                    int64_t length, Affine a, float* dx, int64_t ahead) {
+  write_row<streams>(length, dx, [&](int64_t at) UASPARSE_LAMBDA {
+    ask(x + at, ahead);
+    ask(next + at, ahead);
+    if (y != nullptr) ask(y + at, ahead);
     const Vec<float> v = load(x + at);
-    store(dx + at, gradient<gate>(dy, y, v, forward, at) * a.of_dy + apply(a, v));
-  };
-  for_each_vector(
-      rows, [&](int, int64_t at) UASPARSE_LAMBDA { write(at); },
-      [&](int64_t at, int32_t) UASPARSE_LAMBDA { write(at); });
+    return gradient<gate>(dy, y, v, forward, at) * a.of_dy + apply(a, v);
+  });
+}
+
+// How far ahead of a vector of these channels, of which `maps` are read, lies that of the next ones: 0 where the caches
+// would not keep it.
+UASPARSE_INLINE int64_t ahead_of(const BatchNormProblem& p, int64_t channels, int64_t maps) {
+  constexpr int64_t kL2 = 200 << 10;  // floats
+  const int64_t size = channels * p.batch * p.pixels;
+  return (2 * maps + 1) * size <= kL2 ? channels * p.pixels : 0;
 }
 
 // Calls visit(channel from first, offset, rows) for the chunks of channels [first, last); every channel's come in
@@ -208,8 +267,9 @@ UASPARSE_INLINE void scatter(const BatchNormProblem& p, const float* row, int64_
 }
 
 // What turns a channel's x into y.
-UASPARSE_INLINE Affine forward_affine(const BatchNormProblem& p, const float* biases, int64_t c, double mean, double scale) {
-  const double weight = p.weight != nullptr ? p.weight[c] : 1, bias = biases != nullptr ? biases[c] : 0;
+UASPARSE_INLINE Affine forward_affine(const BatchNormProblem& p, int64_t c, const double* saved) {
+  const double mean = saved[c], scale = saved[p.channels + c], bias = saved[2 * p.channels + c];
+  const double weight = p.weight != nullptr ? p.weight[c] : 1;
   const float center = static_cast<float>(mean);
   return {center, static_cast<float>(weight * scale), static_cast<float>(bias - (mean - center) * weight * scale), 0};
 }
@@ -221,7 +281,8 @@ UASPARSE_INLINE Affine finish(const BatchNormForward& p, int64_t c, const Moment
   p.stats[p.channels + c] = static_cast<float>(m.squares / (m.count - 1));
   p.saved[c] = mean;
   p.saved[p.channels + c] = scale;
-  return forward_affine(p, p.bias, c, mean, scale);
+  p.saved[2 * p.channels + c] = p.bias != nullptr ? p.bias[c] : 0;
+  return forward_affine(p, c, p.saved);
 }
 
 // Keeps a channel's gradients of weight and bias; gives what turns its dy and x into dx. product: of dy and x - center.
@@ -238,20 +299,30 @@ UASPARSE_INLINE Affine finish(const BatchNormBackward& p, int64_t c, double sum,
 }
 
 // What is to be done with a row is chosen outside of the loop: rows are a few vectors.
-template <bool relu, bool residual>
-UASPARSE_INLINE void write_output(const BatchNormForward& p, int64_t first, int64_t last, const Affine* affine) {
+template <bool relu, bool residual, bool streams>
+UASPARSE_INLINE void write_outputs(const BatchNormForward& p, int64_t first, int64_t last, const Affine* affine) {
+  const int64_t ahead = ahead_of(p, last - first, residual ? 2 : 1);
   for (int64_t n = 0; n < p.batch; ++n) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t at = (n * p.channels + c) * p.pixels;
-      write_rows<relu, residual>(p.x + at, residual ? p.residual + at : nullptr, Rows{1, 0, p.pixels}, affine[c - first],
-                                 p.y + at);
+      write_output<relu, residual, streams>(p.x + at, residual ? p.residual + at : nullptr, p.pixels, affine[c - first],
+                                            p.y + at, ahead);
     }
   }
 }
 
+template <bool streams>
+UASPARSE_INLINE void write_outputs(const BatchNormForward& p, int64_t first, int64_t last, const Affine* affine) {
+  if (!p.relu)
+    write_outputs<false, false, streams>(p, first, last, affine);
+  else
+    p.residual != nullptr ? write_outputs<true, true, streams>(p, first, last, affine)
+                          : write_outputs<true, false, streams>(p, first, last, affine);
+}
+
 void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, float* scratch) {
   if (p.pixels < kVector) {
-    const BatchNormProblem gathered{1, 1, p.batch * p.pixels, nullptr, nullptr};
+    const BatchNormProblem gathered{1, 1, p.batch * p.pixels, nullptr, nullptr, false};
     float *x = scratch_row(p, scratch, 0), *y = scratch_row(p, scratch, 1);
     float* const added = p.residual != nullptr ? scratch_row(p, scratch, 2) : nullptr;
     for (int64_t c = first; c < last; ++c) {
@@ -261,7 +332,12 @@ void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, 
       for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows) UASPARSE_LAMBDA {
         add_rows(x + at, rows, &moments);
       });
-      write_rows(p, x, added, Rows{1, 0, gathered.pixels}, finish(p, c, moments), y);
+      const Affine affine = finish(p, c, moments);
+      if (!p.relu)
+        write_output<false, false, false>(x, nullptr, gathered.pixels, affine, y, 0);
+      else
+        added != nullptr ? write_output<true, true, false>(x, added, gathered.pixels, affine, y, 0)
+                         : write_output<true, false, false>(x, nullptr, gathered.pixels, affine, y, 0);
       scatter(p, y, c, p.y);
     }
     return;
@@ -272,22 +348,38 @@ void batch_norm_forward(const BatchNormForward& p, int64_t first, int64_t last, 
   });
   Affine affine[kMaxChannels];
   for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, moments[c - first]);
-  if (!p.relu)
-    write_output<false, false>(p, first, last, affine);
-  else
-    p.residual != nullptr ? write_output<true, true>(p, first, last, affine)
-                          : write_output<true, false>(p, first, last, affine);
+  if (!p.streams) return write_outputs<false>(p, first, last, affine);
+  write_outputs<true>(p, first, last, affine);
+  fence();
 }
 
 // What the gate lets pass of a gathered row dy, in place.
 UASPARSE_INLINE void gate_row(const BatchNormBackward& p, int64_t c, const float* x, float* y, float* dy) {
-  const Affine forward = forward_affine(p, p.bias, c, p.saved[c], p.saved[p.channels + c]);
+  const Affine forward = forward_affine(p, c, p.saved);
   const int64_t count = p.batch * p.pixels;
   if (p.y != nullptr)
     gather(p, p.y, c, y);
   else
-    write_rows<false, false>(x, nullptr, Rows{1, 0, count}, forward, y);
+    write_output<false, false, false>(x, nullptr, count, forward, y, 0);
   for (int64_t i = 0; i < count; ++i) dy[i] = y[i] <= 0 ? 0 : dy[i];
+}
+
+template <Gate gate, bool streams>
+UASPARSE_INLINE void write_gradients(const BatchNormBackward& p, int64_t first, int64_t last, const Affine* forward,
+                                     const Affine* affine) {
+  const int64_t ahead = ahead_of(p, last - first, gate == Gate::by_y ? 3 : 2);
+  for (int64_t n = 0; n < p.batch; ++n) {
+    for (int64_t c = first; c < last; ++c) {
+      const int64_t at = (n * p.channels + c) * p.pixels;
+      const float* const y = p.y != nullptr ? p.y + at : nullptr;
+      if (gate != Gate::none && p.dresidual != nullptr)
+        write_gradient<Gate::none, streams>(p.x + at, p.dresidual + at, y, p.dy + at, Affine{}, p.pixels,
+                                            affine[c - first], p.dx + at, ahead);
+      else
+        write_gradient<gate, streams>(p.x + at, p.dy + at, y, p.dy + at, forward[c - first], p.pixels,
+                                      affine[c - first], p.dx + at, ahead);
+    }
+  }
 }
 
 template <Gate gate>
@@ -295,30 +387,22 @@ UASPARSE_INLINE void backward_rows(const BatchNormBackward& p, int64_t first, in
   double sum[kMaxChannels] = {}, product[kMaxChannels] = {};
   Affine forward[kMaxChannels] = {}, affine[kMaxChannels];
   if (gate == Gate::by_x)
-    for (int64_t c = first; c < last; ++c)
-      forward[c - first] = forward_affine(p, p.bias, c, p.saved[c], p.saved[p.channels + c]);
-  const auto from = [](const auto* t, int64_t at) UASPARSE_LAMBDA { return t != nullptr ? t + at : t; };
+    for (int64_t c = first; c < last; ++c) forward[c - first] = forward_affine(p, c, p.saved);
+  const auto from = [](auto* t, int64_t at) UASPARSE_LAMBDA { return t != nullptr ? t + at : t; };
   for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows) UASPARSE_LAMBDA {
     add_products<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c], rows, static_cast<float>(p.saved[first + c]),
-                       p.dresidual != nullptr ? p.dresidual + at : nullptr, &sum[c], &product[c]);
+                       from(p.dresidual, at), &sum[c], &product[c]);
   });
   for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, sum[c - first], product[c - first]);
   if (p.dx == nullptr) return;
-  for (int64_t n = 0; n < p.batch; ++n) {
-    for (int64_t c = first; c < last; ++c) {
-      const int64_t at = (n * p.channels + c) * p.pixels;
-      const Rows rows{1, 0, p.pixels};
-      if (gate != Gate::none && p.dresidual != nullptr)
-        write_gradient<Gate::none>(p.x + at, p.dresidual + at, nullptr, Affine{}, rows, affine[c - first], p.dx + at);
-      else
-        write_gradient<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c - first], rows, affine[c - first], p.dx + at);
-    }
-  }
+  if (!p.streams) return write_gradients<gate, false>(p, first, last, forward, affine);
+  write_gradients<gate, true>(p, first, last, forward, affine);
+  fence();
 }
 
 void batch_norm_backward(const BatchNormBackward& p, int64_t first, int64_t last, float* scratch) {
   if (p.pixels < kVector) {
-    const BatchNormProblem gathered{1, 1, p.batch * p.pixels, nullptr, nullptr};
+    const BatchNormProblem gathered{1, 1, p.batch * p.pixels, nullptr, nullptr, false};
     float *x = scratch_row(p, scratch, 0), *dy = scratch_row(p, scratch, 1), *dx = scratch_row(p, scratch, 2);
     for (int64_t c = first; c < last; ++c) {
       gather(p, p.x, c, x);
@@ -332,7 +416,7 @@ void batch_norm_backward(const BatchNormBackward& p, int64_t first, int64_t last
       });
       const Affine affine = finish(p, c, sum, product);
       if (p.dx == nullptr) continue;
-      write_gradient<Gate::none>(x, dy, nullptr, Affine{}, Rows{1, 0, gathered.pixels}, affine, dx);
+      write_gradient<Gate::none, false>(x, dy, nullptr, dy, Affine{}, gathered.pixels, affine, dx, 0);
       scatter(p, dx, c, p.dx);
     }
     return;

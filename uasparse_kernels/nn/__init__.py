@@ -1,4 +1,4 @@
-"""Sparse layers, the unknown-aware loss, and faster batch norms and pooling."""
+"""Sparse layers, the unknown-aware loss, and faster batch norms, ReLUs and pooling."""
 
 from uasparse_kernels.nn.attention import SparseMultiheadAttention
 from uasparse_kernels.nn.conv1d import SparseConv1d
@@ -7,7 +7,7 @@ from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
-from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d
+from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d, ReLU
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import register_layer
 from uasparse_kernels.nn.transposed import SparseTransposedLinear
@@ -16,6 +16,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNormReLU2d",
     "MaxPool2d",
+    "ReLU",
     "SparseConv1d",
     "SparseConv2d",
     "SparseDelta",

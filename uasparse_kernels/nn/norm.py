@@ -1,12 +1,14 @@
-"""Batch norm that is served by our kernels where they are faster than torch's."""
+"""Batch norm, and a ReLU after it, that are served by our kernels where they are faster than torch's."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from uasparse_kernels import ops
+from uasparse_kernels import _library, ops
 from uasparse_kernels.nn.layers import as_leaf
+from uasparse_kernels.ops._common import transformed
 
 _Arguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float]
 
@@ -49,3 +51,24 @@ class BatchNormReLU2d(BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.batch_norm_relu(input, *self._arguments(input), residual)
+
+
+class ReLU(nn.ReLU):
+    """``nn.ReLU``; with ``inplace=True`` its gradient costs no pass over memory of its own where it comes after ours.
+
+    That is after a batch norm (``ops.batch_norm``), or the addition of a residual to one. What anybody could have seen
+    between them, with hooks or as a tensor, is there as before: then torch's own backward is taken.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
+        ours = (
+            self.inplace
+            and input.requires_grad
+            and type(input) is Tensor
+            and not torch.compiler.is_compiling()
+            and transformed() is None
+            and _library.has_kernel("batch_norm", input)
+        )
+        return torch.ops.uasparse.relu_.default(input) if ours else super().forward(input)
