@@ -210,7 +210,7 @@ class Whitening(nn.Module):
 
 
 class _QuickBlock(nn.Module):
-    """Two convolutions at the cost of one and a quarter: pooled before norm and ReLU; the second one is residual."""
+    """Two convolutions, the second one residual; pooled before norm and ReLU, which then have a quarter to do."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -250,8 +250,9 @@ class _QuickNet(nn.Module):
         return self.fc(self.pool(x).flatten(1) * self.scale)
 
 
-def _quicknet(*widths: int) -> Callable[[ModelSpec], nn.Module]:
-    return lambda spec: _QuickNet(spec, *widths)
+def _quicknet(spec: ModelSpec) -> nn.Module:
+    """1.2 million weights; made 90 % sparse, an epoch of CIFAR-10 is a minute of one core."""
+    return _QuickNet(spec, 64, 128, 256)
 
 
 class _WideResNet(WideResNet):
@@ -284,12 +285,11 @@ MODELS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "resnet8": _resnet8,
     "resnet20": _resnet20,
     "resnet9": _resnet9,
-    "quicknet": _quicknet(64, 128, 256),  # 1.2 million weights, for an epoch of CIFAR-10 a minute on one core
-    "quicknet-wide": _quicknet(64, 128, 512),  # 3.2 million
+    "quicknet": _quicknet,
     "resnet18": _resnet(torchvision.models.resnet18),
     "resnet34": _resnet(torchvision.models.resnet34),
     "resnet50": _resnet(torchvision.models.resnet50),
     "wrn-22-2": _wrn_22_2,
     "vgg16-bn": _vgg16_bn,
 }
-MIN_IMAGE_SIZE = {"resnet9": 8, "quicknet": 9, "quicknet-wide": 9, "wrn-22-2": 8, "vgg16-bn": 32}
+MIN_IMAGE_SIZE = {"resnet9": 8, "quicknet": 9, "wrn-22-2": 8, "vgg16-bn": 32}

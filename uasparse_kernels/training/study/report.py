@@ -180,6 +180,7 @@ def scores_table(rows: Sequence[Row]) -> str:
     groups = _groups(row for row in rows if row.sparsity == main or row.method == "dense")
     near = any(row.holdout for group in groups.values() for row in group)
     lines = [f"## Scores at {main:.0%}: AUROC, far-OOD{' / held-out classes' if near else ''}, %\n"]
+    lines += [f"Means over {', '.join(far)}, and over the runs that have the score.\n"]
     lines += ["| score | " + " | ".join(name for name, _ in groups) + " |", "|---" * (len(groups) + 1) + "|"]
     for score in SCORES:
         cells = []
