@@ -261,6 +261,22 @@ def test_random_crop_shifts_by_at_most_an_eighth():
     assert len(seen) > 15
 
 
+def test_shift_flip_reflects_a_sixteenth_at_most():
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+    data, plain = ImageSet("x", images, torch.arange(64), tuple(map(str, range(64)))), Normalise((0.0,) * 3, (1.0,) * 3)
+    batches = Batches(data, plain, batch_size=64, generator=torch.Generator().manual_seed(0), augment="shift-flip")
+    x, y = next(iter(batches))
+    seen = set()
+    for image, label in zip((255 * x).round().byte(), y, strict=True):
+        wide = torch.nn.functional.pad(images[label], (2, 2, 2, 2), mode="reflect")
+        for flipped in (False, True):
+            original = image.flip(-1) if flipped else image
+            crops = [(i, j) for i in range(5) for j in range(5)]
+            seen |= {(i, j, flipped) for i, j in crops if torch.equal(original, wide[:, i : i + 32, j : j + 32])}
+    assert len(seen) > 25  # of 50: all were found, and most ways occur
+    assert {flipped for *_, flipped in seen} == {True, False}
+
+
 def test_random_flip():
     images = torch.randint(256, (200, 1, 4, 4), dtype=torch.uint8)
     flipped = random_flip(images, torch.Generator().manual_seed(0))

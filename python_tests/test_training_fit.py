@@ -21,7 +21,7 @@ import uasparse_kernels as ua
 from uasparse_kernels.training import recipe, report
 from uasparse_kernels.training.checkpoint import load_checkpoint, read_json, save_checkpoint
 from uasparse_kernels.training.config import FitConfig, with_arm
-from uasparse_kernels.training.data import load_train_test
+from uasparse_kernels.training.data import ImageSet, TrainTest, load_train_test
 from uasparse_kernels.training.demo import demo
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError
 from uasparse_kernels.training.evaluate import evaluate_checkpoint, load_model
@@ -257,6 +257,25 @@ def test_learning_rate():
     assert learning_rate(0, 80, 0.12, 0.008) == pytest.approx(0.12)
     assert learning_rate(40, 80, 0.12, 0.008) == pytest.approx(0.064)
     assert [learning_rate(n, 80, 0.12, 0.008) for n in (80, 81, 1000)] == pytest.approx([0.008] * 3)
+    rising = [learning_rate(n, 80, 0.12, 0.008, rise_steps=3) for n in range(200)]
+    assert rising[:4] == pytest.approx([0.03, 0.06, 0.09, 0.12]) and rising[80:] == pytest.approx([0.008] * 120)
+    assert rising[3:81] == sorted(rising[3:81], reverse=True)
+
+
+def test_whitened_patches_have_unit_variance():
+    """Components of the training images' patches, and their negatives; a network that goes on keeps its filters."""
+    images = torch.randint(256, (40, 3, 12, 12), dtype=torch.uint8).float().cumsum(-1).remainder(256).byte()
+    data = ImageSet("x", images, torch.arange(40) % 4, tuple("abcd"))
+    config = FitConfig(model="quicknet", method="dense", loss="ce", vote=False, epochs=1, batch_size=8, lr_rise=0.5)
+    trainer = Trainer(config, TrainTest(data, data))
+    responses = trainer.model.whitening(trainer.normalise(images)).transpose(0, 1).flatten(1).double()
+    assert torch.equal(responses[:12], -responses[12:])
+    torch.testing.assert_close(responses[:12].cov(correction=0), torch.eye(12).double(), atol=2e-2, rtol=0)
+    before = trainer.model.whitening.filters.clone()
+    trainer.train_epoch()
+    assert torch.equal(trainer.model.whitening.filters, before)
+    other = TrainTest(replace(data, images=255 - images.flip(0)), data)
+    assert torch.equal(Trainer(config, other, start=trainer.model).model.whitening.filters, before)
 
 
 def test_it_learns(tmp_path, digits, no_figures):

@@ -73,12 +73,12 @@ def test_cifar_on_a_cpu():
 def test_cifar_on_a_cpu_runs(tmp_path, monkeypatch):
     """On digits, a few steps: one with classes held out, and the published loss."""
     monkeypatch.setattr("uasparse_kernels.training.data.NUM_GENERATED", 200)  # images of noise
-    tiny = FitConfig(data="digits", limit_train=192, epochs=5, warmup_epochs=1, batch_size=32, delta_t=9)
-    given = {"data", "limit_train", "epochs", "warmup_epochs", "batch_size", "delta_t", "seeds", "score"}
+    tiny = FitConfig(data="digits", image_size=16, limit_train=192, epochs=5, warmup_epochs=1, batch_size=32, delta_t=9)
+    given = {"data", "image_size", "limit_train", "epochs", "warmup_epochs", "batch_size", "delta_t", "seeds", "score"}
     suite = changed(SUITES["cifar-cpu"], Suite(tiny, (), (), scores=("u", "energy")), given)
     suite = replace(suite, unknowns=("noise",), also=tuple(replace(grid, unknowns=("noise",)) for grid in suite.also))
     kinds = {(run.config.arm, bool(run.config.holdout)): run for run in reversed(plan(suite))}
-    assert len(kinds) == 7 and {run.config.model for run in kinds.values()} == {"resnet9-wide"}
+    assert len(kinds) == 7 and {run.config.model for run in kinds.values()} == {"quicknet"}
     data = load_data(tiny)
     for run in (kinds["rigl+vote+hard-shuffle", True], kinds["rigl+moon+vote", False]):
         results = fit(

@@ -19,7 +19,7 @@ from uasparse_kernels.training.config import ARM_PARTS, FitConfig, with_arm
 from uasparse_kernels.training.errors import TrainingError
 from uasparse_kernels.training.study.claims import OURS, PUBLISHED, SEED_NOISE, Claim
 from uasparse_kernels.training.study.compare import compare
-from uasparse_kernels.training.study.report import claims_table, far_table, known_table, write_study
+from uasparse_kernels.training.study.report import claims_table, far_table, known_table, scores_table, write_study
 from uasparse_kernels.training.study.statistics import Row, judge, quantities, read_study, t_test
 from uasparse_kernels.training.study.suites import Suite
 from uasparse_kernels.unknowns.scores import SCORES
@@ -167,6 +167,23 @@ def test_far_ood_by_arm_and_score(tmp_path):
     table = far_table(read_study(tmp_path).rows)
     assert table.startswith("## Far-OOD at 90 / 99 %: AUROC, mean over mnist, noise\n")
     assert "| vote | 75.0 / 50.0 |  | 85.0 (1) / - |" in table
+
+
+def test_every_score_by_arm_far_and_near(tmp_path):
+    for seed, msp in ((0, 0.6), (1, 0.7)):
+        far = {"msp": msp, "vim": 0.9} if seed else {"msp": msp}
+        write_run(tmp_path, "rigl+vote", seed=seed, auroc={"noise": far, "mnist": {"msp": msp}, "mirrored": {"msp": 0}})
+    write_run(tmp_path, "dense", sparsity=0.0, auroc={"noise": {"msp": 0.5}, "mnist": {"msp": 0.7}})
+    write_run(tmp_path, "rigl+vote", sparsity=0.95, auroc={"noise": {"msp": 0.1}, "mnist": {"msp": 0.1}})
+    lines = scores_table(read_study(tmp_path).rows).splitlines()
+    assert lines[0] == "## Scores at 90%: AUROC, far-OOD, %" and lines[4] == "| score | dense | rigl+vote |"
+    assert lines[2].startswith("Means over mnist, noise, ")
+    assert lines[6:] == ["| msp | 60.0 | 65.0 |", "| vim |  | 90.0 |"]
+    near = {"noise": {"msp": 0.0}, "mnist": {"msp": 0.0}, "holdout": {"msp": 0.8, "knn": 0.75}}
+    write_run(tmp_path, "rigl+vote", holdout="1,2", auroc=near)
+    table = scores_table(read_study(tmp_path).rows)
+    assert "far-OOD / held-out classes" in table and "| msp | 60.0 / - | 65.0 / 80.0 |" in table
+    assert "| knn |  | - / 75.0 |" in table
 
 
 def test_pairs_without_a_metric_that_came_later_are_left_out(tmp_path):

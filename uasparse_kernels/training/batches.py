@@ -13,7 +13,7 @@ from uasparse_kernels.training.errors import TrainingError
 from uasparse_kernels.training.normalise import Normalise
 from uasparse_kernels.unknowns import PatchShuffle
 
-AUGMENTATIONS = ("auto", "none", "crop", "crop-flip")
+AUGMENTATIONS = ("auto", "none", "crop", "crop-flip", "shift-flip")
 
 
 class Batches:
@@ -52,9 +52,11 @@ class Batches:
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             index = order[start : start + self.batch_size]
             x, y = self.images[index], self.labels[index]
-            if self.augment != "none":
+            if self.augment in ("crop", "crop-flip"):
                 x = random_crop(x, self.generator)
-            if self.augment == "crop-flip":
+            elif self.augment == "shift-flip":
+                x = random_crop(x, self.generator, share=16, mode="reflect")
+            if self.augment.endswith("flip"):
                 x = random_flip(x, self.generator)
             x = self.normalise(x)
             if self.unknowns is not None:
@@ -62,11 +64,14 @@ class Batches:
             yield x, y
 
 
-def random_crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Shifts each image of [B, C, H, W] by up to H/8 pixels each way; zeros come in (4 pixels for 32x32)."""
+def random_crop(images: Tensor, generator: torch.Generator, *, share: int = 8, mode: str = "constant") -> Tensor:
+    """Shifts each image of [B, C, H, W] by up to H/share pixels each way (4 of 32 by default).
+
+    Zeros come in, or with `mode` "reflect" what F.pad makes of the image.
+    """
     num, _, height, width = images.shape
-    pad = height // 8
-    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    pad = height // share
+    windows = F.pad(images, (pad, pad, pad, pad), mode).unfold(2, height, 1).unfold(3, width, 1)  # a view
     shift = torch.randint(2 * pad + 1, (2, num), generator=generator).to(images.device, non_blocking=True)
     return windows[torch.arange(num, device=images.device), :, shift[0], shift[1]]
 

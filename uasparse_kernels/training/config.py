@@ -59,6 +59,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "batch_size": _COUNT,
     "lr_max": _POSITIVE,
     "lr_min": _POSITIVE,
+    "lr_rise": _NOT_NEGATIVE,
     "momentum": _between(0, 1),
     "weight_decay": _NOT_NEGATIVE,
     "seed": (lambda v: -(1 << 63) <= v < (1 << 63) - 1, "of 63 bits"),
@@ -75,7 +76,7 @@ class FitConfig:
     image_size: int = option(0, "Side of the images in pixels; 0 takes them as they come.")
     limit_train: int = option(0, "Use so many training images; 0 uses all.")
     validation: float = option(0.0, "Share of the training images not trained on: export finds its threshold on them.")
-    augment: str = option("auto", f"One of {', '.join(AUGMENTATIONS)}; auto flips colour images only.")
+    augment: str = option("auto", f"One of {', '.join(AUGMENTATIONS)}; auto is crop, with flips for colour images.")
 
     model: str = option("convnet", f"One of {', '.join(MODELS)}.")
     stem: str = option("auto", "First layer of a ResNet: cifar, imagenet, or auto (by image size).")
@@ -116,6 +117,7 @@ class FitConfig:
     epochs: int = option(100, "Passes over the training data.")
     batch_size: int = option(128, "Images per step.")
     lr_max: float = option(0.12, "Learning rate at the start of the cosine.")
+    lr_rise: float = option(0.0, "Epochs over which the learning rate rises from 0 to lr_max first.")
     lr_min: float = option(0.008, "Learning rate at its end, and during the vote.")
     momentum: float = option(0.9, "Nesterov momentum of SGD.")
     weight_decay: float = option(5e-4, "Weight decay of SGD.")

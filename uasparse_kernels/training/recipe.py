@@ -28,19 +28,22 @@ from uasparse_kernels.training.config import FIXED_SPARSITY, INITIAL_SPARSITY, F
 from uasparse_kernels.training.data import TrainTest, check_classes
 from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError, TrainingError, told
 from uasparse_kernels.training.losses import LOSSES, LossSpec
-from uasparse_kernels.training.models import build_model
+from uasparse_kernels.training.models import Whitening, build_model
 from uasparse_kernels.training.processes import rank_and_world
 from uasparse_kernels.training.weight_dropout import WeightDropout
 from uasparse_kernels.unknowns import PatchShuffle, Vote
 from uasparse_kernels.unknowns.head import head_of
 
 StepCallback = Callable[[int, Tensor], None]  # step within the epoch, its loss (still on the device)
+WHITENING_IMAGES = 5000  # at most, spread evenly: folders have class by class
 CHECK_EVERY_ON_GPU = 50  # steps between host syncs that look for a loss that is not finite
 
 
-def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float) -> float:
-    """Cosine from lr_max at step 0 to lr_min at `cosine_steps`, constant after."""
-    progress = min(step / max(1, cosine_steps), 1.0)
+def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float, rise_steps: int = 0) -> float:
+    """Linear to lr_max, which step `rise_steps` has; then a cosine to lr_min at `cosine_steps`, constant after."""
+    if step < rise_steps:
+        return lr_max * (step + 1) / (rise_steps + 1)
+    progress = min((step - rise_steps) / max(1, cosine_steps - rise_steps), 1.0)
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * progress))
 
 
@@ -138,6 +141,8 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.normalise = Normalise.of(images)
+        for whitening in (m for m in self.model.modules() if start is None and isinstance(m, Whitening)):
+            whitening.fit(self.normalise(images[:: -(-len(images) // WHITENING_IMAGES)].to(self.device)))
         self.generator = torch.Generator().manual_seed(config.seed)
         self.batches = self._make_batches(self.generator)
         if self.batches.batch_size % self.world:
@@ -163,6 +168,7 @@ class Trainer:
         """
         start, cpu_start = time.perf_counter(), time.process_time()
         config, cosine_steps = self.config, self.config.vote_start_epoch * len(self.batches)
+        rise_steps = min(round(config.lr_rise * len(self.batches)), cosine_steps)
         voting = self.epoch >= config.vote_start_epoch
         if voting and self.vote is None:
             self.vote = Vote(self.model, self.topology)
@@ -171,7 +177,7 @@ class Trainer:
         rate = config.lr_max
         for index, batch in enumerate(self.batches):
             x, y = (part[self.rank :: self.world] for part in batch)
-            rate = learning_rate(self.step, cosine_steps, config.lr_max, config.lr_min)
+            rate = learning_rate(self.step, cosine_steps, config.lr_max, config.lr_min, rise_steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.dropout.draw()

@@ -16,6 +16,7 @@ from uasparse_kernels.training.checkpoint import write_atomically
 from uasparse_kernels.training.report import save_figure
 from uasparse_kernels.training.study.claims import FAR, OURS, OURS_ARM, PUBLISHED, Claim
 from uasparse_kernels.training.study.statistics import Judgement, Row, judge, read_study, spread_of
+from uasparse_kernels.unknowns.scores import SCORES
 
 SHOWN_SCORES = ("msp", "energy", "knn", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
 DRAWN = (
@@ -62,7 +63,7 @@ def write_study(folder: Path, out: Path) -> list[Path]:
         [
             ABOUT.format(name=name) + _about(rows), "## The published method\n", claims_table(published),
             "## This project's variant\n", claims_table(ours), "## Known images\n", known_table(rows), far_table(rows),
-            _unknown_section(rows), images,
+            scores_table(rows), _unknown_section(rows), images,
             f"\nAll runs: [{name}.json]({name}.json); mean and spread of every arm, set and score: "
             f"[{name}.csv]({name}.csv).\n",
         ]
@@ -162,12 +163,44 @@ def far_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def main_sparsity(rows: Iterable[Row]) -> float | None:
+    """The sparsity that has most runs, of those that are not dense."""
+    sparse = Counter(row.sparsity for row in rows if row.method != "dense")
+    return max(sparse, key=lambda sparsity: sparse[sparsity]) if sparse else None
+
+
+def scores_table(rows: Sequence[Row]) -> str:
+    """AUROC of every score, a row each, by arm, at the sparsity that has most runs: far-OOD / held-out classes.
+
+    Means over the runs that have the score, and over the far sets that all runs have; "-" where there is no run.
+    """
+    main, far = main_sparsity(rows), shared_sets(rows)
+    if main is None or not far:
+        return ""
+    groups = _groups(row for row in rows if row.sparsity == main or row.method == "dense")
+    near = any(row.holdout for group in groups.values() for row in group)
+    lines = [f"## Scores at {main:.0%}: AUROC, far-OOD{' / held-out classes' if near else ''}, %\n"]
+    lines += [f"Means over {', '.join(far)}, and over the runs that have the score.\n"]
+    lines += ["| score | " + " | ".join(name for name, _ in groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    for score in SCORES:
+        cells = []
+        for group in groups.values():
+            means = []
+            for sets, held_out in ((far, False), (["holdout"], True))[: 1 + near]:
+                of_kind = [row.auroc for row in group if bool(row.holdout) == held_out]
+                values = [auroc[name][score] for auroc in of_kind for name in sets if score in auroc[name]]
+                means.append(f"{100 * statistics.fmean(values):.1f}" if values else "-")
+            cells.append(" / ".join(means) if set(means) != {"-"} else "")
+        if any(cells):
+            lines.append(f"| {score} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _unknown_section(rows: Sequence[Row]) -> str:
     """AUROC / FPR95 of a set a column, at the sparsity that has most runs; held-out classes from their own runs."""
-    sparse = Counter(row.sparsity for row in rows if row.method != "dense")
-    if not sparse:
+    main = main_sparsity(rows)
+    if main is None:
         return ""
-    main = max(sparse, key=lambda sparsity: sparse[sparsity])
     chosen = [row for row in rows if row.sparsity == main or row.method == "dense"]
     sets = list(dict.fromkeys(name for row in chosen for name in row.auroc))
     lines = [f"## Unknown images at {main:.0%}: AUROC / FPR95 (unknown is positive), %\n"]
