@@ -104,6 +104,12 @@ TORCH_LIBRARY(uasparse, m) {
         "-> (Tensor, Tensor, Tensor)");
   m.def("unknown_aware_loss_backward(Tensor grad_loss, Tensor logits, Tensor target, Tensor alpha, Tensor saved, "
         "float unknown_weight, int reduction) -> Tensor");
+  // On a GPU, for reductions 1 and 2: the gradient of the logits too, made for the gradient of the loss that is likely;
+  // saved [N, 3] tells which. The second puts it right, once grad_loss is known.
+  m.def("unknown_aware_loss_at_once(Tensor logits, Tensor target, Tensor alpha, float unknown_weight, int reduction) "
+        "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("unknown_aware_loss_put_right_(Tensor(a!) grad, Tensor grad_loss, Tensor logits, Tensor target, Tensor alpha, "
+        "Tensor saved, float unknown_weight, int reduction) -> ()");
 
   // Runs a plan of uasparse_kernels/inference (csrc/cpu/serve.cpp): steps over an arena of feature maps.
   m.def("serve_run(Tensor(a!) arena, Tensor program, Tensor ints, Tensor values, Tensor[] inputs, "

@@ -78,13 +78,28 @@ def numbers(*values):
 LOGIT_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+# Rows, classes, shared bytes (of which the kernels need 6 KB for other things), offset of the logits in numbers.
+LOSS_SIZES = [
+    (1, 2, 0, 0),
+    (70, 11, 0, 0),
+    (40, 17, 0, 1),
+    (9, 33, 0, 0),
+    (5, 101, 0, 0),
+    (6, 300, 0, 0),
+    (4, 513, 16 << 10, 0),
+    (4, 517, 7 << 10, 0),  # a part of the chunks is kept
+    (5, 600, 0, 3),
+    (3, 2600, 64 << 10, 1),  # gradient and logits lie to the chunks' boundaries each in its way
+]
+
+
 def test_unknown_aware_loss(emulate):
+    """Forward and backward, and the forward that makes the gradient: for the one expected, and put right for another."""
     g = torch.Generator().manual_seed(1)
-    sizes = [(1, 2), (70, 11), (40, 17), (9, 33), (5, 101), (6, 300), (4, 513), (3, 2600)]
     cases = []
-    for i, (n, classes) in enumerate(sizes):
+    for i, (n, classes, *place) in enumerate(LOSS_SIZES):
         for dtype in LOGIT_TYPES[i % 2 :: 2] if emulate.few else LOGIT_TYPES:
-            for reduction in [i % 3] if emulate.few else range(3):
+            for reduction in [i % 3 or 2] if emulate.few or n < 5 else range(3):
                 logits = (3 * torch.randn(n, classes, generator=g)).to(dtype)
                 logits[0, torch.rand(classes, generator=g) < 0.2] = -math.inf
                 logits[-1] = logits[-1].round()  # of equal logits the first counts
@@ -95,28 +110,40 @@ def test_unknown_aware_loss(emulate):
                     logits[2, target[2]] = -math.inf  # an infinite loss with a finite gradient
                 acc = torch.float64 if dtype == torch.float64 else torch.float32
                 upstream = torch.rand(n if reduction == 0 else 1, generator=g).to(acc) + 0.5
-                cases.append((logits, target, reduction, upstream))
+                guess = upstream[:1] if i % 2 else upstream[:1] + 1
+                cases.append((logits, target, reduction, upstream, guess.clone(), place))
     got = emulate(
         "unknown_aware_loss",
         [
-            numbers(LOGIT_TYPES.index(z.dtype), *z.shape, reduction)
+            numbers(LOGIT_TYPES.index(z.dtype), *z.shape, reduction, *place)
             + struct.pack("d", 0.25)
-            + raw(torch.tensor([0.7], dtype=upstream.dtype), upstream, target, z)
-            for z, target, reduction, upstream in cases
+            + raw(torch.tensor([0.7], dtype=upstream.dtype), upstream, guess, target, z)
+            for z, target, reduction, upstream, guess, place in cases
         ],
     )
-    for z, target, reduction, upstream in cases:
-        loss, threshold = got.take(upstream.dtype, upstream.numel()), got.take(upstream.dtype)
-        grad = got.take(z.dtype, *z.shape)
+    for z, target, reduction, upstream, guess, (_, offset) in cases:
         exact = z.double().requires_grad_()
         options = {"unknown_weight": 0.25, "reduction": ("none", "mean", "sum")[reduction]}
         losses, expected = unknown_aware_loss_reference(exact, target, 0.7, **options)
         (expected_grad,) = torch.autograd.grad((losses * upstream.double()).sum(), exact)
         eps = torch.finfo(upstream.dtype).eps
-        torch.testing.assert_close(loss.double(), losses.detach().reshape(-1), rtol=64 * eps, atol=64 * eps)
-        torch.testing.assert_close(threshold.double(), expected, rtol=64 * eps, atol=64 * eps)
-        tolerance = {"rtol": 64 * eps + 2 * torch.finfo(z.dtype).eps, "atol": 64 * eps}
-        torch.testing.assert_close(grad.double(), expected_grad, **tolerance)
+        tolerance = {"rtol": 64 * eps, "atol": 64 * eps}
+        of_grad = {"rtol": 64 * eps + 2 * torch.finfo(z.dtype).eps, "atol": 64 * eps}
+        gradients = []
+        for at_once in (False, True) if reduction else (False,):
+            if at_once:
+                first = got.take(z.dtype, *z.shape)
+                scale = guess.double() / upstream.double()
+                torch.testing.assert_close(first.double(), expected_grad * scale, **of_grad)
+            loss, threshold = got.take(upstream.dtype, upstream.numel()), got.take(upstream.dtype)
+            torch.testing.assert_close(loss.double(), losses.detach().reshape(-1), **tolerance)
+            torch.testing.assert_close(threshold.double(), expected, **tolerance)
+            gradients.append(got.take(z.dtype, *z.shape))
+            torch.testing.assert_close(gradients[-1].double(), expected_grad, **of_grad)
+            if at_once:
+                assert torch.equal(got.take(upstream.dtype, 1), upstream)  # expected of the next
+        # By other chunks, sums have another order.
+        assert offset or all(torch.equal(one, gradients[0]) for one in gradients)
     assert got.done()
 
 

@@ -1,9 +1,15 @@
-// The unknown-aware loss in CUDA (formula: uasparse_kernels/ops/unknown_aware_loss.py): one forward and one backward launch.
+// The unknown-aware loss in CUDA (formula: uasparse_kernels/ops/unknown_aware_loss.py): one forward and one backward launch,
+// or both in one.
 //
-// A team of threads handles a row: 4 to 32 lanes of a warp (as many as a row of so many classes keeps busy), or a whole
-// block where a row has more than 512 classes. Each lane runs an online softmax over its share of the K known classes, some
-// at a time, and the lanes' states are combined by shuffles (and through shared memory in a block). A row leaves its maximum
-// and its sum of exponentials, the sum's sign telling a right prediction (negative), and the backward recomputes the rest.
+// Up to 512 classes a team of 4 to 32 lanes handles a row (as many as a row of so many classes keeps busy). Each lane runs
+// an online softmax over its share of the K known classes, and shuffles combine the lanes' states. A row of more classes
+// has a block: its threads read chunks of 16 bytes, four under way each, and one warp combines what they found.
+//
+// A row leaves its maximum and its sum of exponentials, the sum's sign telling a right prediction (negative); a backward
+// recomputes the rest. Where a gradient is wanted the forward writes it at once, for the gradient of the loss that the
+// last backward came with (1 at first): each thread keeps its chunks in shared memory between the two, as many as fit, so
+// that device memory is read once and written once. The backward then looks, on the device, whether that was right, and
+// does again what was not, by the same arithmetic: results do not depend on the guess.
 //
 // Sums over rows are deterministic: every block writes its partial sums, and the block that finishes last adds all of
 // them in order.
@@ -12,27 +18,37 @@
 #include "cuda/unknown_aware_loss.h"
 
 #include <cassert>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include "cuda/launch.cuh"
+#include "cuda/shared.cuh"
+#include "cuda/unknown_aware_loss_row.cuh"
 
 namespace uasparse {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-constexpr int kAtOnce = 4;  // classes that a lane has under way
-constexpr unsigned kAll = 0xffffffffu;
-constexpr int64_t kMaxBlocks = 1024;  // more rows: each team takes several
-constexpr double kLeastKnown = 1e-7;  // 1 - u is at least this
+constexpr int kThreads = 128;     // of a block of teams
+constexpr int kMaxThreads = 1024;  // of a block for one row
+constexpr int kMaxTeam = 32;
+constexpr int kAtOnce = 4;            // classes that a lane has under way
+constexpr int kOwnShared = 6 << 10;   // bytes that the kernels below have for other things than chunks, or less
+constexpr int64_t kMaxBlocks = 1024;  // more rows: each team, or block, takes several
 
-template <typename T>
+template <typename T, typename Acc>
 struct Problem {
   const T* logits;
   const int64_t* target;
-  int64_t rows, classes;
+  const Acc* alpha;
+  int64_t rows;
+  int classes;
   int reduction;
+  Acc unknown_weight;
+};
+
+template <typename Acc>
+struct Results {
+  Acc *loss, *threshold, *saved;
+  unsigned* ticket;
+  struct Partial* partials;
 };
 
 struct Partial {
@@ -40,119 +56,39 @@ struct Partial {
   int64_t known;
 };
 
-__device__ inline float to_acc(float x) { return x; }
-__device__ inline double to_acc(double x) { return x; }
-__device__ inline float to_acc(__half x) { return __half2float(x); }
-__device__ inline float to_acc(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void assign(float& to, float x) { to = x; }
-__device__ inline void assign(double& to, double x) { to = x; }
-__device__ inline void assign(__half& to, float x) { to = __float2half(x); }
-__device__ inline void assign(__nv_bfloat16& to, float x) { to = __float2bfloat16(x); }
-__device__ inline float exp_of(float x) { return expf(x); }
-__device__ inline double exp_of(double x) { return exp(x); }
-__device__ inline float log_of(float x) { return logf(x); }
-__device__ inline double log_of(double x) { return log(x); }
-
-// Online softmax over some known classes: maximum, the first index that has it, and sum of exp(z - maximum).
-template <typename Acc>
-struct State {
-  Acc max, sum;
-  int64_t first;
-};
-
-template <typename Acc>
-__device__ inline Acc minus_infinity() {
-  return -static_cast<Acc>(INFINITY);
-}
-
-// kAtOnce neighbouring shares of a lane's row, j, j + kTeam and so on, as far as `end`: loads that wait for none of what is
-// done with them. Past the end comes minus infinity.
-template <int kTeam, typename Acc, typename T>
-__device__ inline void load(const T* row, int64_t j, int64_t end, Acc (&z)[kAtOnce]) {
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i) z[i] = j + i * kTeam < end ? to_acc(row[j + i * kTeam]) : minus_infinity<Acc>();
-}
-
-template <int kTeam, typename Acc>
-__device__ inline void add(State<Acc>& state, const Acc (&z)[kAtOnce], int64_t j) {
-  Acc max = state.max;
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i)
-    if (z[i] > max) {
-      max = z[i];
-      state.first = j + i * kTeam;
-    }
-  if (max > state.max) state.sum *= exp_of(state.max - max);
-  state.max = max;
-#pragma unroll
-  for (int i = 0; i < kAtOnce; ++i)
-    if (z[i] != minus_infinity<Acc>()) state.sum += exp_of(z[i] - max);  // NaN comes here and stays
-}
-
-template <typename Acc>
-__device__ inline State<Acc> combine(State<Acc> a, State<Acc> b) {
-  if (b.max > a.max || (b.max == a.max && b.first < a.first)) {
-    const State<Acc> swapped = a;
-    a = b;
-    b = swapped;
-  }
-  // Where b has seen nothing but -inf its sum is 0 (or NaN), to be added as it is.
-  a.sum += b.max == minus_infinity<Acc>() ? b.sum : b.sum * exp_of(b.max - a.max);
-  return a;
-}
-
-// The state of the whole row, in every thread of its team. All threads of the block call it together.
-template <typename Acc, int kTeam>
-__device__ State<Acc> combine_team(State<Acc> state) {
-  constexpr int kLanes = kTeam < 32 ? kTeam : 32;
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    State<Acc> other;
-    other.max = __shfl_xor_sync(kAll, state.max, step);
-    other.sum = __shfl_xor_sync(kAll, state.sum, step);
-    other.first = __shfl_xor_sync(kAll, state.first, step);
-    state = combine(state, other);
-  }
-  if (kTeam > 32) {
-    __shared__ State<Acc> warps[kWarps];
-    __syncthreads();  // the last row's states have been read
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = state;
-    __syncthreads();
-    state = warps[0];
-    for (int w = 1; w < kWarps; ++w) state = combine(state, warps[w]);
-  }
-  return state;
-}
-
-template <typename Acc>
-struct Row {
-  Acc loss, threshold, base, sum;  // the sum is negative for a right prediction
-};
-
 template <typename T, typename Acc>
-__device__ Row<Acc> finish_row(const Problem<T>& problem, const T* z, int64_t target, State<Acc> state, Acc alpha,
-                               Acc unknown_weight) {
-  const int64_t unknown = problem.classes - 1;
-  const Acc z_unknown = to_acc(z[unknown]), others_max = state.max;
-  const Acc max = z_unknown > others_max ? z_unknown : others_max;
-  const Acc base = max == minus_infinity<Acc>() ? Acc(0) : max;
-  const Acc others = others_max == minus_infinity<Acc>() ? state.sum : state.sum * exp_of(others_max - base);
-  const Acc unknown_share = exp_of(z_unknown - base);
-  const Acc sum = others + unknown_share;  // NaN where the maximum is +inf, as in torch
-  const Acc h = (base - to_acc(z[target])) + log_of(sum);
-  if (target == unknown) return {unknown_weight * h, Acc(0), base, sum};
-  const bool correct = state.first == target && !(z_unknown > others_max);
-  const Acc share = others / sum, known = share < Acc(kLeastKnown) ? Acc(kLeastKnown) : share;
-  // u too without cancellation: a large alpha meets a small u.
-  const Acc p = unknown_share / sum, u = p > Acc(1 - kLeastKnown) ? Acc(1 - kLeastKnown) : p;
-  const Acc w = correct ? Acc(1) : 1 + alpha / (1 + alpha * u);
-  return {w * h, known * h, base, correct ? -sum : sum};
+__device__ Target<Acc> target_of(const Problem<T, Acc>& problem, int64_t row, const T* z) {
+  const int64_t target = problem.target[row];
+  assert(target >= 0 && target < problem.classes && "unknown_aware_loss: target out of range");
+  const int unknown = problem.classes - 1;
+  return {static_cast<int>(target), unknown, to_acc(z[target]), to_acc(z[unknown])};
 }
 
-// The sum over the block's threads, in thread 0, in a fixed order.
+// The gradient of a row's loss, of that of the result.
+template <typename T, typename Acc>
+__device__ Acc share_of(const Problem<T, Acc>& problem, Acc grad_loss) {
+  return problem.reduction == 1 ? grad_loss / Acc(problem.rows) : grad_loss;
+}
+
+// Of a row, by the one thread that has it: what goes to memory, and to the sums.
+template <typename T, typename Acc>
+__device__ void keep_row(const Problem<T, Acc>& problem, const Results<Acc>& results, int64_t row, const Row<Acc>& done,
+                         bool known, const Acc* expected, Partial& partial) {
+  const int stride = expected == nullptr ? 2 : 3;
+  if (problem.reduction == 0) results.loss[row] = done.loss;
+  results.saved[stride * row] = done.base;
+  results.saved[stride * row + 1] = done.sum;
+  if (expected != nullptr) results.saved[stride * row + 2] = *expected;
+  partial.loss += static_cast<double>(done.loss);
+  partial.threshold += static_cast<double>(done.threshold);
+  partial.known += known;
+}
+
+// The sum over the block's first kThreads threads (those after them have none), in thread 0, in a fixed order.
 __device__ inline Partial sum_block(Partial mine) {
   __shared__ Partial sums[kThreads];
   __syncthreads();
-  sums[threadIdx.x] = mine;
+  if (threadIdx.x < kThreads) sums[threadIdx.x] = mine;
   __syncthreads();
   for (unsigned step = kThreads / 2; step > 0; step /= 2) {
     if (threadIdx.x < step) {
@@ -166,162 +102,327 @@ __device__ inline Partial sum_block(Partial mine) {
 }
 
 // Adds the partial sums of all blocks, in the block that comes last.
-template <typename Acc>
-__device__ void finish_sums(Partial mine, int64_t rows, int reduction, Acc* loss, Acc* threshold, unsigned* ticket,
-                            Partial* partials) {
+template <typename T, typename Acc>
+__device__ void finish_sums(const Problem<T, Acc>& problem, const Results<Acc>& results, Partial mine) {
   __shared__ bool is_last;
   mine = sum_block(mine);
   if (threadIdx.x == 0) {
-    partials[blockIdx.x] = mine;
+    results.partials[blockIdx.x] = mine;
     __threadfence();
-    is_last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+    is_last = atomicAdd(results.ticket, 1u) == gridDim.x - 1;
     __threadfence();
   }
   __syncthreads();
   if (!is_last) return;
   Partial all{0, 0, 0};
-  const volatile Partial* written = partials;
-  for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
-    all.loss += written[b].loss;
-    all.threshold += written[b].threshold;
-    all.known += written[b].known;
-  }
+  const volatile Partial* written = results.partials;
+  if (threadIdx.x < kThreads)
+    for (unsigned b = threadIdx.x; b < gridDim.x; b += kThreads) {
+      all.loss += written[b].loss;
+      all.threshold += written[b].threshold;
+      all.known += written[b].known;
+    }
   all = sum_block(all);
   if (threadIdx.x != 0) return;
-  if (reduction != 0) *loss = static_cast<Acc>(reduction == 1 ? all.loss / static_cast<double>(rows) : all.loss);
-  *threshold = static_cast<Acc>(all.known > 0 ? all.threshold / static_cast<double>(all.known) : 0.0);
+  if (problem.reduction != 0)
+    *results.loss = static_cast<Acc>(problem.reduction == 1 ? all.loss / static_cast<double>(problem.rows) : all.loss);
+  *results.threshold = static_cast<Acc>(all.known > 0 ? all.threshold / static_cast<double>(all.known) : 0.0);
+}
+
+// --- teams of lanes --------------------------------------------------------------------------------------------------
+
+// kAtOnce neighbouring shares of a lane's row, j, j + kTeam and so on, as far as `end`: loads that wait for none of what is
+// done with them. Past the end comes minus infinity.
+template <int kTeam, typename Acc, typename T>
+__device__ inline void load(const T* row, int j, int end, Acc (&z)[kAtOnce]) {
+#pragma unroll
+  for (int i = 0; i < kAtOnce; ++i) z[i] = j + i * kTeam < end ? to_acc(row[j + i * kTeam]) : minus_infinity<Acc>();
+}
+
+template <int kTeam, typename T, typename Acc>
+__device__ inline void write_row(const T* z, T* grad, const Target<Acc>& at, const Gradient<Acc>& row, int lane) {
+  const int classes = at.unknown + 1;
+  for (int j = lane; j < classes; j += kAtOnce * kTeam) {
+    Acc some[kAtOnce];
+    load<kTeam>(z, j, classes, some);
+    to_gradients<T>(some, j, kTeam, row, at.target, at.unknown);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i)
+      if (j + i * kTeam < classes) assign(grad[j + i * kTeam], some[i]);
+  }
 }
 
 template <typename T, typename Acc, int kTeam>
 __global__ void __launch_bounds__(kThreads)
-    forward_kernel(Problem<T> problem, const Acc* alpha_at, Acc unknown_weight, Acc* loss, Acc* threshold, Acc* saved,
-                   unsigned* ticket, Partial* partials) {
+    teams_forward(Problem<T, Acc> problem, Results<Acc> results, const Acc* expected, T* grad) {
   constexpr int kTeams = kThreads / kTeam;
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
-  const Acc alpha = *alpha_at;
+  const Acc alpha = *problem.alpha;
   Partial partial{0, 0, 0};
-  // All teams of a block go on together, so that shuffles and barriers find every thread.
+  // All teams of a block go on together, so that shuffles find every lane.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTeams; first < problem.rows;
        first += static_cast<int64_t>(gridDim.x) * kTeams) {
     const int64_t row = first + team;
     const bool present = row < problem.rows;
     const T* z = problem.logits + (present ? row : 0) * problem.classes;
-    State<Acc> state{minus_infinity<Acc>(), 0, INT64_MAX};
+    State<Acc> state = nothing_seen<Acc>();
     if (present)
-      for (int64_t j = lane; j < problem.classes - 1; j += kAtOnce * kTeam) {
+      for (int j = lane; j < problem.classes - 1; j += kAtOnce * kTeam) {
         Acc some[kAtOnce];
         load<kTeam>(z, j, problem.classes - 1, some);
-        add<kTeam>(state, some, j);
+        add<T>(state, some, j, kTeam);
       }
-    state = combine_team<Acc, kTeam>(state);
-    if (!present || lane != 0) continue;
-    const int64_t target = problem.target[row];
-    assert(target >= 0 && target < problem.classes && "unknown_aware_loss: target out of range");
-    const Row<Acc> done = finish_row(problem, z, target, state, alpha, unknown_weight);
-    if (problem.reduction == 0) loss[row] = done.loss;
-    saved[2 * row] = done.base;
-    saved[2 * row + 1] = done.sum;
-    partial.loss += static_cast<double>(done.loss);
-    partial.threshold += static_cast<double>(done.threshold);
-    partial.known += target != problem.classes - 1;
+    state = combine_lanes<kTeam>(state);
+    if (!present || (lane != 0 && grad == nullptr)) continue;
+    const Target<Acc> at = target_of(problem, row, z);
+    const Row<Acc> done = finish_row(at, state, alpha, problem.unknown_weight);
+    if (lane == 0) keep_row(problem, results, row, done, at.target != at.unknown, expected, partial);
+    if (grad == nullptr) continue;
+    const Acc g = share_of(problem, *expected);
+    const Gradient<Acc> slope = gradient_of(at, done.base, done.sum, alpha, problem.unknown_weight, g);
+    write_row<kTeam>(z, grad + row * problem.classes, at, slope, lane);
   }
-  finish_sums(partial, problem.rows, problem.reduction, loss, threshold, ticket, partials);
+  finish_sums(problem, results, partial);
 }
 
 template <typename T, typename Acc, int kTeam>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(Problem<T> problem, const Acc* alpha_at, Acc unknown_weight, const Acc* grad_loss, const Acc* saved,
-                    T* grad) {
+    teams_backward(Problem<T, Acc> problem, const Acc* grad_loss, const Acc* saved, Acc* expected, T* grad) {
   constexpr int kTeams = kThreads / kTeam;
-  constexpr Acc largest = Acc(1 - kLeastKnown);
-  const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
-  const Acc alpha = *alpha_at;
-  const int64_t unknown = problem.classes - 1;
+  const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam, stride = expected == nullptr ? 2 : 3;
+  const Acc alpha = *problem.alpha;
+  if (expected != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *expected = *grad_loss;
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kTeams + team; row < problem.rows;
        row += static_cast<int64_t>(gridDim.x) * kTeams) {
+    const Acc given = problem.reduction == 0 ? grad_loss[row] : *grad_loss;
+    if (expected != nullptr && saved[stride * row + 2] == given) continue;
     const T* z = problem.logits + row * problem.classes;
-    const int64_t target = problem.target[row];
-    const Acc base = saved[2 * row], signed_sum = saved[2 * row + 1], sum = signed_sum < 0 ? -signed_sum : signed_sum;
-    const Acc g = problem.reduction == 0 ? grad_loss[row]
-                                         : (problem.reduction == 1 ? *grad_loss / Acc(problem.rows) : *grad_loss);
-    Acc w = unknown_weight, through_u = 0;
-    if (target != unknown) {
-      w = 1;
-      if (!(signed_sum < 0)) {
-        const Acc h = (base - to_acc(z[target])) + log_of(sum), p = exp_of(to_acc(z[unknown]) - base) / sum;
-        const Acc u = p < largest ? p : largest, slope = alpha / (1 + alpha * u);
-        w += slope;
-        // At the clamp the gradient stops; where h is infinite, w counts as a constant (the loss says enough).
-        if (u < largest && h != static_cast<Acc>(INFINITY)) through_u = -h * slope * slope * u;
-      }
-    }
-    const Acc scale = g * (w - through_u) / sum;
-    for (int64_t first = lane; first < problem.classes; first += kAtOnce * kTeam) {
-      Acc some[kAtOnce];
-      load<kTeam>(z, first, problem.classes, some);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t j = first + i * kTeam;
-        if (j >= problem.classes) break;
-        Acc value = scale * exp_of(some[i] - base);
-        if (j == target) value -= g * w;
-        if (j == unknown) value += g * through_u;
-        assign(grad[row * problem.classes + j], value);
-      }
-    }
+    const Target<Acc> at = target_of(problem, row, z);
+    const Gradient<Acc> slope = gradient_of(at, saved[stride * row], saved[stride * row + 1], alpha,
+                                            problem.unknown_weight, share_of(problem, given));
+    write_row<kTeam>(z, grad + row * problem.classes, at, slope, lane);
   }
 }
 
-// Threads for a row: about four classes each, sixteen where a warp serves, as many as there are for a block.
+// --- a block for each row --------------------------------------------------------------------------------------------
+
+// Chunks that a thread has under way, and the threads of a block at most: what registers allow.
+template <typename T>
+constexpr int kChunksAtOnce = sizeof(T) == 4 ? 4 : 2;
+template <typename T>
+constexpr int kRowThreads = sizeof(T) == 8 ? kMaxThreads / 2 : kMaxThreads;
+
+template <typename T, typename Acc>
+__device__ inline void unpack(const Chunk<T>& chunk, Acc (&z)[Chunk<T>::kCount]) {
+#pragma unroll
+  for (int i = 0; i < Chunk<T>::kCount; ++i) z[i] = to_acc(chunk.at[i]);
+}
+
+// The state of the classes that this thread has. It keeps its first chunks, up to number `kept` of the row.
+template <typename T, typename Acc>
+__device__ State<Acc> read_row(const T* z, const Span<T>& span, Chunk<T>* cache, int kept) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
+  const Chunk<T>* const body = reinterpret_cast<const Chunk<T>*>(z + span.head);
+  State<Acc> state = nothing_seen<Acc>(), singles = nothing_seen<Acc>();
+  for (int c = thread; c < span.chunks; c += kChunksAtOnce<T> * threads) {
+    Chunk<T> some[kChunksAtOnce<T>];
+#pragma unroll
+    for (int i = 0; i < kChunksAtOnce<T>; ++i)
+      if (c + i * threads < span.chunks) some[i] = body[c + i * threads];
+#pragma unroll
+    for (int i = 0; i < kChunksAtOnce<T>; ++i) {
+      const int at = c + i * threads;
+      if (at >= span.chunks) break;
+      if (at < kept) cache[at] = some[i];
+      Acc values[Chunk<T>::kCount];
+      unpack(some[i], values);
+      add<T>(state, values, span.chunk_begin(at), 1);
+    }
+  }
+  for (int i = thread; i < span.singles() - 1; i += threads) {  // but unknown, the last
+    const Acc value[1] = {to_acc(z[span.single(i)])};
+    add<T>(singles, value, span.single(i), 1);
+  }
+  return combine(state, singles);
+}
+
+// The gradient of the classes that this thread has, from the chunks that it kept.
+template <typename T, typename Acc>
+__device__ void write_row(const T* z, T* grad, const Span<T>& span, const Chunk<T>* cache, int kept,
+                          const Gradient<Acc>& row, int target) {
+  const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x), unknown = span.classes - 1;
+  const Chunk<T>* const body = reinterpret_cast<const Chunk<T>*>(z + span.head);
+  Chunk<T>* const to = reinterpret_cast<Chunk<T>*>(grad + span.head);
+#pragma unroll 2
+  for (int c = thread; c < span.chunks; c += threads) {
+    Chunk<T> chunk = c < kept ? cache[c] : body[c];
+    Acc values[Chunk<T>::kCount];
+    unpack(chunk, values);
+    to_gradients<T>(values, span.chunk_begin(c), 1, row, target, unknown);
+#pragma unroll
+    for (int i = 0; i < Chunk<T>::kCount; ++i) assign(chunk.at[i], values[i]);
+    to[c] = chunk;
+  }
+  for (int i = thread; i < span.singles(); i += threads) {
+    const int j = span.single(i);
+    Acc value[1] = {to_acc(z[j])};
+    to_gradients<T>(value, j, 1, row, target, unknown);
+    assign(grad[j], value[0]);
+  }
+}
+
+// kept: chunks that the shared memory holds; 0 without a gradient.
+template <typename T, typename Acc>
+__global__ void __launch_bounds__(kRowThreads<T>)
+    row_forward(Problem<T, Acc> problem, Results<Acc> results, const Acc* expected, T* grad, int kept) {
+  UASPARSE_DYNAMIC_SHARED(Words<4>, shared);
+  Chunk<T>* const cache = reinterpret_cast<Chunk<T>*>(shared);
+  __shared__ State<Acc> of_warps[kMaxThreads / 32];
+  __shared__ Gradient<Acc> slope;
+  __shared__ int target;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const Acc alpha = *problem.alpha;
+  Partial partial{0, 0, 0};
+  for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
+    const T* const z = problem.logits + row * problem.classes;
+    T* const grad_row = grad == nullptr ? nullptr : grad + row * problem.classes;
+    Target<Acc> at{};
+    if (threadIdx.x == 0) at = target_of(problem, row, z);  // early: two loads that wait for each other
+    const Span<T> span(z, grad_row, problem.classes);
+    State<Acc> state = combine_lanes<32>(read_row<T, Acc>(z, span, cache, kept));
+    if (lane == 0) of_warps[warp] = state;
+    __syncthreads();  // and the last row's slope has been read
+    if (warp == 0) {
+      state = combine_lanes<32>(lane < static_cast<int>(blockDim.x) / 32 ? of_warps[lane] : nothing_seen<Acc>());
+      if (lane == 0) {
+        const Row<Acc> done = finish_row(at, state, alpha, problem.unknown_weight);
+        keep_row(problem, results, row, done, at.target != at.unknown, expected, partial);
+        if (grad != nullptr) {
+          const Acc g = share_of(problem, *expected);
+          slope = gradient_of(at, done.base, done.sum, alpha, problem.unknown_weight, g);
+          target = at.target;
+        }
+      }
+    }
+    __syncthreads();  // of_warps has been read, the slope is there
+    if (grad != nullptr) write_row(z, grad_row, span, cache, kept, slope, target);
+  }
+  finish_sums(problem, results, partial);
+}
+
+template <typename T, typename Acc>
+__global__ void __launch_bounds__(kRowThreads<T>)
+    row_backward(Problem<T, Acc> problem, const Acc* grad_loss, const Acc* saved, Acc* expected, T* grad) {
+  __shared__ Gradient<Acc> slope;
+  __shared__ int target;
+  const int stride = expected == nullptr ? 2 : 3;
+  const Acc alpha = *problem.alpha;
+  if (expected != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *expected = *grad_loss;
+  for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
+    const Acc given = problem.reduction == 0 ? grad_loss[row] : *grad_loss;
+    if (expected != nullptr && saved[stride * row + 2] == given) continue;  // for all threads alike
+    const T* const z = problem.logits + row * problem.classes;
+    T* const grad_row = grad + row * problem.classes;
+    __syncthreads();  // the last row's slope has been read
+    if (threadIdx.x == 0) {
+      const Target<Acc> at = target_of(problem, row, z);
+      slope = gradient_of(at, saved[stride * row], saved[stride * row + 1], alpha, problem.unknown_weight,
+                          share_of(problem, given));
+      target = at.target;
+    }
+    __syncthreads();
+    const Span<T> span(z, grad_row, problem.classes);
+    write_row(z, grad_row, span, static_cast<const Chunk<T>*>(nullptr), 0, slope, target);
+  }
+}
+
+// --- launches --------------------------------------------------------------------------------------------------------
+
+// Lanes for a row: about four classes each, sixteen where a warp serves; 0 where it has a block.
 int team_of(int64_t classes) {
   if (classes <= 16) return 4;
   if (classes <= 32) return 8;
   if (classes <= 64) return 16;
-  return classes <= 512 ? 32 : kThreads;
+  return classes <= 512 ? kMaxTeam : 0;
 }
 
-int64_t blocks_of(const LossArguments& arguments) {
-  const int64_t teams = kThreads / team_of(arguments.classes), blocks = (arguments.rows + teams - 1) / teams;
+int64_t blocks_of(const LossArguments& a) {
+  const int team = team_of(a.classes);
+  const int64_t teams = team > 0 ? kThreads / team : 1, blocks = (a.rows + teams - 1) / teams;
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
 }
 
-template <typename T>
-Problem<T> problem_of(const LossArguments& a) {
-  return {static_cast<const T*>(a.logits), a.target, a.rows, a.classes, a.reduction};
+template <typename T, typename Acc>
+Problem<T, Acc> problem_of(const LossArguments& a) {
+  return {static_cast<const T*>(a.logits), a.target, static_cast<const Acc*>(a.alpha), a.rows,
+          static_cast<int>(a.classes), a.reduction, static_cast<Acc>(a.unknown_weight)};
 }
 
-template <typename T, typename Acc, int kTeam>
-cudaError_t forward(const LossArguments& a, void* loss, void* threshold, void* saved, void* workspace,
-                    cudaStream_t stream) {
-  return launch(forward_kernel<T, Acc, kTeam>, blocks_of(a), kThreads, stream, problem_of<T>(a),
-                static_cast<const Acc*>(a.alpha), static_cast<Acc>(a.unknown_weight), static_cast<Acc*>(loss),
-                static_cast<Acc*>(threshold), static_cast<Acc*>(saved), static_cast<unsigned*>(workspace),
-                reinterpret_cast<Partial*>(static_cast<char*>(workspace) + alignof(Partial)));
-}
+template <typename T, typename Acc>
+struct Launch {
+  const LossArguments& a;
+  cudaStream_t stream;
 
-template <typename T, typename Acc, int kTeam>
-cudaError_t backward(const LossArguments& a, const void* grad_loss, const void* saved, void* grad, cudaStream_t stream) {
-  return launch(backward_kernel<T, Acc, kTeam>, blocks_of(a), kThreads, stream, problem_of<T>(a),
-                static_cast<const Acc*>(a.alpha), static_cast<Acc>(a.unknown_weight), static_cast<const Acc*>(grad_loss),
-                static_cast<const Acc*>(saved), static_cast<T*>(grad));
-}
-
-#define UASPARSE_LOSS_TEAMS(call, T, Acc, ...)                    \
-  switch (team_of(arguments.classes)) {                           \
-    case 4: return call<T, Acc, 4>(arguments, __VA_ARGS__);       \
-    case 8: return call<T, Acc, 8>(arguments, __VA_ARGS__);       \
-    case 16: return call<T, Acc, 16>(arguments, __VA_ARGS__);     \
-    case 32: return call<T, Acc, 32>(arguments, __VA_ARGS__);     \
-    default: return call<T, Acc, kThreads>(arguments, __VA_ARGS__); \
+  cudaError_t forward(void* loss, void* threshold, void* saved, void* workspace, const void* expected_, void* grad_) {
+    const Results<Acc> results{static_cast<Acc*>(loss), static_cast<Acc*>(threshold), static_cast<Acc*>(saved),
+                               static_cast<unsigned*>(workspace),
+                               reinterpret_cast<Partial*>(static_cast<char*>(workspace) + alignof(Partial))};
+    const Acc* const expected = static_cast<const Acc*>(expected_);
+    T* const grad = static_cast<T*>(grad_);
+    switch (team_of(a.classes)) {
+      case 4: return teams(teams_forward<T, Acc, 4>, results, expected, grad);
+      case 8: return teams(teams_forward<T, Acc, 8>, results, expected, grad);
+      case 16: return teams(teams_forward<T, Acc, 16>, results, expected, grad);
+      case kMaxTeam: return teams(teams_forward<T, Acc, kMaxTeam>, results, expected, grad);
+      default: break;
+    }
+    const int64_t chunks = (a.classes + Chunk<T>::kCount - 1) / Chunk<T>::kCount;
+    const int64_t room = a.shared_bytes > kOwnShared ? (a.shared_bytes - kOwnShared) / 16 : 0;
+    const int kept = grad == nullptr ? 0 : static_cast<int>(chunks < room ? chunks : room);
+    return launch_shared(row_forward<T, Acc>, blocks_of(a), threads(), 16 * kept, stream, problem_of<T, Acc>(a), results,
+                         expected, grad, kept);
   }
 
-#define UASPARSE_LOSS_TYPES(call, ...)                                                       \
-  switch (arguments.type) {                                                                  \
-    case LogitType::kFloat: UASPARSE_LOSS_TEAMS(call, float, float, __VA_ARGS__)             \
-    case LogitType::kDouble: UASPARSE_LOSS_TEAMS(call, double, double, __VA_ARGS__)          \
-    case LogitType::kHalf: UASPARSE_LOSS_TEAMS(call, __half, float, __VA_ARGS__)             \
-    case LogitType::kBFloat16: UASPARSE_LOSS_TEAMS(call, __nv_bfloat16, float, __VA_ARGS__)  \
+  cudaError_t backward(const void* grad_loss_, const void* saved_, void* expected_, void* grad_) {
+    const Acc* const grad_loss = static_cast<const Acc*>(grad_loss_);
+    const Acc* const saved = static_cast<const Acc*>(saved_);
+    Acc* const expected = static_cast<Acc*>(expected_);
+    T* const grad = static_cast<T*>(grad_);
+    switch (team_of(a.classes)) {
+      case 4: return teams(teams_backward<T, Acc, 4>, grad_loss, saved, expected, grad);
+      case 8: return teams(teams_backward<T, Acc, 8>, grad_loss, saved, expected, grad);
+      case 16: return teams(teams_backward<T, Acc, 16>, grad_loss, saved, expected, grad);
+      case kMaxTeam: return teams(teams_backward<T, Acc, kMaxTeam>, grad_loss, saved, expected, grad);
+      default: break;
+    }
+    return launch(row_backward<T, Acc>, blocks_of(a), threads(), stream, problem_of<T, Acc>(a), grad_loss, saved,
+                  expected, grad);
   }
+
+ private:
+  // Of a block for one row: four chunks for each.
+  int threads() const {
+    int threads = kThreads;
+    while (threads < kRowThreads<T> && threads * 4 * Chunk<T>::kCount < a.classes) threads *= 2;
+    return threads;
+  }
+
+  template <typename Kernel, typename... Arguments>
+  cudaError_t teams(Kernel kernel, Arguments... arguments) {
+    return launch(kernel, blocks_of(a), kThreads, stream, problem_of<T, Acc>(a), arguments...);
+  }
+};
+
+template <typename Call>
+cudaError_t with_type(const LossArguments& a, cudaStream_t stream, Call call) {
+  switch (a.type) {
+    case LogitType::kFloat: return call(Launch<float, float>{a, stream});
+    case LogitType::kDouble: return call(Launch<double, double>{a, stream});
+    case LogitType::kHalf: return call(Launch<__half, float>{a, stream});
+    case LogitType::kBFloat16: return call(Launch<__nv_bfloat16, float>{a, stream});
+  }
+  return cudaErrorInvalidValue;
+}
 
 }  // namespace
 
@@ -330,15 +431,15 @@ size_t loss_workspace_bytes(const LossArguments& arguments) {
 }
 
 cudaError_t launch_loss_forward(const LossArguments& arguments, void* loss, void* threshold, void* saved,
-                                void* workspace, cudaStream_t stream) {
-  UASPARSE_LOSS_TYPES(forward, loss, threshold, saved, workspace, stream)
-  return cudaErrorInvalidValue;
+                                void* workspace, const void* expected, void* grad, cudaStream_t stream) {
+  return with_type(arguments, stream, [&](auto launch) {
+    return launch.forward(loss, threshold, saved, workspace, expected, grad);
+  });
 }
 
-cudaError_t launch_loss_backward(const LossArguments& arguments, const void* grad_loss, const void* saved, void* grad,
-                                 cudaStream_t stream) {
-  UASPARSE_LOSS_TYPES(backward, grad_loss, saved, grad, stream)
-  return cudaErrorInvalidValue;
+cudaError_t launch_loss_backward(const LossArguments& arguments, const void* grad_loss, const void* saved,
+                                 void* expected, void* grad, cudaStream_t stream) {
+  return with_type(arguments, stream, [&](auto launch) { return launch.backward(grad_loss, saved, expected, grad); });
 }
 
 }  // namespace uasparse

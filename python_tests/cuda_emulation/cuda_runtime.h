@@ -228,6 +228,12 @@ T* dynamic_shared() {
   return static_cast<T*>(block->shared);
 }
 
+// Exactly so many bytes, so that AddressSanitizer sees the one after them.
+inline void* aligned(size_t bytes) {
+  void* at = nullptr;
+  return posix_memalign(&at, 128, bytes) == 0 ? at : nullptr;
+}
+
 inline unsigned lane() { return current->thread.x % kWarpSize; }
 
 // Gives every lane the values of all: read(slots) after a barrier.
@@ -278,6 +284,7 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
     return bits;
   });
 }
+inline float __expf(float x) { return std::exp(x); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
@@ -333,7 +340,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulation::block->warps.resize(threads / emulation::kWarpSize);
   emulation::block->kernel = [&] { kernel(arguments...); };
   const std::unique_ptr<void, void (*)(void*)> shared(
-      config->dynamicSmemBytes ? std::aligned_alloc(128, config->dynamicSmemBytes) : nullptr, std::free);
+      config->dynamicSmemBytes ? emulation::aligned(config->dynamicSmemBytes) : nullptr, std::free);
   emulation::block->shared = shared.get();
   emulation::block->shared_bytes = config->dynamicSmemBytes;
   ::blockDim = config->blockDim;

@@ -237,6 +237,18 @@ def _fake(logits, target, alpha, unknown_weight, reduction):
     return loss, logits.new_empty((), dtype=dtype), logits.new_empty((logits.shape[0], 2), dtype=dtype)
 
 
+@_library.register_fake("unknown_aware_loss_at_once")
+def _at_once_fake(logits, target, alpha, unknown_weight, reduction):
+    loss, threshold, saved = _fake(logits, target, alpha, unknown_weight, reduction)
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return loss, threshold, saved.new_empty((logits.shape[0], 3)), grad
+
+
+@_library.register_fake("unknown_aware_loss_put_right_")
+def _put_right_fake(grad, grad_loss, logits, target, alpha, saved, unknown_weight, reduction):
+    return None
+
+
 @_library.register_fake("unknown_aware_loss_backward")
 def _backward_fake(grad_loss, logits, target, alpha, saved, unknown_weight, reduction):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
