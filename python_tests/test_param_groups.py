@@ -128,3 +128,32 @@ def test_quantised_state_is_refused():
     with pytest.raises(ValueError, match="Quantised"):
         topology.step()
     assert torch.equal(model[0].pattern.blocks(), before)
+
+
+@pytest.mark.parametrize(
+    ("rule", "storage", "said"),
+    [
+        (lambda p: p.dim() >= 2, "packed", "0, 2"),
+        (lambda p: p.dim() >= 2, "dense", None),  # its weights have two dimensions
+        (lambda p: True, "packed", None),
+        (lambda p: False, "packed", None),  # no decay anywhere
+    ],
+)
+def test_a_rule_by_dimensions_is_noticed(rule, storage, said, caplog):
+    model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16), nn.Linear(16, 16))
+    ua.sparsify(model, 0.5, distribution="uniform", storage=storage)
+    decayed = [p for p in model.parameters() if rule(p)]
+    others = [p for p in model.parameters() if not rule(p)]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    groups = groups if decayed or said else groups[1:]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    ua.DynamicSparsity(model, optimizer, method="rigl", total_steps=1000)
+    lines = [record.getMessage() for record in caplog.records if "The optimizer decays" in record.getMessage()]
+    assert len(lines) == (said is not None) and all(f"ones of {said}. " in line for line in lines)
+
+
+def test_own_groups_leave_nothing_to_say(caplog):
+    model = ua.sparsify(Model(), 0.5)
+    optimizer = torch.optim.AdamW(ua.param_groups(model, weight_decay=0.1), lr=1e-3)
+    ua.DynamicSparsity(model, optimizer, method="static", total_steps=1000)
+    assert "The optimizer decays" not in caplog.text

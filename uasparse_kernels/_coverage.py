@@ -6,9 +6,10 @@ import logging
 import math
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from uasparse_kernels.nn.layers import SparseLayer
@@ -80,3 +81,23 @@ def warn_of_the_rest(model: nn.Module, covered: Collection[str]) -> None:
             100 * share,
             rest,
         )
+
+
+def outputs_without_weights(layers: Mapping[str, SparseLayer]) -> dict[str, tuple[int, int]]:
+    """How many outputs of a layer no active weight reaches, and how many it has, of those where that is half or more.
+
+    Such outputs are constants: of a network that is cut in two the layers behind see nothing else.
+    """
+    known = {name: layer.pattern for name, layer in layers.items() if not layer.pattern.crow.is_meta}
+    if not known:
+        return {}
+    empty = [(pattern.crow.diff() == 0).sum().cpu() for pattern in known.values()]
+    counts = zip(known.items(), torch.stack(empty).tolist(), strict=True)
+    found = {name: (count * pattern.block[0], pattern.shape[0]) for (name, pattern), count in counts}
+    return {name: (count, outputs) for name, (count, outputs) in found.items() if 2 * count >= outputs > 0}
+
+
+def describe_outputs(found: Mapping[str, tuple[int, int]]) -> str:
+    """In words; the first few layers by name."""
+    named = [f"{count} of {outputs} in {name or 'the layer'}" for name, (count, outputs) in found.items()]
+    return ", ".join(named[:4]) + (f" and in {len(named) - 4} more layers" if len(named) > 4 else "")

@@ -10,12 +10,20 @@ from torch import Tensor, nn
 
 from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
-from uasparse_kernels._coverage import DENSE_BECAUSE, dense_shape, pattern_shape, warn_of_the_rest
+from uasparse_kernels._coverage import (
+    DENSE_BECAUSE,
+    dense_shape,
+    describe_outputs,
+    outputs_without_weights,
+    pattern_shape,
+    warn_of_the_rest,
+)
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
+from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
-from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, resolve_storage
+from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import kind_of, make_sparse, why_not
@@ -61,7 +69,8 @@ def sparsify(
     do the output embeddings of a language model, which its library resizes as a matrix; ``exempt`` and ``overrides``
     change that. A layer that cannot be converted is left as it is, and the reason is logged (logger
     "uasparse_kernels"): it is of another type, or another module reads or shares its weight. A warning is logged if no
-    layer, or less than 80 % of the weights in matrices, could be covered; ``summary(model)`` shows everything.
+    layer, or less than 80 % of the weights in matrices, could be covered, and if half of a layer's outputs have no
+    weight left; ``summary(model)`` shows everything.
 
     **Values.** Under a random pattern the weights of each output are scaled up for the inputs that it lost, so that
     outputs keep their variance and deep networks without normalisation train. Weights that were chosen by magnitude,
@@ -205,6 +214,13 @@ def sparsify(
     warn_of_resized(change.layer.weight for change in changes if change.apply())
     model = _replace(model, made)
     _leave_fused_evaluation(model)
+    sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+    if few := outputs_without_weights({name: sparse[name] for name in plans if name in sparse}):
+        logger.warning(
+            "Half of the outputs of a layer or more have no weight left: %s. They are constants; take a lower sparsity "
+            "or smaller blocks there (overrides=, block=).",
+            describe_outputs(few),
+        )
     return model
 
 

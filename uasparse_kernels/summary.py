@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from uasparse_kernels._attention import why_closed
-from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, matrices
+from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, describe_outputs, matrices, outputs_without_weights
 from uasparse_kernels._table import bytes_of, render
 from uasparse_kernels.convert import _candidates
 from uasparse_kernels.nn.delta import SparseDelta
@@ -42,7 +42,8 @@ class Summary:
 
     ``weights`` counts the entries of all matrices (parameters of two or more dimensions), ``active`` the active ones
     among them, ``others`` the parameters in biases and norms. ``bytes`` are those of all parameters and patterns,
-    ``dense_bytes`` those of the dense model's parameters.
+    ``dense_bytes`` those of the dense model's parameters. ``constant_outputs`` has the layers in which half of the
+    outputs or more have no weight: how many these are, of how many outputs.
     """
 
     rows: list[SummaryRow]
@@ -52,6 +53,7 @@ class Summary:
     others: int
     bytes: int
     dense_bytes: int
+    constant_outputs: dict[str, tuple[int, int]]
 
     @property
     def sparsity(self) -> float:
@@ -81,6 +83,11 @@ class Summary:
             f"{self.sparsity:.2%}; {self.covered / max(1, self.weights):.1%} of them are in sparse layers",
             f"Other parameters (biases, norms): {self.others:,}",
             f"Bytes of parameters and patterns: {bytes_of(self.bytes)}; as a dense model {bytes_of(self.dense_bytes)}",
+            *(
+                [f"Outputs without any weight: {describe_outputs(self.constant_outputs)}"]
+                if self.constant_outputs
+                else []
+            ),
             *(
                 f"[{i}] {reason} ({reasons[reason] / max(1, self.weights):.1%} of the weights)"
                 for reason, i in notes.items()
@@ -148,6 +155,9 @@ def summary(model: nn.Module) -> Summary:
         others=sum(p.numel() for p in others),
         bytes=held + rest,
         dense_bytes=sum(matrix.size * matrix.tensor.element_size() for matrix in all_matrices) + rest,
+        constant_outputs=outputs_without_weights(
+            {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+        ),
     )
 
 

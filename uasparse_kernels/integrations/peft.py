@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 
-from uasparse_kernels.nn.layers import SparseLinear
+from uasparse_kernels.nn.linear import SparseLinear
 
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 

@@ -2,8 +2,10 @@
 
 from uasparse_kernels.nn.attention import SparseMultiheadAttention
 from uasparse_kernels.nn.conv1d import SparseConv1d
+from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.delta import SparseDelta
-from uasparse_kernels.nn.layers import SparseConv2d, SparseLayer, SparseLinear
+from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
 from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d
 from uasparse_kernels.nn.pool import MaxPool2d

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from uasparse_kernels.nn.layers import SparseLayer, SparseLinear
+from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.nn.linear import SparseLinear
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
 _DENSE_ONLY = ("in_proj_weight", *(f"{name}_weight" for name in _SEPARATE), "in_proj_bias")

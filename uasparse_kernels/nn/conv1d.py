@@ -12,21 +12,15 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from uasparse_kernels import ops
-from uasparse_kernels.nn.layers import (
-    SparseLayer,
-    _from_dense,
-    as_leaf,
-    check_rows_of_groups,
-    conv_arguments,
-    conv_weight_gradient,
-)
+from uasparse_kernels.nn.conv2d import SparseConvolution, check_rows_of_groups, conv_arguments, conv_weight_gradient
+from uasparse_kernels.nn.layers import as_leaf, from_dense
 from uasparse_kernels.nn.registry import add_kind
 from uasparse_kernels.pattern import SparsityPattern
 
 IntOrOne = int | tuple[int]
 
 
-class SparseConv1d(SparseLayer):
+class SparseConv1d(SparseConvolution):
     """``nn.Conv1d`` with a sparse weight.
 
     The pattern, and a dense-stored ``weight``, are those of a convolution of height 1, ``[out, in / groups, 1, k]``.
@@ -62,12 +56,7 @@ class SparseConv1d(SparseLayer):
         arguments = (kernel_size, stride, padding, dilation, groups, bias, padding_mode)
         # The dense layer, on no device, checks the arguments as torch does and works out string paddings.
         template = nn.Conv1d(in_channels, out_channels, *arguments, device="meta")
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size: Any = template.kernel_size
-        self.stride: Any = template.stride
-        self.dilation: Any = template.dilation
-        self.padding, self.groups, self.padding_mode = template.padding, groups, padding_mode
-        self._pad = tuple(template._reversed_padding_repeated_twice)  # left, right
+        self._take_geometry(template)
         check_rows_of_groups(out_channels // groups, pattern, block)
         shape = tuple(self.pattern_view(template.weight).shape)
         self._init_weight(shape, bias, device, dtype, sparsity, pattern, block, storage)
@@ -84,7 +73,7 @@ class SparseConv1d(SparseLayer):
     ) -> SparseConv1d:
         """A sparse layer with the active weights and the bias of a dense one, as :meth:`SparseLinear.from_dense`."""
         build = partial(cls, *conv_arguments(module))
-        return _from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
+        return from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
 
     @staticmethod
     def pattern_view(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Drop-in sparse layers: the arguments of ``nn.Linear`` / ``nn.Conv2d``, then the pattern and the storage."""
+"""What the sparse layers share. Each is a drop-in one: the arguments of the dense layer, then pattern and storage."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import math
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 
-from uasparse_kernels import ops
 from uasparse_kernels._library import constant_when_compiled
-from uasparse_kernels.nn.registry import add_kind, make_dense
+from uasparse_kernels.nn.registry import make_dense
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops._cpu import crossover, wide
 from uasparse_kernels.ops._cuda import is_packed_by_default
-from uasparse_kernels.ops.masked_conv2d import as_pair
 from uasparse_kernels.pattern import SparsityPattern
 
 _NO_PARAMETRIZATION = (
@@ -330,248 +326,7 @@ class SparseLayer(nn.Module):
         return pattern, values if self.storage == "packed" else pattern.unpack(values)
 
 
-class SparseLinear(SparseLayer):
-    """``nn.Linear`` with a sparse weight.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
-        sparsity: share of absent weights in [0, 1); a uniformly random pattern with an exact count is drawn.
-        pattern: the pattern itself, of shape ``[out, in]`` (instead of ``sparsity``); it is copied.
-        block: block of the random pattern, (1, 1), (r, 1) or (b, b).
-        storage: "packed", "dense", or "auto". On the CPU, auto is packed up to the density at which the dense kernel
-            becomes faster (:func:`uasparse_kernels.tune`); on a GPU it is packed for blocks, and for unstructured
-            weights of so few entries that a sparse kernel beats tensor cores (about 1 %).
-
-    Raises:
-        ValueError: if both or neither of sparsity and pattern are given, or they do not fit the layer.
-    """
-
-    dense_class = nn.Linear
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        sparsity: float | None = None,
-        pattern: SparsityPattern | None = None,
-        block: Sequence[int] = (1, 1),
-        storage: str = "auto",
-    ):
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self._init_weight((out_features, in_features), bias, device, dtype, sparsity, pattern, block, storage)
-
-    @classmethod
-    def from_dense(
-        cls,
-        module: nn.Linear,
-        *,
-        sparsity: float | None = None,
-        pattern: SparsityPattern | None = None,
-        block: Sequence[int] = (1, 1),
-        storage: str = "auto",
-    ) -> SparseLinear:
-        """A sparse layer with the active weights and the bias of a dense one (copied).
-
-        With ``sparsity`` the pattern is random, for training from scratch, and each output's weights are scaled up for
-        the inputs that it lost (:meth:`scale_to_fan_in_`). With a ``pattern`` the values are not changed: to prune a
-        trained layer by magnitude, pass ``SparsityPattern.from_mask(...)``.
-        """
-        build = partial(cls, module.in_features, module.out_features, module.bias is not None)
-        return _from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
-
-    def _empty_dense(self, options: dict[str, Any]) -> nn.Module:
-        return nn.Linear(self.in_features, self.out_features, self.bias is not None, **options)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_leaf(self, input)
-        weight, pattern, bias, masked = self._own_tensors()
-        return ops.masked_linear(input, weight, pattern, bias, weight_is_masked=masked)
-
-    def weight_gradient(self, input: Tensor, grad_output: Tensor, first: int, last: int) -> Tensor:
-        return grad_output.reshape(-1, grad_output.shape[-1])[:, first:last].T @ input.reshape(-1, input.shape[-1])
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            + self._sparsity_repr()
-        )
-
-
-class SparseConv2d(SparseLayer):
-    """``nn.Conv2d`` with a sparse weight.
-
-    Args:
-        in_channels ... dtype: as for ``nn.Conv2d``.
-        sparsity, pattern, block, storage: as for :class:`SparseLinear`; the pattern's shape is
-            ``[out, in / groups, kh, kw]`` and its block rows must not cross groups.
-    """
-
-    dense_class = nn.Conv2d
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: str | int | tuple[int, int] = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        sparsity: float | None = None,
-        pattern: SparsityPattern | None = None,
-        block: Sequence[int] = (1, 1),
-        storage: str = "auto",
-    ):
-        super().__init__()
-        self._channels_last = False
-        if not isinstance(padding, str):
-            padding = as_pair(padding)
-        stride, dilation = as_pair(stride), as_pair(dilation)
-        # The dense layer, on no device, checks the arguments as torch does and works out string paddings.
-        template = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device="meta",
-        )
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size: Any = template.kernel_size
-        self.stride: Any = template.stride
-        self.dilation: Any = template.dilation
-        self.padding, self.groups, self.padding_mode = template.padding, groups, padding_mode
-        # left, right, top, bottom; a string padding may be uneven.
-        self._pad = tuple(template._reversed_padding_repeated_twice)
-        shape = tuple(template.weight.shape)
-        check_rows_of_groups(out_channels // groups, pattern, block)
-        self._init_weight(shape, bias, device, dtype, sparsity, pattern, block, storage)
-
-    @classmethod
-    def from_dense(
-        cls,
-        module: nn.Conv2d,
-        *,
-        sparsity: float | None = None,
-        pattern: SparsityPattern | None = None,
-        block: Sequence[int] = (1, 1),
-        storage: str = "auto",
-    ) -> SparseConv2d:
-        """A sparse layer with the active weights and the bias of a dense one, as :meth:`SparseLinear.from_dense`."""
-        build = partial(cls, *conv_arguments(module))
-        return _from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
-
-    def _empty_dense(self, options: dict[str, Any]) -> nn.Module:
-        return nn.Conv2d(*conv_arguments(self), **options)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
-            return as_leaf(self, input)
-        weight, pattern, bias, masked = self._own_tensors()
-        batched, padding = self.padded(input)
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        output = ops.masked_conv2d(batched, weight, pattern, bias, *geometry, weight_is_masked=masked)
-        if self._channels_last:
-            output = output.contiguous(memory_format=torch.channels_last)
-        return output.squeeze(0) if input.dim() == 3 else output
-
-    def weight_gradient(self, input: Tensor, grad_output: Tensor, first: int, last: int) -> Tensor:
-        input, padding = self.padded(input)
-        grad = grad_output.view(input.shape[0], -1, *grad_output.shape[-2:])
-        geometry = (self.stride, padding, self.dilation, self.groups)
-        return conv_weight_gradient(input, grad, self.pattern.shape, *geometry, first, last)
-
-    def _apply(self, fn, recurse=True):
-        """A packed weight has no memory format to remember that the model is channels_last: the layer does."""
-        form = torch.channels_last if self._channels_last else torch.contiguous_format
-        probe = torch.empty(2, 2, 2, 2, dtype=self.weight.dtype, device=self.weight.device, memory_format=form)
-        super()._apply(fn, recurse)
-        probe = fn(probe)
-        self._channels_last = not probe.is_contiguous()
-        return self
-
-    def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The input ``[N, C, H, W]``, padded where the op cannot, and the padding that is left for the op."""
-        if input.dim() == 3:
-            input = input.unsqueeze(0)
-        left, right, top, bottom = self._pad
-        if self.padding_mode == "zeros" and left == right and top == bottom:
-            return input, (top, left)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(input, (left, right, top, bottom), mode=mode), (0, 0)
-
-    def extra_repr(self) -> str:
-        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        for name, default in (("padding", (0, 0)), ("dilation", (1, 1)), ("groups", 1), ("padding_mode", "zeros")):
-            if getattr(self, name) != default:
-                text += f", {name}={getattr(self, name)}"
-        return f"{text}, bias={self.bias is not None}, " + self._sparsity_repr()
-
-
-def conv_arguments(module: Any) -> Any:
-    """Those of a dense or sparse convolution's constructor, up to device and dtype."""
-    return (
-        module.in_channels,
-        module.out_channels,
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        module.groups,
-        module.bias is not None,
-        module.padding_mode,
-    )
-
-
-def check_rows_of_groups(per_group: int, pattern: SparsityPattern | None, block: Sequence[int]) -> None:
-    """Raises ValueError for blocks that reach over the output channels of a group."""
-    rows = (pattern.block if pattern is not None else tuple(block))[0]
-    if per_group % rows:
-        raise ValueError(f"Expected block rows that divide the {per_group} output channels of a group, got {rows}.")
-
-
-def conv_weight_gradient(
-    input: Tensor, grad: Tensor, shape, stride, padding, dilation, groups: int, first: int, last: int
-) -> Tensor:
-    """Rows ``[first, last)`` of the gradient of a dense weight ``[out, in / groups, kh, kw]``."""
-    per_group = shape[0] // groups
-    parts = []
-    for group in range(first // per_group, (last - 1) // per_group + 1):
-        low, high = max(first, group * per_group), min(last, (group + 1) * per_group)
-        parts.append(
-            torch.ops.aten.convolution_backward(
-                grad[:, low:high],
-                input[:, group * shape[1] : (group + 1) * shape[1]],
-                grad.new_empty((high - low, *shape[1:])),
-                None,
-                stride,
-                padding,
-                dilation,
-                False,
-                (0, 0),
-                1,
-                (False, True, False),
-            )[1]
-        )
-    return torch.cat(parts)
-
-
-def _from_dense(module, build, **sparse):
+def from_dense(module, build, **sparse):
     layer = build(device=module.weight.device, dtype=module.weight.dtype, **sparse)
     layer.set_dense_weight(module.weight)
     if sparse["pattern"] is None:
@@ -628,7 +383,3 @@ def resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype |
     structure = "1x1" if pattern.block == (1, 1) else "blocks"
     limit, _ = crossover(op, dtype or torch.get_default_dtype(), structure, wide(pattern.shape))
     return "packed" if pattern.density <= limit else "dense"
-
-
-add_kind(nn.Linear, SparseLinear, lambda layer: layer.to_dense(nn.Linear))
-add_kind(nn.Conv2d, SparseConv2d, lambda layer: layer.to_dense(nn.Conv2d))

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uasparse_kernels.nn.layers import SparseLinear, _from_dense
+from uasparse_kernels.nn.layers import from_dense
+from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.nn.registry import add_kind
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -35,7 +36,7 @@ class SparseTransposedLinear(SparseLinear):
     ) -> SparseTransposedLinear:
         """A sparse layer with the active weights and the bias of a dense one, as :meth:`SparseLinear.from_dense`."""
         build = partial(cls, *module.weight.shape)
-        layer = _from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
+        layer = from_dense(module, build, sparsity=sparsity, pattern=pattern, block=block, storage=storage)
         layer.dense_class = type(module)
         return layer
 

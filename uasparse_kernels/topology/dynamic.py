@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from uasparse_kernels._coverage import describe_outputs, outputs_without_weights
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
 from uasparse_kernels.topology.growth import GradientCapture
@@ -133,6 +134,7 @@ class DynamicSparsity:
         if self.method is not None:
             self._states.check_can_move(self.layers)
             self._check_method(self.method)
+        self._states.warn_of_decay(self.layers)
         if generator is None:
             generator = torch.Generator()
             generator.manual_seed(int(torch.randint(2**62, ())))
@@ -141,6 +143,7 @@ class DynamicSparsity:
         self._postponed = 0  # the step whose update waits for finite gradients
         self._states_seen = self.method is None
         self._said_postponed = False
+        self._said_lost = self.method is None
         if self.group is not None:
             make_alike(self.layers, self.group)
         self.initial_blocks = {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
@@ -292,6 +295,7 @@ class DynamicSparsity:
             with whole(moving) as (weight, *others):
                 change(weight, layer.pattern, dropped, grown, others, reset_regrown=self.method.reset_regrown)
             start_grown(states[name])
+        self._say_lost()
         return True
 
     def _ready(self) -> tuple[list[str] | None, dict[str, list[State]]]:
@@ -397,6 +401,17 @@ class DynamicSparsity:
         if not self._said_postponed:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
+
+    def _say_lost(self) -> None:
+        """One line, once, where updates took the weights of half of a layer's outputs, or more."""
+        if not self._said_lost and (lost := outputs_without_weights(self.layers)):
+            self._said_lost = True
+            logger.warning(
+                "Topology: after step %d half of the outputs of a layer or more have no weight left: %s. They are "
+                "constants. With growth by gradient, drop=topology.relative_magnitude keeps outputs alive.",
+                self.steps + 1,
+                describe_outputs(lost),
+            )
 
     # ---- checks ----
 

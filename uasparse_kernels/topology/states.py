@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.topology.processes import is_sharded, local, whole
+
+logger = logging.getLogger("uasparse_kernels")
 
 # Optimisers whose update of an entry depends on other entries, or that cannot serve at all, and the way out.
 _FIRST_ORDER = "use one that treats each weight by itself (SGD, Adam, AdamW, RMSprop, ...)"
@@ -85,6 +88,23 @@ class OptimizerStates:
                         f"{name or type(layer).__name__}: {kinds[0]} cannot train weights whose pattern changes: "
                         f"{reasons[0]}."
                     )
+
+    def warn_of_decay(self, layers: Mapping[str, SparseLayer]) -> None:
+        """One line where a rule by dimensions (nanoGPT's, timm's) took packed weights out of weight decay."""
+        without = []
+        for name, layer in layers.items():
+            for optimizer in self._holders(layer.weight):
+                decaying = [group["params"] for group in optimizer.param_groups if group.get("weight_decay")]
+                decays = any(p is layer.weight for params in decaying for p in params)
+                if decaying and not decays and layer.weight.dim() == 1 and layer.weight.requires_grad:
+                    without.append(name)
+        if without:
+            logger.warning(
+                "The optimizer decays other weights, but not the packed ones of %s. Packed 1x1 weights have one "
+                "dimension, for which a rule such as p.dim() >= 2 takes them for norms; "
+                "param_groups(model, weight_decay) makes groups that know them.",
+                _names(without),
+            )
 
     def of(self, name: str, weight: Tensor) -> list[State]:
         """What moves with a weight.
