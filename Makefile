@@ -70,7 +70,7 @@ $(VENV)/bin/python:
 
 $(VENV)/torch.done: $(VENV)/bin/python
 	@echo "Installing torch (some minutes the first time) ..."
-	$(PIP) "torch>=2.11" torchvision numpy "setuptools>=64" wheel ninja || { \
+	$(PIP) "torch>=2.11" torchvision numpy "setuptools>=77" wheel ninja || { \
 	  echo "torch could not be installed. This needs a package index (some 3 GB come from it), or make VENV=PATH with an" \
 	    "environment that has torch, torchvision, numpy, setuptools, wheel and ninja." >&2; exit 1; }
 	@touch $@

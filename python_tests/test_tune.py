@@ -224,7 +224,7 @@ def test_where_no_cache_can_be_the_measured_table_serves_this_process(tmp_path, 
         ua.SparseLinear(16, 8, sparsity=0.5)(torch.randn(2, 16))
     assert len(caught) == (fault in ("no home", "unreadable"))  # the others are as if nothing was ever measured
     monkeypatch.setattr(module, "_sparse_is_faster", lambda *cell: cell[-1] < 0.02)
-    with pytest.warns(RuntimeWarning, match=r"serve this process only"):
+    with pytest.warns(RuntimeWarning, match=r"hold for this process only"):
         table = ua.tune(verbose=False)
     choice = _choose(0.1)
     assert choice.kernel == "dense" and "measured" in choice.reason

@@ -73,8 +73,8 @@ def sparsify(
     do the output embeddings of a language model, which its library resizes as a matrix; ``exempt`` and ``overrides``
     change that. A layer that cannot be converted is left as it is, and the reason is logged (logger
     "uasparse_kernels"): it is of another type, or another module reads or shares its weight. A warning is logged if no
-    layer, or less than 80 % of the weights in matrices, could be covered, and another if half of a layer's outputs have
-    no weight left; ``summary(model)`` shows everything.
+    layer, or less than 80 % of the weights in matrices, could be covered, and if half of a layer's outputs have no
+    weight left; ``summary(model)`` shows everything.
 
     **Values.** Under a random pattern the weights of each output are scaled up for the inputs that it lost, so that
     outputs keep their variance and deep networks without normalisation train. Weights that were chosen by magnitude,

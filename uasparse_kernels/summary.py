@@ -42,8 +42,8 @@ class Summary:
 
     ``weights`` counts the entries of all matrices (parameters of two or more dimensions), ``active`` the active ones
     among them, ``others`` the parameters in biases and norms. ``bytes`` are those of all parameters and patterns,
-    ``dense_bytes`` those of the dense model's parameters. ``constant_outputs`` names the layers of which half of the
-    outputs or more have no weight: how many, and how many outputs there are.
+    ``dense_bytes`` those of the dense model's parameters. ``constant_outputs`` has the layers in which half of the
+    outputs or more have no weight: how many these are, of how many outputs.
     """
 
     rows: list[SummaryRow]
