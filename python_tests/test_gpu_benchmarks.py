@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    bench_gpu_csr,
     bench_gpu_masked_conv2d,
     bench_gpu_masked_linear,
     bench_gpu_networks,
@@ -220,5 +221,25 @@ def test_selection():
 
 def test_loss():
     cell = bench_gpu_unknown_aware_loss.Cell(30, 11, "fp32")
-    row = bench_gpu_unknown_aware_loss.measure(cell, Once("eager reference", {"eager reference", "ours"}), ROOFS)
+
+    class Clocks(Once):
+        def medians_ms(self, variants):
+            if "scaled" in variants:
+                return {"scaled": 2.0} if variants["scaled"]() else {}
+            return super().medians_ms(variants)
+
+    names = {"eager reference", "ours", "two launches"}
+    row = bench_gpu_unknown_aware_loss.measure(cell, Clocks("eager reference", names), ROOFS)
     bench_gpu_unknown_aware_loss.show(row)
+    assert row["error"] < 1e-6 and "scaled" in row["times_faster_than"]
+
+
+def test_csr():
+    cells = list(bench_gpu_csr.cells())
+    assert len(set(cells)) == len(cells)
+    names = {"dense", "ours", "CSR", "CSR, bare", "CSR, no transposes"}
+    for cell in cells[:2]:
+        cell = cell._replace(out=32, inp=64, tokens=20, density=0.1)
+        row = bench_gpu_csr.measure(cell, Once("dense", names), ROOFS)
+        bench_gpu_csr.show(row)
+        assert row["error"] < 1e-6 and row["repeats"]
