@@ -116,7 +116,8 @@ def pack(folder: Path, archive: Path) -> None:
 def run(stage: Stage, folder: Path, limit: float) -> dict[str, object]:
     """Runs a stage with its output in ``<folder>/<name>.log``; ends it, and what it started, at the limit."""
     begin = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(stage.environment or {})}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **(stage.environment or {})}
     with (folder / f"{stage.name}.log").open("w") as log:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

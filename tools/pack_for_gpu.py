@@ -16,7 +16,7 @@ import numpy as np
 from uasparse_kernels.training.data import load_train_test, load_unknowns
 from uasparse_kernels.training.study.suites import SUITES
 
-MADE_THERE = ("noise", "blobs", "inverted")
+MADE_THERE = ("noise", "blobs", "inverted", "photos")  # scikit-learn brings the photographs
 
 
 def main() -> None:
