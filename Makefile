@@ -4,7 +4,7 @@
 # make check   the daily loop: style, types and the quick tests
 # make fuzz    calls every op with random, wrong and damaged arguments under sanitizers, for FUZZ_SECONDS=600
 # make docs    builds the pages of docs/ as a site, in build/site
-# make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in ten minutes, with what is installed
+# make gpu-check   on a machine with a GPU: builds, tests, sanitizes, measures, in nine minutes, with what is installed
 # make dist    makes the sdist and from it the wheel, installs that into an empty environment and tries it from another folder
 # make wheels  makes one manylinux wheel for all versions of torch in TORCH="2.11.0" and the one here; CUDA=1 with CUDA parts
 # make neon-check, neon-build  run the CPU kernels as on aarch64, under qemu; compile all of csrc/ for it
@@ -58,7 +58,7 @@ lint: $(VENV)/tools.done
 
 .PHONY: gpu-check
 gpu-check:
-	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--folder $(OUT))
+	$(PYTHON) -m benchmarks.gpu_check $(if $(OUT),--archive $(OUT)/gpu-check.tgz) $(STAGES)
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -166,16 +166,20 @@ def machine() -> dict[str, Any]:
     """What a figure depends on: processor, threads, versions, commit."""
     info = ua.backend_info()
     root = Path(__file__).parents[1]
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    # A copy of the tree on another machine need not have its history.
+    commit = (
+        os.environ.get("UASPARSE_COMMIT")
+        or subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     return {
         "processor": info["cpu"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": info["cpu_isa"],
         "gpu": info["gpu"],
-        **({"driver": _driver()} if info["gpu"] else {}),
+        **({"driver": _driver(), "cuda": torch.version.cuda} if info["gpu"] else {}),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "uasparse_kernels": commit or info["uasparse_kernels"],

@@ -49,6 +49,8 @@ def markdown(rows: Rows) -> str:
         return _costs(rows)
     if rows and "accuracy" in rows[0]:
         return _accuracies(rows)
+    if rows and "minutes_of_100_epochs" in rows[0]:
+        return _trainings(rows)
     if rows and {"roof_ms", "mode"} & rows[0].keys():
         if "times_dense" not in rows[0]:
             return _gpu_ratios(rows)
@@ -127,6 +129,14 @@ def _gpu_ratios(rows: Rows) -> str:
         what += f", {row['layers']} layers at once" if row.get("layers", 1) > 1 else ""
         ratios = " | ".join(f"{row['times_faster_than'][name]:.2f}" for name in names)
         lines.append(f"| {what} | {1e3 * row['ms']['ours']:.1f} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def _trainings(rows: Rows) -> str:
+    lines = ["| runs at once | | ms a step of each | images/s | minutes for 100 epochs of all |", "|---" * 5 + "|"]
+    for row in rows:
+        ms, minutes = row["ms"]["step"], row["minutes_of_100_epochs"]
+        lines.append(f"| {row['runs']} | {row['mode']} | {ms:.2f} | {row['images_per_second']:.0f} | {minutes:.1f} |")
     return "\n".join(lines) + "\n"
 
 

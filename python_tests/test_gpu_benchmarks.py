@@ -8,17 +8,21 @@ import functools
 import importlib.util
 import json
 import sys
+import tarfile
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks import (
+    bench_gpu_csr,
     bench_gpu_masked_conv2d,
     bench_gpu_masked_linear,
     bench_gpu_networks,
     bench_gpu_small,
     bench_gpu_step,
     bench_gpu_topk_indices,
+    bench_gpu_training,
     bench_gpu_unknown_aware_loss,
     gpu,
     gpu_check,
@@ -181,9 +185,12 @@ def test_stages_of_gpu_check(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     stages = gpu_check.stages(tmp_path)
     assert [stage.name for stage in stages if "gpu-" in stage.name] == [
-        *("gpu-networks", "gpu-loss", "gpu-small", "gpu-linear", "gpu-conv", "gpu-step", "gpu-topk")
+        *("gpu-loss", "gpu-csr", "gpu-training", "gpu-networks", "gpu-small"),
+        *("gpu-linear", "gpu-conv", "gpu-step", "gpu-topk"),
     ]
-    assert sum(stage.seconds for stage in stages[:3]) < 330
+    assert sum(stage.seconds for stage in stages[:3]) < 240
+    named = [part for stage in stages for part in stage.command if part.startswith("python_tests/")]
+    assert named and all((gpu_check.ROOT / part).is_file() for part in named)
     names = [stage.name for stage in gpu_check.ordered(stages, None, ["gpu-conv"])]
     assert names[:3] == ["facts", "build", "gpu-conv"] and len(names) == len(stages)
     assert [stage.name for stage in gpu_check.ordered(stages, ["tests"], [])] == ["tests"]
@@ -206,13 +213,31 @@ def test_stages_of_gpu_check(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(gpu_check, "MINIMUM_SECONDS", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--folder", str(tmp_path)])
+    folder, archive = tmp_path / "results", tmp_path / "out" / "gpu-check.tgz"
+    archive.parent.mkdir()
+    monkeypatch.setenv("UASPARSE_COMMIT", "0123abc")
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--folder", str(folder), "--archive", str(archive)])
     with pytest.raises(SystemExit) as end:
         gpu_check.main()
     assert end.value.code
-    results = [result["result"] for result in json.loads((tmp_path / "stages.json").read_text())]
-    assert results == [3, "out of time", 0]
-    assert (tmp_path / "slow.log").read_text() == "begun\n" and (tmp_path / "good.log").read_text() == "done\n"
+    found = json.loads((folder / "stages.json").read_text())
+    assert [result["result"] for result in found["stages"]] == [3, "out of time", 0]
+    assert found["machine"]["uasparse_kernels"] == "0123abc"
+    assert (folder / "slow.log").read_text() == "begun\n" and (folder / "good.log").read_text() == "done\n"
+    with tarfile.open(archive) as tar:
+        assert {"results/stages.json", "results/good.log"} <= set(tar.getnames())
+
+
+def test_training():
+    """As a worker runs it, with another network for time."""
+    config = bench_gpu_training.config_of("eager")
+    assert bench_gpu_training.config_of("compiled") == replace(config, compile=True)
+    config = replace(config, model="convnet", batch_size=32, delta_t=2, precision="float32")
+    called = []
+    ms = bench_gpu_training.timed(config, 2, lambda: called.append(1))
+    assert ms > 0 and called == [1]
+    row = {"runs": 3, "mode": "eager", "ms": {"step": ms}, "images_per_second": 9.0, "minutes_of_100_epochs": 5.0}
+    assert "| 3 | eager |" in plots.markdown([row])
 
 
 def test_selection():
@@ -222,5 +247,25 @@ def test_selection():
 
 def test_loss():
     cell = bench_gpu_unknown_aware_loss.Cell(30, 11, "fp32")
-    row = bench_gpu_unknown_aware_loss.measure(cell, Once("eager reference", {"eager reference", "ours"}), ROOFS)
+
+    class Clocks(Once):
+        def medians_ms(self, variants):
+            if "scaled" in variants:
+                return {"scaled": 2.0} if variants["scaled"]() else {}
+            return super().medians_ms(variants)
+
+    names = {"eager reference", "ours", "two launches"}
+    row = bench_gpu_unknown_aware_loss.measure(cell, Clocks("eager reference", names), ROOFS)
     bench_gpu_unknown_aware_loss.show(row)
+    assert row["error"] < 1e-6 and "scaled" in row["times_faster_than"]
+
+
+def test_csr():
+    cells = list(bench_gpu_csr.cells())
+    assert len(set(cells)) == len(cells)
+    names = {"dense", "ours", "CSR", "CSR, bare", "CSR, no transposes"}
+    for cell in cells[:2]:
+        cell = cell._replace(out=32, inp=64, tokens=20, density=0.1)
+        row = bench_gpu_csr.measure(cell, Once("dense", names), ROOFS)
+        bench_gpu_csr.show(row)
+        assert row["error"] < 1e-6 and row["repeats"]

@@ -66,6 +66,7 @@ def test_cifar_is_the_papers_protocol():
     config = SUITES["cifar"].config
     assert (config.model, config.epochs, config.batch_size, config.precision) == ("resnet18", 100, 128, "bfloat16")
     assert (config.lr_max, config.lr_min, config.momentum, config.weight_decay) == (0.12, 0.008, 0.9, 5e-4)
+    assert config.compile
 
 
 def test_grids_beside_have_labels_of_their_own():

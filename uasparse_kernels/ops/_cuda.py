@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 
@@ -20,11 +21,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # PREDICTED serves what was not measured on a device: 60 % of the roofline of a training step (docs/gpu-kernels.md); of
 # unstructured weights what an H200 gave, where dense was faster in 16 bits at every density that was tried. In "fp32"
 # (no tensor cores) arithmetic bounds both sides of the block kernels.
+#
+# "csr": the density up to which torch's CSR kernel is faster than ours for unstructured float32 weights, in any
+# precision of float32 products. Nowhere, until it is measured.
 PREDICTED: _crossovers.Table = {
     "masked_linear": {
         "half": {"1": 0.0, "16": 0.05, "32": 0.10, "64": 0.20, "128": 0.35},
         "tf32": {"1": 0.001, "16": 0.05, "32": 0.10, "64": 0.20, "128": 0.35},
-        "fp32": {"1": 0.13, "16": 0.15, "32": 0.25, "64": 0.30, "128": 0.30},
+        "fp32": {"1": 0.13, "16": 0.15, "32": 0.25, "64": 0.30, "128": 0.30, "csr": 0.0},
     },
     # Unstructured: 1x1 kernels, which are linear layers of the pixels.
     "masked_conv2d": {
@@ -52,10 +56,12 @@ MEASURED: dict[str, _crossovers.Table] = {
 # Multiply-adds of the dense product below which a dense-stored weight goes to the vendor's kernel: it ends before a
 # Python launcher has packed the weight. Predicted too.
 LAUNCH_FLOOR = 2**32
+# Fewer tokens stay with our kernel: the crossover is measured with 8192.
+CSR_TOKENS = 2048
 
 
 @_library.constant_when_compiled
-def crossover(op: str, arithmetic: str, block: int) -> tuple[float, str]:
+def crossover(op: str, arithmetic: str, block: int | str) -> tuple[float, str]:
     """The density up to which the sparse kernel is faster on the current device, and where that is known from."""
     return _crossover(op, arithmetic, str(block), torch.cuda.current_device() if torch.cuda.is_available() else None)
 
@@ -98,6 +104,19 @@ def is_packed_by_default(op: str, pattern: SparsityPattern) -> bool:
     return pattern.shape[2:] in ((), (1, 1)) and pattern.density <= crossover(op, "half", 1)[0]
 
 
+def takes_csr(dtype: torch.dtype, density: float, tokens: int) -> bool:
+    """Whether torch's CSR kernel serves a product with an unstructured weight, forward or to the input's gradient.
+
+    It may add in another order in every run, so not under ``torch.use_deterministic_algorithms``, and nobody has seen
+    it in a CUDA graph, so not in a capture.
+    """
+    if dtype != torch.float32 or tokens < CSR_TOKENS or torch.are_deterministic_algorithms_enabled():
+        return False
+    if density > crossover("masked_linear", "fp32", "csr")[0]:
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
 def choose_cuda(
     op: str, dtype: torch.dtype, pattern: SparsityPattern, work: int, *, packed: bool, linear: bool = True
 ) -> Choice:
@@ -129,4 +148,7 @@ def choose_cuda(
         return Choice("dense", f"{how}: density {pattern.density:.3g} over the crossover of {limit:.3g} ({source})")
     if not packed and work < LAUNCH_FLOOR:
         return Choice("dense", f"{how}: {work:.2g} multiply-adds are fewer than pay for packing (predicted)")
+    tokens = work // math.prod(pattern.shape)
+    if kernel == "cuda" and takes_csr(dtype, pattern.density, tokens):
+        name = "torch's CSR kernel (grad-weight: the unstructured kernel)"
     return Choice(kernel, f"{name}: density {pattern.density:.3g} up to the crossover of {limit:.3g} ({source})")

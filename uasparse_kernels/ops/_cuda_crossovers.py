@@ -15,6 +15,7 @@ from uasparse_kernels.ops import _common, _cuda
 from uasparse_kernels.ops.masked_conv2d import masked_conv2d
 from uasparse_kernels.ops.masked_linear import masked_linear
 from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.triton._csr import csr_product
 
 _STEPS = 5
 _DTYPES = {"half": (torch.bfloat16, "ieee"), "tf32": (torch.float32, "tf32"), "fp32": (torch.float32, "ieee")}
@@ -46,6 +47,10 @@ def measure_crossovers(
     for op, arithmetic, block in _cells():
         if table and time.monotonic() > end:
             break
+        if block == "csr":
+            table.setdefault(op, {}).setdefault(arithmetic, {})[block] = _measure_csr(device, features, vectors)
+            report(table)
+            continue
         size = features if op == "masked_linear" else channels
         if size % block:
             continue
@@ -58,7 +63,8 @@ def measure_crossovers(
     return table
 
 
-def _cells() -> Iterator[tuple[str, str, int]]:
+def _cells() -> Iterator[tuple[str, str, Any]]:
+    yield "masked_linear", "fp32", "csr"  # what serves the cells after it
     first = [("half", 64), ("half", 128), ("half", 1), ("fp32", 1), ("tf32", 1), ("half", 32), ("half", 16)]
     yield from (("masked_linear", arithmetic, block) for arithmetic, block in first)
     for op in ("masked_conv2d", "masked_linear"):
@@ -95,6 +101,35 @@ def _measure(op: str, arithmetic: str, block: int, device: torch.device, size: i
         return math.sqrt(low * high) if lost else low
     finally:
         backend.fp32_precision = before
+
+
+def _measure_csr(device: torch.device, size: int, vectors: int) -> float:
+    """Where torch's CSR kernel is as fast as the unstructured one: forward, as grad-input is the same product."""
+    low, high, won, lost = 1e-3, 0.1, False, False
+    x = torch.randn(vectors, size, device=device)
+    for _ in range(_STEPS):
+        middle = math.sqrt(low * high)
+        pattern = SparsityPattern.random((size, size), middle).to(device)
+        crow, col, *_rest = _common.pattern_tensors(pattern)
+        values = torch.randn(pattern.packed_shape, device=device)
+        out = x.new_empty(vectors, size)
+
+        def ours(pattern=pattern, crow=crow, col=col, values=values, out=out) -> Any:
+            if device.type == "cuda":
+                return torch.ops.uasparse.sparse_product_out(x, values, None, crow, col, out)
+            return masked_linear(x, values, pattern)
+
+        def vendors(crow=crow, col=col, values=values, out=out) -> Any:
+            return csr_product(x, values, None, crow, col, out)
+
+        # Not in CUDA graphs, in which CSR kernels do not serve either.
+        if _time_ms(vendors, device, graph=False) < _time_ms(ours, device, graph=False):
+            low, won = middle, True
+        else:
+            high, lost = middle, True
+    if not won:
+        return 0.0
+    return math.sqrt(low * high) if lost else low
 
 
 def _step(
@@ -142,7 +177,7 @@ def _step(
     return step
 
 
-def _time_ms(step: Callable[[], Any], device: torch.device, rounds: int = 7) -> float:
+def _time_ms(step: Callable[[], Any], device: torch.device, rounds: int = 7, *, graph: bool = True) -> float:
     """Median milliseconds; on a GPU those of the device, by a CUDA graph."""
     for _ in range(3):
         step()
@@ -154,13 +189,15 @@ def _time_ms(step: Callable[[], Any], device: torch.device, rounds: int = 7) -> 
             times.append(1e3 * (time.perf_counter() - begin))
         return statistics.median(times)
     torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            step()
+        step = captured.replay
     for _ in range(rounds):
         begin_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin_event.record()
-        graph.replay()
+        step()
         end_event.record()
         end_event.synchronize()
         times.append(begin_event.elapsed_time(end_event))

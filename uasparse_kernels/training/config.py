@@ -122,6 +122,7 @@ class FitConfig:
     momentum: float = option(0.9, "Nesterov momentum of SGD.")
     weight_decay: float = option(5e-4, "Weight decay of SGD.")
     precision: str = option("float32", "float32, or bfloat16 for mixed precision.")
+    compile: bool = option(False, "Compile the network by torch.compile, which takes a minute: for long runs on a GPU.")
     seed: int = option(0, "Seed of everything random.")
 
     def __post_init__(self) -> None:

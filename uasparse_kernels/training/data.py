@@ -178,6 +178,8 @@ def load_unknowns(spec: str, known: TrainTest, *, data_dir: Path | str | None = 
 
 def _load_unknown_images(spec: str, known: TrainTest, root: Path) -> Tensor:
     channels, size = known.test.images.shape[1], known.test.images.shape[-1]
+    if re.fullmatch(r"[\w-]+", spec) and (local := root / f"{spec}.npz").is_file():
+        return sources.read_npz_images(local)
     if spec in ("inverted", "mirrored"):
         return 255 - known.test.images if spec == "inverted" else known.test.images.flip(-1)
     if spec == "holdout":

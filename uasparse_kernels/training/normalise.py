@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ class Normalise:
         return cls(tuple(mean.tolist()), tuple(std.tolist()))
 
     def __call__(self, images: Tensor) -> Tensor:
-        mean = torch.tensor(self.mean, device=images.device).mul(255).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).mul(255).view(1, -1, 1, 1)
+        mean, std = (_levels(values, images.device) for values in (self.mean, self.std))
         return images.float().sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=64)
+def _levels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """On the device once: a copy at every batch would make the host wait for a GPU."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).mul(255).view(1, -1, 1, 1)

@@ -47,6 +47,11 @@ def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float, ri
     return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(math.pi * progress))
 
 
+def layout_for(device: torch.device) -> torch.memory_format:
+    """Of feature maps and filters: cuDNN wants channels last, and would copy there and back at every convolution."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 def build_network(
     config: FitConfig, num_classes: int, in_channels: int, image_size: int, start: nn.Module | None = None
 ) -> tuple[nn.Module, nn.Module]:
@@ -128,11 +133,16 @@ class Trainer:
         if self.world > 1 and self.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model, self.loss_fn = model.to(self.device), loss_fn.to(self.device)
+        self.layout = layout_for(self.device)
+        if self.layout == torch.channels_last:
+            self.model.to(memory_format=self.layout)
         self.network: nn.Module = self.model  # what the training calls
         if self.world > 1:
             self.network = DistributedDataParallel(self.model)
             if isinstance(self.loss_fn, ua.UnknownAwareLoss):
                 self.loss_fn.process_group = dist.group.WORLD
+        if config.compile:
+            self.network = cast(nn.Module, torch.compile(self.network, dynamic=False))
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr_max,
@@ -183,7 +193,7 @@ class Trainer:
             self.dropout.draw()
             with self.dropout:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    logits = self.network(x)
+                    logits = self.network(x.contiguous(memory_format=self.layout))
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 loss = self.loss_fn(logits, y)
                 self._finite(loss, self.step, self.epoch)

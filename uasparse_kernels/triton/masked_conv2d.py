@@ -193,7 +193,9 @@ def product_configs(block: int, itemsize: int, precision: str, transposed: bool 
     stages = 7 if transposed else 5
     warps = 8 if block == 128 else 4
     if itemsize == 2:
-        return [Config(128, depth, warps, stages), Config(64, depth, 4, stages), Config(128, depth, 8, stages - 2)]
+        configs = [Config(128, depth, warps, stages), Config(64, depth, 4, stages), Config(128, depth, 8, stages - 2)]
+        # Twice the pixels read a block of the weight half as often: what small maps of many channels wait for.
+        return [*configs, Config(256, depth, 8, stages)] if block == 64 else configs
     if precision == "tf32":
         return [Config(128, depth, warps, stages), Config(64, depth, 4, stages)]
     return [Config(64, min(depth, 16), 8 if block >= 64 else 4, 3), Config(64, depth, 8, 3)]

@@ -1,7 +1,7 @@
 """Sparse linear layer on CUDA devices: block-sparse kernels on tensor cores, and the way to the unstructured ones.
 
-Unstructured weights go to the kernels of csrc/cuda/masked_linear.cu. The others are X [T, in] by packed weights
-[blocks, b, b], b = 16, 32, 64 or 128.
+Unstructured weights go to the kernels of csrc/cuda/masked_linear.cu, or to torch's (_csr.py). The others are X [T, in]
+by packed weights [blocks, b, b], b = 16, 32, 64 or 128.
 
 Product (forward Y = X W^T + bias, and grad-input dX = dY W): a program makes a tile [TILE rows of X, b columns of Y] in
 float32 and walks the active blocks of one row of the grid of blocks (forward: crow, col) or one column of it
@@ -29,7 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uasparse_kernels.ops._cuda import takes_csr
 from uasparse_kernels.triton import _launch
+from uasparse_kernels.triton._csr import csr_product
 from uasparse_kernels.triton._launch import Config
 
 BLOCKS = (16, 32, 64, 128)
@@ -233,7 +235,7 @@ def sampled_product(
     device, precision = _launch.device_of(x), _launch.precision(x.dtype, op)
     by_features = along_the_sum(precision)
     if by_features:
-        dy, x = _transposed(dy), _transposed(x)
+        dy, x = transposed(dy), transposed(x)
 
     def launch(config: Config) -> None:
         assert 64 % config.tile == 0 or not by_features
@@ -258,7 +260,7 @@ def along_the_sum(precision: str) -> bool:
     return precision in ("tf32", "tf32x3")
 
 
-def _transposed(matrix: Tensor) -> Tensor:
+def transposed(matrix: Tensor) -> Tensor:
     """``[features, tokens]``, with zeros up to a multiple of 64 tokens, which every tile divides."""
     tokens, features = matrix.shape
     grid = triton.cdiv(tokens, 64), triton.cdiv(features, 64)
@@ -341,6 +343,8 @@ def weight_gradient(
 def _unstructured(
     x: Tensor, values: Tensor, bias: Tensor | None, offsets: Tensor, index: Tensor, out: Tensor | None
 ) -> Tensor:
+    if takes_csr(x.dtype, index.numel() / ((offsets.numel() - 1) * x.shape[1]), x.shape[0]):
+        return csr_product(x, values, bias, offsets, index, out)
     y = x.new_empty(x.shape[0], offsets.numel() - 1) if out is None else out
     torch.ops.uasparse.sparse_product_out(x, values, bias, offsets, index, y)
     return y

@@ -164,7 +164,7 @@ _structures = Suite(
     lean=True,
 )
 _cifar = Suite(
-    FitConfig(data="cifar10", model="resnet18", precision="bfloat16"),
+    FitConfig(data="cifar10", model="resnet18", precision="bfloat16", compile=True),
     arms=STUDY_ARMS,
     unknowns=COLOUR_FAR,
     seeds=(0, 1, 2),
@@ -255,6 +255,7 @@ SUITES: dict[str, Suite] = {
             replace(_cifar_cpu, arms=CPU_ARMS, seeds=(0, 1, 2), sparsities=(0.95,)),
         ),
     ),
-    # The paper's protocol (100 epochs, batches of 128, SGD), for a GPU; --arm and --minutes choose and limit.
+    # The paper's protocol (100 epochs, batches of 128, SGD), for a GPU; --arm and --minutes choose and limit, --jobs 3
+    # trains three at a time (docs/gpu-kernels.md has the commands).
     "cifar": _cifar,
 }
