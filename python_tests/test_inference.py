@@ -146,7 +146,7 @@ def test_pooling(kind, kernel, stride, padding):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kernel, stride, padding, width", [
-    (2, 2, 0, 70), (3, 2, 1, 5), (3, 2, 1, 112), (3, 1, 1, 17), (5, 3, 2, 41), (2, 1, 0, 2500), (600, 7, 290, 610),
+    (2, 2, 0, 70), (3, 2, 1, 5), (3, 2, 1, 112), (3, 1, 1, 17), (5, 3, 2, 41), (2, 1, 0, 2500), (600, 500, 290, 610),
 ])  # fmt: skip
 def test_max_pooling_of_every_width_keeps_nan(kernel, stride, padding, width, dtype):
     x = torch.randn(2, 3, max(9, kernel) if kernel < 600 else 601, width, dtype=dtype)
@@ -295,6 +295,7 @@ def test_results_do_not_depend_on_threads_or_callers():
     wrong = []
 
     def call(i):
+        torch.set_num_threads(1 + i)  # this thread's
         for _ in range(10):
             if not torch.equal(optimized(inputs[i]), wanted[i]):
                 wrong.append(i)
@@ -304,6 +305,7 @@ def test_results_do_not_depend_on_threads_or_callers():
         thread.start()
     for thread in threads:
         thread.join()
+    torch.set_num_threads(before)
     assert not wrong
 
 

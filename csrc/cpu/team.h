@@ -21,7 +21,6 @@ class Team {
  public:
   explicit Team(int64_t size) : size_(size), claims_(new Claim[static_cast<size_t>(size)]) {}
 
-  int64_t size() const { return size_; }
   bool failed() const { return failed_.load(std::memory_order_relaxed); }
 
   // One thread's way through the steps.
@@ -31,8 +30,6 @@ class Team {
     Member(Team& team, int64_t number) : team_(team), number_(number) {
       team_.here_.fetch_add(1, std::memory_order_relaxed);
     }
-
-    Team& team() const { return team_; }
 
     // The next step, of `parts` parts, at most one a member: every member calls it with the same ones. Returns when all of
     // them are done, or when one failed, whose exception is thrown where it was.
