@@ -147,13 +147,15 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
                                               density * double(w.taps) / double(pass.destination_phases()), out_a_group);
   const auto lists =
       Lists::backward(w_input, pass.conv_taps(lanes), input_block, static_cast<const S*>(weight.const_data_ptr()));
-  // Dot products of pieces of rows that registers hold, where these are many and rows are not short.
+  // Dot products of pieces of rows that registers hold, where these are many. More than two rows need more addresses than
+  // there are registers, which pays where strides let the source outgrow L1.
   constexpr bool quads = std::is_same_v<Places, ConvQuadPlaces>;
-  const bool holds = !quads && kernels.max_piece >= 16 && g.out_width >= 12;
-  const int64_t piece = holds ? ceil_div(g.out_width, ceil_div(g.out_width, int64_t(kernels.max_piece))) : g.out_width;
   const int64_t group_rows = std::min(tiling.group, out_rows);
-  const int64_t piece_rows = holds ? std::clamp<int64_t>(kernels.max_piece / piece, 1, std::min<int64_t>(kernels.max_rows, group_rows))
-                                   : group_rows;
+  const int64_t most = piece_vectors(kernels, w), held_width = ceil_div(g.out_width, ceil_div(g.out_width, most));
+  const int64_t held_rows = std::clamp<int64_t>(most / held_width, 1, std::min<int64_t>(kernels.max_rows, group_rows));
+  const bool holds = !quads && kernels.max_piece >= 16 && held_rows * held_width >= 10 &&
+                     (held_rows <= 2 || g.stride[0] * g.stride[1] > 1);
+  const int64_t piece = holds ? held_width : g.out_width, piece_rows = holds ? held_rows : group_rows;
   const int64_t weight_block = source_block<T>(forward_pass, piece_rows, piece, lanes, density * double(w.taps), w.in);
   const Places places(w_weight, forward_pass.conv_taps(lanes), weight_block);
 

@@ -108,14 +108,6 @@ struct Planes {
     destination_plane = rows * pitch;
   }
 
-  // Whether the copies are of a row, and of its neighbours on the left and on the right.
-  bool copies_neighbours(int64_t lanes) const {
-    if (!copies || x.shift.size() != 3 || x.source.extent != pitch || pitch % lanes != 0) return false;
-    for (int64_t k = 0; k < 3; ++k)
-      if (x.shift[k] + x.source.origin != k - 1) return false;
-    return true;
-  }
-
   // Of sums.
   int64_t column_shift(size_t k) const { return copies || gap > 0 ? 0 : x.shift[k] - columns.begin; }
   // The segment of entries that need no shift.
@@ -175,21 +167,13 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
   if (images < p.images) std::fill_n(to, p.source_channels * p.source_channel, T(0));
   const Axis &y = p.y.source, &x = p.x.source;
   const Run run = run_of(y, begin, end);
-  for (int64_t k = 0; k < p.source_planes(); ++k)
+  for (int64_t k = 0; k < p.source_planes(); ++k) {
+    T* const plane = to + k * p.source_plane;
     for (int64_t c = 0; c < p.source_channels; ++c) {
-      T* const channel = to + k * p.source_plane + c * p.source_channel;
+      T* const channel = plane + c * p.source_channel;
       std::fill(channel, channel + (run.begin - begin) * p.source_row, T(0));
       std::fill(channel + (run.end - begin) * p.source_row, channel + (end - begin) * p.source_row, T(0));
     }
-  if (p.copies_neighbours(kernels.lanes)) {
-    kernels.copy_neighbours({p.source_channels, run.end - run.begin, p.pitch,
-                             t.const_data_ptr<T>() + image * t.stride(0) + (run.begin + y.origin) * t.stride(2),
-                             t.stride(1), t.stride(2), to + (run.begin - begin) * p.source_row, p.source_channel,
-                             p.source_row, p.source_plane});
-    return;
-  }
-  for (int64_t k = 0; k < p.source_planes(); ++k) {
-    T* const plane = to + k * p.source_plane;
     const Run columns = p.copies ? run_of(x, p.x.shift[k], p.x.shift[k] + p.pitch) : p.columns;
     const int64_t column = p.copies ? columns.begin - p.x.shift[k] : p.gap > 0 ? p.gap + columns.begin + x.origin : 0;
     ConvPlanes<T> planes{p.source_channels, images, run.end - run.begin, columns.end - columns.begin,
@@ -262,12 +246,18 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
           pack_source(kernels, p, input, image, begin, end + p.y.reach, packed.as<T>());
           for (int64_t r = begin; r < end; r += p.rows) {
             const int64_t rows = std::min(r + p.rows, end) - r, vectors = p.pitch / kernels.lanes;
+            const int64_t first_channel = channels * part / parts, last_channel = channels * (part + 1) / parts;
+            const T* const from = packed.as<const T>() + (r - begin) * p.source_row;
+            const T* const to = grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + r * p.pitch;
             for (int64_t b = 0; b < places.blocks; ++b)
-              kernels.sddmm({places.offset(), places.first() + b, places.blocks, channels * part / parts,
-                             channels * (part + 1) / parts, packed.as<const T>() + (r - begin) * p.source_row,
-                             p.source_row, grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + r * p.pitch,
-                             p.pitch, grad_output.stride(1), p.gap > 0 ? rows : 1, p.gap > 0 ? vectors : rows * vectors,
-                             sums.weight(chunk)});
+              if (p.copies && rows * vectors <= kernels.max_piece)
+                kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, first_channel, last_channel, from,
+                                     0, to, 0, grad_output.stride(1), 1, int(rows * vectors),
+                                     (rows * vectors - 1) * kernels.lanes, 0, sums.weight(chunk)});
+              else
+                kernels.sddmm({places.offset(), places.first() + b, places.blocks, first_channel, last_channel, from,
+                               p.source_row, to, p.pitch, grad_output.stride(1), p.gap > 0 ? rows : 1,
+                               p.gap > 0 ? vectors : rows * vectors, sums.weight(chunk)});
           }
         }
     }

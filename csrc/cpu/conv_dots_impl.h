@@ -2,7 +2,8 @@
 //
 // sddmm: kGroup entries of one output channel take the dot product of the same grad_output positions with their input
 //   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
-// piece_sddmm: a piece of grad_output stays in registers while the entries of its channel pass.
+// piece_sddmm: a piece of grad_output stays in registers while the entries of its channel pass, several at once: the sum of
+//   one of them alone would wait for each multiply-add.
 
 namespace uasparse::UASPARSE_ISA {
 
@@ -153,13 +154,34 @@ void sddmm(const ConvSddmm<T>& p) {
   }
 }
 
-// Held in registers while entries pass: vectors of grad_output.
+// Held in registers while entries pass: vectors of grad_output, and the sums of four entries or, beside a small piece, eight.
 template <typename T>
 constexpr int kMaxPiece = UASPARSE_VECTOR_BYTES == 64 ? 24 : 10;
+constexpr bool kHasEightSums = UASPARSE_VECTOR_BYTES == 64;
+
+// sums[k] = dot product of the piece with the input at offset[k].
+template <typename T, int kImages, int kVectors, int kCount>
+UASPARSE_INLINE void piece_dots(const ConvPieceSddmm<T>& p, const Vec<T> (&piece)[kImages][kVectors],
+                                const int32_t* offset, Vec<T> (&sums)[kCount]) {
+  const int64_t last = p.last;
+  const T* input[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) {
+    input[k] = p.input + offset[k];
+    sums[k] = Vec<T>{};
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < kImages; ++n)
+#pragma GCC unroll 32
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 8
+      for (int k = 0; k < kCount; ++k)
+        sums[k] += piece[n][v] * load(input[k] + n * p.input_image + (v + 1 < kVectors ? int64_t(v * kLanes<T>) : last));
+}
 
 template <typename T, int kImages, int kVectors>
 void piece_sddmm_of(const ConvPieceSddmm<T>& p) {
-  constexpr int L = kLanes<T>, kTogether = 4;
+  constexpr int L = kLanes<T>;
   const int64_t last = p.last;
   const auto at = [last](int v) UASPARSE_LAMBDA { return v + 1 < kVectors ? int64_t(v * L) : last; };
   alignas(64) T fresh[L];
@@ -182,21 +204,22 @@ void piece_sddmm_of(const ConvPieceSddmm<T>& p) {
       // Not by a product: what is no number would stay none.
       if (p.known > 0) grad_output[n][kVectors - 1] = keep<T>(grad_output[n][kVectors - 1], load(fresh));
     }
-    const auto dot = [&](const T* input) UASPARSE_LAMBDA {
-      Vec<T> sum = {};
-#pragma GCC unroll 4
-      for (int n = 0; n < kImages; ++n)
-#pragma GCC unroll 32
-        for (int v = 0; v < kVectors; ++v) sum += grad_output[n][v] * load(input + n * p.input_image + at(v));
-      return sum;
-    };
-    for (; i + kTogether <= end; i += kTogether) {
-      Vec<T> sums[kTogether];
-#pragma GCC unroll 4
-      for (int k = 0; k < kTogether; ++k) sums[k] = dot(p.input + p.offset[i + k]);
+    if constexpr (kHasEightSums && kImages * kVectors <= kSmallPiece)
+      for (; i + kGroup <= end; i += kGroup) {
+        Vec<T> sums[kGroup];
+        piece_dots<T, kImages, kVectors>(p, grad_output, p.offset + i, sums);
+        add_lane_sums<T>(sums, p.grad + i, kGroup);
+      }
+    for (; i + 4 <= end; i += 4) {
+      Vec<T> sums[4];
+      piece_dots<T, kImages, kVectors>(p, grad_output, p.offset + i, sums);
       add_four_sums<T>(sums, p.grad + i);
     }
-    for (; i < end; ++i) p.grad[i] += sum_of_lanes<T>(dot(p.input + p.offset[i]));
+    for (; i < end; ++i) {
+      Vec<T> sum[1];
+      piece_dots<T, kImages, kVectors>(p, grad_output, p.offset + i, sum);
+      p.grad[i] += sum_of_lanes<T>(sum[0]);
+    }
   }
 }
 

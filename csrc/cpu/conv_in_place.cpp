@@ -178,7 +178,7 @@ bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::
   }
   constexpr int64_t kL2Bytes = 384 << 10;  // of it grad_output
   const bool holds = kernels.max_piece >= 16 || g.height * g.width % kernels.lanes != 0;
-  const Tile tile(g.height * g.width, kernels.lanes, holds ? kernels.max_piece : 32,
+  const Tile tile(g.height * g.width, kernels.lanes, holds ? piece_vectors(kernels, w) : 32,
                   std::min<int64_t>(kernels.max_rows, g.batch));
   const int64_t piece_bytes = int64_t(sizeof(T)) * tile.vectors() * kernels.lanes;
   const ConvPlaces places(w, taps_of(input), holds ? source_block(kernels, tile, input, w.density(), w.in) : w.in);

@@ -2,7 +2,7 @@
 // force.
 //
 // pack, unpack: lanes x lanes transposes in registers between images and packed vectors.
-// copy_planes: rows of images side by side; copy_neighbours: rows, and what lies left and right of each number.
+// copy_planes: rows of images side by side.
 
 namespace uasparse::UASPARSE_ISA {
 
@@ -160,25 +160,6 @@ void copy_planes(const ConvPlanes<T>& p) {
     case 8: return copy_planes_as<T, 8>(p);
     default: return copy_planes_as<T, 0>(p);
   }
-}
-
-template <typename T>
-void copy_neighbours(const ConvNeighbours<T>& p) {
-  constexpr int L = kLanes<T>;
-  for (int64_t c = 0; c < p.channels; ++c)
-    for (int64_t r = 0; r < p.rows; ++r) {
-      const T* const from = p.from + c * p.from_channel + r * p.from_row;
-      T* const to = p.to + c * p.to_channel + r * p.to_row;
-      Vec<T> before = {}, v = load(from);
-      for (int64_t x = 0; x < p.width; x += L) {
-        const Vec<T> after = x + L < p.width ? load(from + x + L) : Vec<T>{};
-        store(to + x, shuffle<T, FromLeft<T>>(before, v));
-        store(to + p.plane + x, v);
-        store(to + 2 * p.plane + x, shuffle<T, FromRight<T>>(v, after));
-        before = v;
-        v = after;
-      }
-    }
 }
 
 }  // namespace uasparse::UASPARSE_ISA

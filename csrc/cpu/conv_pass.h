@@ -47,6 +47,13 @@ void multiply(const ConvKernels<T>& kernels, const ConvQuadProduct<T>& product) 
   kernels.quad_product(product);
 }
 
+// Vectors of a piece of piece_sddmm: few, so that many dot products go together, unless lists are too short for that.
+template <typename T>
+int64_t piece_vectors(const ConvKernels<T>& kernels, const ConvWeight& w) {
+  const bool many = w.density() * double(w.in * w.taps) >= 2 * kConvGroup;
+  return many ? std::min(kernels.max_piece, kSmallPiece) : kernels.max_piece;
+}
+
 struct Geometry {
   int64_t batch, in, height, width, out, out_height, out_width, kernel_h, kernel_w, groups;
   at::IntArrayRef stride, padding, dilation;

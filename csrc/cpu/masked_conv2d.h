@@ -154,18 +154,9 @@ struct ConvPlanes {
   int64_t to_channel, to_image, to_row;
 };
 
-// Copies rows of whole vectors three times, `plane` apart: shifted to the right by a number, as they are, to the left.
-template <typename T>
-struct ConvNeighbours {
-  int64_t channels, rows, width;
-  const T* from;
-  int64_t from_channel, from_row;
-  T* to;
-  int64_t to_channel, to_row, plane;
-};
-
 constexpr int kMaxLanes = 16;
 constexpr int kConvGroup = 8;  // dot products that sddmm takes together
+constexpr int kSmallPiece = 16;  // vectors of a piece of piece_sddmm, beside which registers have room for as many sums
 
 template <typename T>
 struct ConvKernels {
@@ -180,7 +171,6 @@ struct ConvKernels {
   void (*quad_sddmm)(const ConvQuadSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
   void (*copy_planes)(const ConvPlanes<T>&);
-  void (*copy_neighbours)(const ConvNeighbours<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

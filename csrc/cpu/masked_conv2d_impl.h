@@ -248,7 +248,7 @@ template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
     kLanes<T>,       kMaxVectors<T>,     kMaxRows,       product<T>,   sddmm<T>,           kMaxPiece<T>,
     piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, copy_planes<T>,
-    copy_neighbours<T>, pack<T, T>,      unpack<T, T>,    pack<T, BFloat16>, unpack<T, BFloat16>,
+    pack<T, T>,      unpack<T, T>,       pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
 const ConvKernels<float> conv_float = kConvKernels<float>;
