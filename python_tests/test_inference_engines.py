@@ -102,9 +102,7 @@ def test_a_package_is_made_of_the_models_own_steps(tmp_path, monkeypatch, near):
     """The graph that is compiled, run by Python: the compiler's part is in the test below."""
     monkeypatch.setattr(run, "_NEAR_BYTES", near)
     graphs = []
-    monkeypatch.setattr(
-        torch._inductor, "aoti_compile_and_package", lambda program, **_: graphs.append(program)
-    )
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: graphs.append(program))
     sparse, tokens = network(), TwoInputs().eval()
     for model, example, batch in [
         (sparse, (torch.randn(1, 3, 12, 14),), 3),
