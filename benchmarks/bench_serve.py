@@ -31,6 +31,7 @@ SPARSITIES = (0.8, 0.9, 0.95)
 DENSE_IN = "vit_b_16, dense in-projections"
 SMALL = ("mlp",)  # whose calls take less than a millisecond
 WARM = 0.005  # seconds of calls before a timed one
+REST = 0.2  # seconds before another engine's turn with two threads: ONNX Runtime's spin for some 50 ms after a call
 HELD = os.environ.get("UASPARSE_CPU_ISA") == "avx2"
 
 
@@ -90,7 +91,7 @@ def _row(
     with torch.inference_mode():
         difference = optimized(x) - (wanted := model(x))
         error = (difference.norm() / wanted.norm()).item()
-        rest = 0.05 if threads > 1 else 0
+        rest = REST if threads > 1 else 0
         times = harness.interleave(variants, seconds=seconds, rounds=5, rest=rest, warm=WARM)
         after = harness.interleave(variants, seconds=seconds, rest=rest) if name in SMALL and len(x) == 1 else {}
     if not error < 1e-5:

@@ -64,7 +64,7 @@ def interleave(
         start = time.perf_counter()
         call()
         slowest = max(slowest, time.perf_counter() - start)
-    rounds = max(rounds, min(1000, int(seconds / max(2 * slowest, warm, 1e-6))))
+    rounds = max(rounds, min(1000, int(seconds / max(2 * slowest, warm, rest, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, call in variants.items():
@@ -74,9 +74,10 @@ def interleave(
             until = time.perf_counter() + warm
             while time.perf_counter() < until:
                 call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            for _ in range(3 if warm else 1):
+                start = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

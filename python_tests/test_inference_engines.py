@@ -102,9 +102,7 @@ def test_a_package_is_made_of_the_models_own_steps(tmp_path, monkeypatch, near):
     """The graph that is compiled, run by Python: the compiler's part is in the test below."""
     monkeypatch.setattr(run, "_NEAR_BYTES", near)
     graphs = []
-    monkeypatch.setattr(
-        torch._inductor, "aoti_compile_and_package", lambda program, package_path: graphs.append(program)
-    )
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: graphs.append(program))
     sparse, tokens = network(), TwoInputs().eval()
     for model, example, batch in [
         (sparse, (torch.randn(1, 3, 12, 14),), 3),
@@ -169,7 +167,7 @@ def test_the_serving_page_and_its_program_without_python(tmp_path, monkeypatch, 
 
 
 def test_a_package_needs_a_compiler(tmp_path, monkeypatch):
-    def refuse(program, package_path):
+    def refuse(program, **_):
         raise torch._inductor.exc.InvalidCxxCompiler()
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", refuse)

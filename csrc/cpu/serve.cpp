@@ -87,7 +87,6 @@ class Plan {
       Team::Member member(team, number);
       mine.member_ = &member;
       while (mine.next_ < mine.stop_ && !team.failed()) mine.run_step();
-      member.leave();
     });
   }
 

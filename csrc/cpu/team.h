@@ -47,16 +47,8 @@ class Team {
       }
     }
 
-    // After the last step: lets those who are still to come have this core, should they wait for it. A pool that joins its
-    // threads would spin on it meanwhile.
-    void leave() const {
-      for (int i = 0; i < kYields && team_.here_.load(std::memory_order_relaxed) < team_.size_; ++i)
-        std::this_thread::yield();
-    }
-
    private:
     static constexpr int64_t kSpins = 4096;
-    static constexpr int kYields = 256;
 
     template <typename Part>
     void attempt(int64_t p, const Part& part) {
