@@ -1,6 +1,7 @@
 """What a run on a GPU does otherwise, on the CPU: channels last, a compiled network, dense-stored weights, images and
 unknown ones from files that were carried there."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_a_run(monkeypatch, arm):
     while first.epoch < 4:  # the vote has begun
         first.train_epoch()
     second = Trainer(config, data)
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
     records = [trainer.train_epoch() for trainer in (first, second)]
     assert records[0]["train_loss"] == records[1]["train_loss"]
     for one, other in zip(first.result().parameters(), second.result().parameters(), strict=True):
