@@ -28,6 +28,7 @@ from benchmarks import (
     gpu_check,
     gpu_plots,
     gpu_warm,
+    harness,
     plots,
 )
 from uasparse_kernels.ops import _cuda
@@ -214,6 +215,8 @@ def test_stages_of_gpu_check(tmp_path, monkeypatch):
     folder, archive = tmp_path / "results", tmp_path / "out" / "gpu-check.tgz"
     archive.parent.mkdir()
     monkeypatch.setenv("UASPARSE_COMMIT", "0123abc")
+    facts = harness.machine()
+    monkeypatch.setattr(harness, "machine", lambda: facts)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--folder", str(folder), "--archive", str(archive)])
     with pytest.raises(SystemExit) as end:
         gpu_check.main()
