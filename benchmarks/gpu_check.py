@@ -57,7 +57,7 @@ def stages(folder: Path) -> list[Stage]:
     ]
     found += suites(
         folder,
-        ("gpu-loss", "bench_gpu_unknown_aware_loss", 25),
+        ("gpu-loss", "bench_gpu_unknown_aware_loss", 40),
         ("gpu-csr", "bench_gpu_csr", 30),
         ("gpu-training", "bench_gpu_training", 60),
         ("gpu-networks", "bench_gpu_networks", 90),
