@@ -28,6 +28,7 @@ from benchmarks import (
     gpu_check,
     gpu_plots,
     gpu_warm,
+    harness,
     plots,
 )
 from uasparse_kernels.ops import _cuda
@@ -212,10 +213,12 @@ def test_stages_of_gpu_check(tmp_path, monkeypatch):
         ],
     )
     monkeypatch.setattr(gpu_check, "MINIMUM_SECONDS", 1)
+    monkeypatch.setenv("UASPARSE_COMMIT", "0123abc")
+    facts = harness.machine()
+    monkeypatch.setattr(harness, "machine", lambda: facts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     folder, archive = tmp_path / "results", tmp_path / "out" / "gpu-check.tgz"
     archive.parent.mkdir()
-    monkeypatch.setenv("UASPARSE_COMMIT", "0123abc")
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--folder", str(folder), "--archive", str(archive)])
     with pytest.raises(SystemExit) as end:
         gpu_check.main()

@@ -71,6 +71,19 @@ def test_any_gradient_of_the_loss(stand_in, dtype, reduction):
     assert (stand_in.made, stand_in.redone) == (7, 2)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(64, 11), (33, 513), (17, 1001), (5, 32001), (3, 130_001)])
+def test_the_kernels(size, dtype):
+    """On a GPU, with rows that begin anywhere: gradients of the loss that were expected, and not."""
+    for step, factor in enumerate([1.0, 1.0, 1024.0, 1024.0, 0.25]):
+        logits, target = (t.cuda()[step:] for t in make(size[0] + step, size[1], dtype, seed=step))
+        got = gradient(logits, target, factor)
+        exact = gradient(logits.double(), target, factor, unknown_aware_loss_reference)
+        eps = 64 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+        torch.testing.assert_close(got.double(), exact, rtol=eps + 2 * torch.finfo(dtype).eps, atol=eps * factor)
+
+
 def test_graph_that_is_kept(stand_in):
     """A second backward makes its own gradient: the first one's may be written to."""
     logits, target = make(9, 5)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# cifar_on_gpu.sh OUT MINUTES ARM...: the study's cifar suite on a machine with a GPU and no network (docs/gpu-kernels.md).
+# cifar_on_gpu.sh OUT MINUTES ARM...: the study's cifar suite on a machine with a GPU and no network (docs/gpu-measuring.md).
 # Reads .carry/ (the images' archive, unknown sets, wheels, and runs to go on with); leaves a .tgz for each run, and logs,
 # in OUT.
 set -euo pipefail

@@ -206,11 +206,14 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- a block for each row --------------------------------------------------------------------------------------------
 
-// Chunks that a thread has under way, and the threads of a block at most: what registers allow.
+// Chunks that a thread has under way, the threads of a block at most, and the blocks of a multiprocessor at least: what
+// registers allow. Of 32001 classes in 16 bits two rows fit into shared memory, and one is read while the other is written.
 template <typename T>
 constexpr int kChunksAtOnce = sizeof(T) == 4 ? 4 : 2;
 template <typename T>
-constexpr int kRowThreads = sizeof(T) == 8 ? kMaxThreads / 2 : kMaxThreads;
+constexpr int kRowThreads = sizeof(T) == 4 ? kMaxThreads : kMaxThreads / 2;
+template <typename T>
+constexpr int kRowBlocks = sizeof(T) == 2 ? 2 : 1;
 
 template <typename T, typename Acc>
 __device__ inline void unpack(const Chunk<T>& chunk, Acc (&z)[Chunk<T>::kCount]) {
@@ -273,7 +276,7 @@ __device__ void write_row(const T* z, T* grad, const Span<T>& span, const Chunk<
 
 // kept: chunks that the shared memory holds; 0 without a gradient.
 template <typename T, typename Acc>
-__global__ void __launch_bounds__(kRowThreads<T>)
+__global__ void __launch_bounds__(kRowThreads<T>, kRowBlocks<T>)
     row_forward(Problem<T, Acc> problem, Results<Acc> results, const Acc* expected, T* grad, int kept) {
   UASPARSE_DYNAMIC_SHARED(Words<4>, shared);
   Chunk<T>* const cache = reinterpret_cast<Chunk<T>*>(shared);
@@ -311,7 +314,7 @@ __global__ void __launch_bounds__(kRowThreads<T>)
 }
 
 template <typename T, typename Acc>
-__global__ void __launch_bounds__(kRowThreads<T>)
+__global__ void __launch_bounds__(kRowThreads<T>, kRowBlocks<T>)
     row_backward(Problem<T, Acc> problem, const Acc* grad_loss, const Acc* saved, Acc* expected, T* grad) {
   __shared__ Gradient<Acc> slope;
   __shared__ int target;

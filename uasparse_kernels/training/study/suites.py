@@ -256,6 +256,6 @@ SUITES: dict[str, Suite] = {
         ),
     ),
     # The paper's protocol (100 epochs, batches of 128, SGD), for a GPU; --arm and --minutes choose and limit, --jobs 3
-    # trains three at a time (docs/gpu-kernels.md has the commands).
+    # trains three at a time (docs/gpu-measuring.md has the commands).
     "cifar": _cifar,
 }
