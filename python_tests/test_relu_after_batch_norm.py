@@ -235,20 +235,17 @@ def test_saved_tensors_hooks_and_checkpoints():
     grads = torch.autograd.grad(y, [*leaves, *model.parameters()], dy)
     for one, other in zip(grads, expected[1:], strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
-    for reentrant in (False, True):
-        found = gradients(_Checkpointed(model, reentrant), [x, residual], dy)[1]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found = gradients(_Checkpointed(model), [x, residual], dy)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 class _Checkpointed(nn.Module):
-    def __init__(self, model, reentrant):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.reentrant = model, reentrant
+        self.model = model
 
     def forward(self, x, residual):
-        if self.reentrant:  # takes leaves alone for what wants no gradients
-            x, residual = x.view_as(x), residual.view_as(residual)
-        return checkpoint(self.model, x, residual, use_reentrant=False if not self.reentrant else False)
+        return checkpoint(self.model, x, residual, use_reentrant=False)
 
 
 def test_what_is_not_served_is_torchs():
@@ -343,14 +340,21 @@ def test_gradients_of_others_are_not_written():
     torch.testing.assert_close(leaf.grad, torch.autograd.grad(torchs(model).norm(x.requires_grad_()), x, 2 * dy)[0])
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 1, 3), (9, 70, 2, 2), (4, 17, 7, 7), (3, 2, 65, 64), (2, 3, 91, 97), (6, 5, 8, 8)])
+@pytest.mark.parametrize(
+    "shape", [(5, 3, 1, 3), (9, 70, 2, 2), (4, 17, 7, 7), (3, 2, 65, 64), (2, 3, 91, 97), (6, 5, 8, 8)]
+)
 @pytest.mark.parametrize("relu,by_output", [(False, False), (True, False), (True, True)])
 def test_in_place_is_the_same(shape, relu, by_output):
     x, y, dy = draw(shape, sum(shape))
     weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
     saved = torch.ops.uasparse.batch_norm(x, weight, bias, 1e-5)[2]
     output = y.relu() if by_output else None
-    for mask in ([True, True, True, False], [True, False, True, relu], [False, True, False, relu], [False, True, True, False]):
+    for mask in (
+        [True, True, True, False],
+        [True, False, True, relu],
+        [False, True, False, relu],
+        [False, True, True, False],
+    ):
         if relu:
             expected = list(torch.ops.uasparse.batch_norm_relu_backward(dy, x, weight, output, saved, mask))
         else:
@@ -406,7 +410,9 @@ def test_transforms():
         return module(F.batch_norm(x, None, None, training=True)).square().sum()
 
     x = torch.randn(3, 2, 4, 4)
-    torch.testing.assert_close(torch.func.grad(lambda x: loss(relu, x))(x), torch.func.grad(lambda x: loss(F.relu, x))(x))
+    torch.testing.assert_close(
+        torch.func.grad(lambda x: loss(relu, x))(x), torch.func.grad(lambda x: loss(F.relu, x))(x)
+    )
 
 
 def test_autocast():
