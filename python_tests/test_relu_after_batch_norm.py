@@ -1,4 +1,4 @@
-"""nn.ReLU after a batch norm: one backward for both where nobody can see what lies between; gradients written in place."""
+"""nn.ReLU after a batch norm: one backward for both where nobody can see what is between; gradients in place."""
 
 import copy
 import pickle
@@ -336,7 +336,7 @@ def test_gradients_of_others_are_not_written():
     # Two readers, one of whom passes his gradient on as it is.
     leaf = x.clone().requires_grad_()
     out = model.norm(leaf)
-    (out + (other := out * 1)).backward(dy)
+    (out + out * 1).backward(dy)
     torch.testing.assert_close(leaf.grad, torch.autograd.grad(torchs(model).norm(x.requires_grad_()), x, 2 * dy)[0])
 
 

@@ -83,9 +83,9 @@ def sparsify(
     projections are layers of the names ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``) and ``out_proj``; its own
     name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` go by its dense names too.
 
-    ``nn.BatchNorm2d``, ``nn.ReLU`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with another
-    forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation, which
-    reads weights.
+    ``nn.BatchNorm2d``, ``nn.ReLU`` and ``nn.MaxPool2d`` become those of ``uasparse_kernels.nn``: the same objects with
+    another forward, faster for contiguous maps. An ``nn.TransformerEncoderLayer`` leaves its fused path for evaluation,
+    which reads weights.
 
     Args:
         model: changed in place; a lone layer is not, its sparse form is returned.
