@@ -22,6 +22,7 @@ SUITES = {
     "conv": "bench_masked_conv2d",
     "step": "bench_step",
     "networks": "bench_networks",
+    "profile": "bench_profile",
     "compile": "bench_compile",
     "memory": "bench_memory",
     "threads": "bench_threads",

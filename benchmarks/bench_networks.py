@@ -166,12 +166,13 @@ def rows(network: Network, seconds: float, *, compiled: bool = False) -> Iterato
 def run(seconds: float = 1.0) -> list[dict[str, Any]]:
     """``UASPARSE_BENCH_NETWORKS``: only networks whose name contains it, or one of several with commas between.
     ``UASPARSE_BENCH_COMPILE=1``: beside ``torch.compile`` of the dense network too, which takes minutes."""
-    only, compiled = os.environ.get("UASPARSE_BENCH_NETWORKS", ""), "UASPARSE_BENCH_COMPILE" in os.environ
+    only = os.environ.get("UASPARSE_BENCH_NETWORKS", "").split(",")
+    compiled = "UASPARSE_BENCH_COMPILE" in os.environ
     threads, found = torch.get_num_threads(), []
     for count in {threads, 2} if (os.cpu_count() or 1) > 1 else {threads}:
         torch.set_num_threads(count)
         for network in NETWORKS:
-            if any(part in network.name for part in only.split(",")):
+            if any(part in network.name for part in only):
                 found += harness.rows(rows(network, seconds, compiled=compiled))
     torch.set_num_threads(threads)
     return found

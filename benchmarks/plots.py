@@ -47,6 +47,8 @@ def markdown(rows: Rows) -> str:
         return _verdicts(rows)
     if rows and "more_time" in rows[0]:
         return _costs(rows)
+    if rows and "part" in rows[0]:
+        return _parts(rows)
     if rows and "accuracy" in rows[0]:
         return _accuracies(rows)
     if rows and "minutes_of_100_epochs" in rows[0]:
@@ -76,6 +78,24 @@ def _costs(rows: Rows) -> str:
             more = [f"{row[name][arm]:+.1%}" if arm in row[name] else "" for name in ("more_time", "more_memory")]
             lines.append(f"| {row['shape']} | {arm} | {ms:.3g} | {' | '.join(more)} |")
     return "\n".join(lines) + "\n"
+
+
+def _parts(rows: Rows) -> str:
+    """Of the suite profile a line for each part, with time, bytes moved and the time of a copy of as many."""
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    lines = ["| | " + " | ".join(f"{name}, ms | MB | copied in ms" for name in networks) + " |"]
+    lines.append("|---" * (3 * len(networks) + 1) + "|")
+    found = {(row["network"], row["part"]): row for row in rows}
+    for part in dict.fromkeys(row["part"] for row in rows):
+        cells = [part]
+        for network in networks:
+            row = found.get((network, part), {})
+            cells += [f"{row[key]:.{digits}f}" if key in row else "" for key, digits in _DIGITS.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+_DIGITS = {"ms": 1, "mb": 0, "copy_ms": 1}
 
 
 def _accuracies(rows: Rows) -> str:

@@ -11,6 +11,8 @@ from benchmarks import (
     bench_masked_conv2d,
     bench_masked_linear,
     bench_models,
+    bench_networks,
+    bench_profile,
     bench_step,
     bench_threads,
     harness,
@@ -69,6 +71,23 @@ def test_processes_send_the_active_weights_and_no_more():
 def test_every_variant_of_batch_norm_runs(which):
     row = bench_batch_norm.row((3, 4, 5, 6), which, seconds=0)
     assert row["ms"].keys() == {"torch", "torch channels_last", "ours"} and row["of_copy_roof"] > 0
+
+
+def test_parts_of_a_step_are_told_apart():
+    def network():
+        layers = [torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(inplace=True)]
+        layers += [torch.nn.Conv2d(8, 8, 3), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(72, 10)]
+        return torch.nn.Sequential(*layers)
+
+    small = bench_networks.Network("small", network, (4, 3, 10, 10), ("0", "6"))
+    rows = list(bench_profile.rows(small, 0, 40.0))
+    found = {row["part"]: row for row in rows}
+    maps = 4 * 8 * 8 * 8 * 4
+    assert found["ReLU, forward"]["mb"] == pytest.approx(2e-6 * maps)
+    assert found["batch norm and what is gated with it, backward"]["mb"] == pytest.approx(3e-6 * maps, rel=0.02)
+    assert found["ReLU alone, backward"]["mb"] == found["ReLU alone, backward"]["ms"] == 0
+    assert all(found[part]["ms"] > 0 for part in ("sparse layers, backward", "dense layers", "optimiser", "rest"))
+    assert plots.markdown(rows).count("\n| ") == len(rows)
 
 
 def test_parts_of_the_recipe_are_timed():

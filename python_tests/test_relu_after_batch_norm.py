@@ -235,20 +235,17 @@ def test_saved_tensors_hooks_and_checkpoints():
     grads = torch.autograd.grad(y, [*leaves, *model.parameters()], dy)
     for one, other in zip(grads, expected[1:], strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
-    for reentrant in (False, True):
-        found = gradients(_Checkpointed(model, reentrant), [x, residual], dy)[1]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found = gradients(_Checkpointed(model), [x, residual], dy)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 class _Checkpointed(nn.Module):
-    def __init__(self, model, reentrant):
+    def __init__(self, model):
         super().__init__()
-        self.model, self.reentrant = model, reentrant
+        self.model = model
 
     def forward(self, x, residual):
-        if self.reentrant:  # takes leaves alone for what wants no gradients
-            x, residual = x.view_as(x), residual.view_as(residual)
-        return checkpoint(self.model, x, residual, use_reentrant=False if not self.reentrant else False)
+        return checkpoint(self.model, x, residual, use_reentrant=False)
 
 
 def test_what_is_not_served_is_torchs():

@@ -88,8 +88,8 @@ def sparsify(
     **Other modules.** ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`; it
     stays the same object, with projections that are layers called ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``)
     and ``out_proj``. Its own name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` may use its
-    dense names. ``nn.BatchNorm2d`` and ``nn.MaxPool2d`` stay the same objects and get a faster forward for contiguous
-    maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads weights. Hooks and attributes
+    dense names. ``nn.BatchNorm2d``, ``nn.ReLU`` and ``nn.MaxPool2d`` stay the same objects and get faster kernels for
+    contiguous maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads weights. Hooks and attributes
     of a layer move to the new one.
 
     Args:

@@ -205,7 +205,7 @@ void test_batch_norm() {
   const int64_t count = p.batch * p.channels * p.pixels;
   const std::vector<float> x = numbers<float>(count), weight = numbers<float>(p.channels), bias = numbers<float>(p.channels);
   std::vector<float> y(count), stats(2 * p.channels), scratch(kScratchRows * (p.batch * p.pixels + kSlack) + kSlack);
-  std::vector<double> saved(2 * p.channels);
+  std::vector<double> saved(3 * p.channels);
   p.x = x.data(), p.weight = weight.data(), p.bias = bias.data(), p.relu = between(0, 1), p.eps = 1e-5;
   p.y = y.data(), p.stats = stats.data(), p.saved = saved.data();
   batch_norm_forward(p, 0, p.channels, scratch.data());
