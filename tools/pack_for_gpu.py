@@ -1,4 +1,4 @@
-"""Gathers what `--suite cifar` needs on a machine without a network (docs/gpu-measuring.md): unknown images as NAME.npz.
+"""Gathers unknown images, as NAME.npz, for `--suite cifar` on a machine without a network (docs/gpu-measuring.md).
 
     python tools/pack_for_gpu.py FOLDER --data folder:cifar10
 
