@@ -94,7 +94,7 @@ LOSS_SIZES = [
 
 
 def test_unknown_aware_loss(emulate):
-    """Forward and backward, and the forward that makes the gradient: for the one expected, and put right for another."""
+    """Forward and backward, and the forward that makes the gradient: for the one expected, put right for another."""
     g = torch.Generator().manual_seed(1)
     cases = []
     for i, (n, classes, *place) in enumerate(LOSS_SIZES):
