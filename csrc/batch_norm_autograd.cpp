@@ -10,6 +10,8 @@
 #include <torch/csrc/autograd/variable.h>
 #include <torch/library.h>
 
+#include <exception>
+
 #include "autograd.h"
 
 namespace uasparse {
@@ -179,7 +181,7 @@ std::optional<Source> source_of(const Tensor& y) {
       return std::nullopt;
     const NodePtr& first = last->next_edge(0).function;
     norm = dynamic_cast<torch::autograd::CppNode<BatchNorm>*>(&*first);
-    if (norm == nullptr || !is_alone(first, 1) || last->next_edge(0).input_nr != 0 ||
+    if (norm == nullptr || !is_alone(first, 1) || last->next_edge(0).input_nr != 0 || y.scalar_type() != at::kFloat ||
         !norm->input_metadata(0).is_same_shape(y))
       return std::nullopt;
   } else if (y._version() != 0) {
@@ -187,13 +189,18 @@ std::optional<Source> source_of(const Tensor& y) {
   }
   if (norm->ctx_.saved_data["hooked"].toBool() || at::SavedTensorDefaultHooks::get_hooks().has_value())
     return std::nullopt;
-  Source source{norm->ctx_.get_saved_variables(), torch::autograd::edge_list(4), adds};
+  Source source{{}, torch::autograd::edge_list(4), adds};
+  try {
+    source.saved = norm->ctx_.get_saved_variables();
+  } catch (const std::exception&) {
+    return std::nullopt;  // freed, or changed since: an error for a backward, should there be one
+  }
   const std::array<bool, 3> given = {true, source.saved[1].defined(), norm->ctx_.saved_data["bias"].toBool()};
   for (int i = 0, edge = 0; i < 3; ++i)
     if (given[i]) source.edges[i] = norm->next_edge(edge++);
   if (adds && last->next_edge(1).is_valid()) {
     source.edges[3] = Edge(last, 0);
-    last->set_next_edges({Edge(), last->next_edge(1)});
+    last->next_edges()[0] = Edge();  // set_next_edge() refuses where somebody, gone since, had read the sum
   }
   return source;
 }

@@ -4,6 +4,7 @@
 // Where a device has unknown_aware_loss_at_once, the forward makes the gradient, for the gradient of the loss that is
 // likely, and the first backward puts it right; another backward of the same graph makes its own.
 
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -84,7 +85,7 @@ struct UnknownAwareLoss : torch::autograd::Function<UnknownAwareLoss> {
     const double unknown_weight = ctx->saved_data["unknown_weight"].toDouble();
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     const auto made = ctx->saved_data.find("grad");
-    if (made != ctx->saved_data.end() && !at::GradMode::is_enabled()) {
+    if (made != ctx->saved_data.end() && !at::GradMode::is_enabled() && !at::isTensorSubclassLike(grads[0])) {
       results[0] = made->second.toTensor();
       ctx->saved_data.erase(made);  // the next owner may write to it
       const at::AutoDispatchBelowADInplaceOrView below;

@@ -98,6 +98,18 @@ def test_graph_that_is_kept(stand_in):
     assert stand_in.made == 1
 
 
+def test_gradients_in_batches(stand_in):
+    """vmap's gradients are not written into what was made for one."""
+    logits, target = make(9, 5)
+    z = logits.requires_grad_()
+    loss, _ = unknown_aware_loss(z, target, 0.7)
+    factors = torch.tensor([1.0, -2.0])
+    (found,) = torch.autograd.grad(loss, z, factors, retain_graph=True, is_grads_batched=True)
+    (one,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(found, factors.view(2, 1, 1) * one)
+    assert (stand_in.made, stand_in.redone) == (1, 0)
+
+
 def test_second_derivatives(stand_in):
     logits, target = make(6, 4, torch.float64)
 

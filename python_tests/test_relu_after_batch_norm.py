@@ -116,6 +116,59 @@ def test_residual_of_another_shape_and_without_gradient():
     small.sum().backward()
 
 
+def test_a_sum_in_another_dtype():
+    x, residual, dy = draw((4, 6, 5, 7), 12)
+    model = Net(6, kind="add")
+    assert_equal_gradients(model, [x, residual.double()], dy, fused=False)
+    leaves = [x.requires_grad_(), residual.bfloat16().requires_grad_()]
+    y = model(*leaves)
+    assert is_fused(y)
+    first, second = torch.autograd.grad(y, leaves, dy)
+    assert (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(second, torch.where(y > 0, dy, 0).bfloat16())
+
+
+@pytest.mark.parametrize("kind", ["none", "add", "add_"])
+def test_whoever_read_before_and_is_gone(kind):
+    """As a mean that is printed: its graph is dead when the ReLU comes."""
+    x, residual, dy = draw((4, 6, 5, 7), 13)
+    model = Net(6, kind=kind)
+    model.relu = nn.Sequential(_Reads(), model.relu)
+    assert_equal_gradients(model, [x] if kind == "none" else [x, residual], dy)
+
+
+class _Reads(nn.Module):
+    def forward(self, x):
+        assert torch.isfinite(x.mean() * 2)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["none", "add_"])
+def test_a_batch_norm_that_has_no_backward_left(kind):
+    """As with torch's layers, that is an error of a backward, not of the ReLU."""
+    x, residual, _ = draw((4, 6, 5, 7), 14)
+    model = Net(6, kind="none")
+
+    def relu(y):
+        if kind == "add_":
+            y += residual
+        return model.relu(y)
+
+    hidden = x.requires_grad_() * 1
+    y = model.norm(hidden)
+    hidden.mul_(2)
+    y = relu(y)
+    assert not is_fused(y) and bool((y >= 0).all())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    y = model.norm(x)
+    y.sum().backward()
+    y = relu(y)
+    assert not is_fused(y) and bool((y >= 0).all())
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.sum().backward()
+
+
 def test_the_sum_of_two_batch_norms():
     class Down(nn.Module):
         def __init__(self):
@@ -235,17 +288,13 @@ def test_saved_tensors_hooks_and_checkpoints():
     grads = torch.autograd.grad(y, [*leaves, *model.parameters()], dy)
     for one, other in zip(grads, expected[1:], strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
-    found = gradients(_Checkpointed(model), [x, residual], dy)[1]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-class _Checkpointed(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, residual):
-        return checkpoint(self.model, x, residual, use_reentrant=False)
+    for reentrant in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        model.zero_grad()
+        y = checkpoint(model, *leaves, use_reentrant=reentrant)
+        y.backward(dy)
+        found = [t.detach().double() for t in (y, *(t.grad for t in (*leaves, *model.parameters())))]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_not_served_is_torchs():

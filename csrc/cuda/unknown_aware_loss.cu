@@ -70,15 +70,16 @@ __device__ Acc share_of(const Problem<T, Acc>& problem, Acc grad_loss) {
   return problem.reduction == 1 ? grad_loss / Acc(problem.rows) : grad_loss;
 }
 
-// Of a row, by the one thread that has it: what goes to memory, and to the sums.
+// Of a row, by the one thread that has it: what goes to memory, and to the sums. made_for: the gradient of the loss that
+// the row's gradient is made for, where it is made.
 template <typename T, typename Acc>
 __device__ void keep_row(const Problem<T, Acc>& problem, const Results<Acc>& results, int64_t row, const Row<Acc>& done,
-                         bool known, const Acc* expected, Partial& partial) {
-  const int stride = expected == nullptr ? 2 : 3;
+                         bool known, bool at_once, Acc made_for, Partial& partial) {
+  const int stride = at_once ? 3 : 2;
   if (problem.reduction == 0) results.loss[row] = done.loss;
   results.saved[stride * row] = done.base;
   results.saved[stride * row + 1] = done.sum;
-  if (expected != nullptr) results.saved[stride * row + 2] = *expected;
+  if (at_once) results.saved[stride * row + 2] = made_for;
   partial.loss += static_cast<double>(done.loss);
   partial.threshold += static_cast<double>(done.threshold);
   partial.known += known;
@@ -158,6 +159,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kTeams = kThreads / kTeam;
   const int lane = threadIdx.x % kTeam, team = threadIdx.x / kTeam;
   const Acc alpha = *problem.alpha;
+  // Read once a warp: a backward on another stream may write to it, and a row is made for what it says it is.
+  const Acc made_for = grad == nullptr ? Acc(0) : __shfl_sync(kAll, *expected, 0);
   Partial partial{0, 0, 0};
   // All teams of a block go on together, so that shuffles find every lane.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kTeams; first < problem.rows;
@@ -176,9 +179,9 @@ __global__ void __launch_bounds__(kThreads)
     if (!present || (lane != 0 && grad == nullptr)) continue;
     const Target<Acc> at = target_of(problem, row, z);
     const Row<Acc> done = finish_row(at, state, alpha, problem.unknown_weight);
-    if (lane == 0) keep_row(problem, results, row, done, at.target != at.unknown, expected, partial);
+    if (lane == 0) keep_row(problem, results, row, done, at.target != at.unknown, grad != nullptr, made_for, partial);
     if (grad == nullptr) continue;
-    const Acc g = share_of(problem, *expected);
+    const Acc g = share_of(problem, made_for);
     const Gradient<Acc> slope = gradient_of(at, done.base, done.sum, alpha, problem.unknown_weight, g);
     write_row<kTeam>(z, grad + row * problem.classes, at, slope, lane);
   }
@@ -285,6 +288,7 @@ __global__ void __launch_bounds__(kRowThreads<T>, kRowBlocks<T>)
   __shared__ int target;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const Acc alpha = *problem.alpha;
+  const Acc made_for = grad == nullptr ? Acc(0) : *expected;  // read once, as in teams_forward; the first thread's counts
   Partial partial{0, 0, 0};
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
     const T* const z = problem.logits + row * problem.classes;
@@ -299,9 +303,9 @@ __global__ void __launch_bounds__(kRowThreads<T>, kRowBlocks<T>)
       state = combine_lanes<32>(lane < static_cast<int>(blockDim.x) / 32 ? of_warps[lane] : nothing_seen<Acc>());
       if (lane == 0) {
         const Row<Acc> done = finish_row(at, state, alpha, problem.unknown_weight);
-        keep_row(problem, results, row, done, at.target != at.unknown, expected, partial);
+        keep_row(problem, results, row, done, at.target != at.unknown, grad != nullptr, made_for, partial);
         if (grad != nullptr) {
-          const Acc g = share_of(problem, *expected);
+          const Acc g = share_of(problem, made_for);
           slope = gradient_of(at, done.base, done.sum, alpha, problem.unknown_weight, g);
           target = at.target;
         }
