@@ -151,8 +151,8 @@ def choose(
 
 def _is_quicker_dilated(input: Tensor, pattern: SparsityPattern) -> bool:
     """Whether a 1x1 kernel is to be called dilated, which changes nothing that it computes: on one thread and for fewer
-    than 16 images torch takes 1x1 kernels from oneDNN for a loop over matmuls, unless dilated. With AVX-512 that is half
-    as fast from 64 channels on; with fewer, and with AVX2, it is the faster one."""
+    than 16 images torch takes 1x1 kernels from oneDNN for a loop over matmuls, unless dilated. With AVX-512 that is
+    half as fast from 64 channels on; with fewer, and with AVX2, it is the faster one."""
     return (
         input.device.type == "cpu"
         and pattern.shape[2:] == (1, 1)
