@@ -57,6 +57,23 @@ def test_values_and_gradients(always, shape, outputs, transposed, bias):
             torch.testing.assert_close(mine, theirs.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("of", ["windows", "expanded", "spread"])
+def test_operands_of_any_strides(always, of):
+    make = {
+        "windows": lambda n: torch.randn(n + 8).unfold(0, 9, 1),
+        "expanded": lambda n: torch.randn(1, 1).expand(n, 9),
+        "spread": lambda n: torch.randn(n, 18)[:, ::2],
+    }[of]
+    x, weight, bias = make(30).requires_grad_(), make(12).requires_grad_(), make(12)[:, 0]
+    found, wanted = _dense.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    for grad in (torch.randn(30, 12), torch.randn(41).unfold(0, 12, 1), torch.ones(()).expand(30, 12)):
+        first = torch.autograd.grad(found, [x, weight], grad, retain_graph=True)
+        expected = torch.autograd.grad(wanted, [x, weight], grad.double(), retain_graph=True)
+        for mine, theirs in zip(first, expected, strict=True):
+            torch.testing.assert_close(mine, theirs.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_only_gradients_that_are_wanted(always):
     x, weight = torch.randn(20, 6), torch.randn(5, 6, requires_grad=True)
     _dense.linear(x, weight).sum().backward()

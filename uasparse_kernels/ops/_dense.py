@@ -57,13 +57,22 @@ def _has_slow_mkl() -> bool:
     return is_amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _plain(matrix: Tensor) -> Tensor:
+    """Itself where its rows or its columns are in memory one by one; oneDNN refuses others, such as sliding windows."""
+    (rows, columns), (down, along) = matrix.shape, matrix.stride()
+    is_plain = (along == 1 and down >= columns) or (down == 1 and along >= rows)
+    return matrix if is_plain else matrix.contiguous()
+
+
 class _OneDnn(torch.autograd.Function):
     """``rows @ weight.T + bias``; strides may be any."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
+        if bias is not None:
+            bias = bias.contiguous()  # its strides are not looked at
+        return torch.ops.mkldnn._linear_pointwise.default(_plain(rows), _plain(weight), bias, "none", [], "")
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
