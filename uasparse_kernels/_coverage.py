@@ -91,7 +91,8 @@ def outputs_without_weights(layers: Mapping[str, SparseLayer]) -> dict[str, tupl
     known = {name: layer.pattern for name, layer in layers.items() if not layer.pattern.crow.is_meta}
     if not known:
         return {}
-    empty = [(pattern.crow.diff() == 0).sum().cpu() for pattern in known.values()]
+    first, *_ = known.values()
+    empty = [(pattern.crow.diff() == 0).sum().to(first.device) for pattern in known.values()]
     counts = zip(known.items(), torch.stack(empty).tolist(), strict=True)
     found = {name: (count * pattern.block[0], pattern.shape[0]) for (name, pattern), count in counts}
     return {name: (count, outputs) for name, (count, outputs) in found.items() if 2 * count >= outputs > 0}

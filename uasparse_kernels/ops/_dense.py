@@ -27,7 +27,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if _is_quicker_by_onednn(input, weight):
         rows = input.reshape(-1, input.shape[-1])
-        return _OneDnn.apply(rows, weight, bias).view(*input.shape[:-1], weight.shape[0])
+        output = _OneDnn.apply(rows, weight, bias)
+        return output if input.dim() == 2 else output.view(*input.shape[:-1], weight.shape[0])
     return F.linear(input, weight, bias)
 
 

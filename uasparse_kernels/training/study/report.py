@@ -106,7 +106,7 @@ def claims_table(judgements: Sequence[Judgement]) -> str:
         )
     without = [j.claim.text for j in judgements if j.pairs == 0]
     tail = f"\nNo runs for a pair here: {'; '.join(without)}.\n" if without else ""
-    return "\n".join(lines) + "\n" + tail
+    return ("\n".join(lines) + "\n" if len(without) < len(judgements) else "") + tail
 
 
 def known_table(rows: Sequence[Row]) -> str:
