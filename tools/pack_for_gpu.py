@@ -1,4 +1,4 @@
-"""Gathers what `--suite cifar` needs on a machine without a network (docs/gpu-measuring.md): unknown images as NAME.npz.
+"""Gathers what `--suite cifar` needs where there is no network (docs/gpu-measuring.md): unknown images as NAME.npz.
 
     python tools/pack_for_gpu.py FOLDER --data folder:cifar10
 
