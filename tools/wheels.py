@@ -48,7 +48,8 @@ def build(version: str, variant: str, cuda: bool) -> pathlib.Path:
     shutil.rmtree(out / "dist", ignore_errors=True)
     shutil.rmtree(out / "base" / "lib", ignore_errors=True)
     command = ["setup.py", "-q", "egg_info", "-e", out, "-b", f"+{variant}", "build", "-b", out / "base"]
-    command += ["bdist_wheel", "-d", out / "dist"]
+    # Built already: a second time in one process, torch gives every flag twice, and ninja compiles all anew.
+    command += ["bdist_wheel", "--skip-build", "-d", out / "dist"]
     out.mkdir(parents=True, exist_ok=True)
     call(sys.executable, *command, PYTHONPATH=str(folder or ""), UASPARSE_BUILD_CUDA="01"[cuda])
     (wheel,) = (out / "dist").glob("*.whl")
