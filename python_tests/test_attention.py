@@ -255,7 +255,7 @@ def test_files_and_states(tmp_path, kdim):
 
 def test_it_is_made_of_a_dense_one_and_drawn_as_that():
     dense = nn.MultiheadAttention(64, 4, add_bias_kv=True)
-    module = SparseMultiheadAttention.from_dense(dense, sparsity=0.5)
+    module = SparseMultiheadAttention.from_dense(dense, sparsity=0.5, storage="packed")
     assert type(dense) is nn.MultiheadAttention and module.in_proj.pattern.density == 0.5
     with pytest.raises(TypeError, match=r"Expected an nn\.MultiheadAttention"):
         SparseMultiheadAttention.from_dense(module, sparsity=0.5)

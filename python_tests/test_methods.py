@@ -248,7 +248,7 @@ def test_relative_magnitude_keeps_outputs_alive():
             ua.SparseLinear(40, 60, sparsity=0.97, bias=False),
             nn.BatchNorm1d(60),
             nn.ReLU(),
-            ua.SparseLinear(60, 8, sparsity=0.5),
+            ua.SparseLinear(60, 8, sparsity=0.5, storage="packed"),
         )
         with torch.no_grad():
             crow = model[0].pattern.crow

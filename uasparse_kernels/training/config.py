@@ -149,6 +149,8 @@ class FitConfig:
             raise TrainingError(f"Expected a sparsity above 0 with method {self.method}, got 0: give method dense.")
         if self.lr_min > self.lr_max:
             raise TrainingError(f"Expected 0 < lr_min <= lr_max, got lr_min {self.lr_min} and lr_max {self.lr_max}.")
+        if self.lr_rise > self.epochs:
+            raise TrainingError(f"Expected lr_rise of at most the {self.epochs} epochs, got {self.lr_rise}.")
         if self.loss in ("moon", "reweight") and not 0 < self.warmup_epochs < self.epochs:
             raise TrainingError(
                 f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
