@@ -157,7 +157,6 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 struct Source {
   variable_list saved;  // by the batch norm
   torch::autograd::edge_list edges;  // to what input, weight, bias and residual come from
-  bool adds;
 };
 
 // Whether a node of the graph has `holders` and no hooks, so that nobody can see the gradients that pass it.
@@ -184,12 +183,10 @@ std::optional<Source> source_of(const Tensor& y) {
     if (norm == nullptr || !is_alone(first, 1) || last->next_edge(0).input_nr != 0 || y.scalar_type() != at::kFloat ||
         !norm->input_metadata(0).is_same_shape(y))
       return std::nullopt;
-  } else if (y._version() != 0) {
-    return std::nullopt;  // the sign of y is not that of what the batch norm gave
   }
   if (norm->ctx_.saved_data["hooked"].toBool() || at::SavedTensorDefaultHooks::get_hooks().has_value())
     return std::nullopt;
-  Source source{{}, torch::autograd::edge_list(4), adds};
+  Source source{{}, torch::autograd::edge_list(4)};
   try {
     source.saved = norm->ctx_.get_saved_variables();
   } catch (const std::exception&) {
@@ -205,14 +202,15 @@ std::optional<Source> source_of(const Tensor& y) {
   return source;
 }
 
-// A ReLU, the addition before it if there is one, and the batch norm before that, as one in the backward.
+// A ReLU, the addition before it if there is one, and the batch norm before that, as one in the backward. Its gate is the
+// ReLU's output, as torch's is: a write that autograd does not see (y.data, no_grad) may have changed what the batch norm gave.
 struct ReluAfterBatchNorm : torch::autograd::Function<ReluAfterBatchNorm> {
   static Tensor forward(AutogradContext* ctx, Tensor y, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                         const Source& source) {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::relu_(y);
     ctx->mark_dirty({y});
-    ctx->save_for_backward({source.saved[0], source.saved[1], source.adds ? y : Tensor(), source.saved[2]});
+    ctx->save_for_backward({source.saved[0], source.saved[1], y, source.saved[2]});
     ctx->set_materialize_grads(false);
     return y;
   }

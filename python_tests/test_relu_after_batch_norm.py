@@ -210,6 +210,11 @@ def seen(model, x, residual, how):
         case "changed":
             with torch.no_grad():
                 out.mul_(-1)
+        case "changed by data":
+            out.data.neg_()
+        case "sum changed by data":
+            out = out.add_(residual)
+            out.data.neg_()
         case "scaled":
             out = out.mul_(2)
         case "view":
@@ -221,12 +226,22 @@ def seen(model, x, residual, how):
 
 
 HOW = [
-    "hook", "changing hook", "retain_grad", "reader before", "grad_fn", "node hook", "pre hook", "held", "changed",
-    "scaled", "view", "twice",
-]  # fmt: skip
+    "hook",
+    "changing hook",
+    "retain_grad",
+    "reader before",
+    "grad_fn",
+    "node hook",
+    "pre hook",
+    "held",
+    "scaled",
+    "view",
+    "twice",
+]
+UNSEEN = ["changed", "changed by data", "sum changed by data"]  # by autograd  # fmt: skip
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", HOW + UNSEEN)
 def test_whoever_looks_between_sees_what_he_saw(how):
     x, residual, dy = draw((4, 6, 5, 7), 5)
     results = []
@@ -234,7 +249,7 @@ def test_whoever_looks_between_sees_what_he_saw(how):
         leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
         y, kept = seen(model, *leaves, how)
         if isinstance(model.relu, ua.nn.ReLU):
-            assert not is_fused(y)
+            assert is_fused(y) == (how in UNSEEN)
         loss = (y * dy[:, : y.shape[1]]).sum()
         if how == "reader before":
             loss = loss + (kept[0] * dy).sum()
