@@ -361,7 +361,7 @@ class SparsityPattern(nn.Module):
         """The same as an assertion in the graph. Not for a GPU, whose context does not survive one; an exported program
         has weight and pattern of its own."""
         transformed = torch._C._are_functorch_transforms_active()
-        if not (torch.compiler.is_exporting() or transformed or self.signature.device.type != "cpu"):
+        if not (_library.is_exporting() or transformed or self.signature.device.type != "cpu"):
             error = (self.signature.to(torch.float64) - self._code).abs()
             torch._assert_async((error <= 1e-6 * self._code).all(), _ANOTHERS)
 
