@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 
-from setuptools import setup
+import setuptools
 
 
 def find_cuda_home() -> str | None:
@@ -38,6 +38,11 @@ def find_cuda_home() -> str | None:
 if "CUDA_HOME" not in os.environ and (cuda_home := find_cuda_home()):
     os.environ["CUDA_HOME"] = cuda_home
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"uasparse_kernels: expected setuptools 77 or newer, found {setuptools.__version__}. Upgrade it first "
+        "(pip install -U setuptools), then install this package with --no-build-isolation."
+    )
 try:
     import torch
     from torch.utils import cpp_extension
@@ -156,7 +161,7 @@ else:
     atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     options |= {"egg_info": {"egg_base": scratch}, "build": {"build_base": scratch}}
 
-setup(
+setuptools.setup(
     ext_modules=[extension],
     options=options,
     cmdclass={"build_ext": Build},
