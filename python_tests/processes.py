@@ -1,16 +1,21 @@
 """Processes that tests start."""
 
 import os
+import socket
 import sys
 
 import torch.multiprocessing
 
 
-def start(function, arguments, count):
-    """Calls function(rank, *arguments) in so many processes; raises what one of them raises.
+def start(function, folder, count):
+    """Calls function(rank, port, folder) in so many processes, which may meet at the port; raises what one of them
+    raises.
 
     One fresh process imports the test's modules, which takes seconds, and is forked before it has threads.
     """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        arguments = (free.getsockname()[1], folder)
     torch.multiprocessing.start_processes(_fork, (function, arguments, count), nprocs=1, start_method="spawn")
 
 

@@ -2,7 +2,6 @@
 however DynamicSparsity is given the model; and it refuses where it cannot know that they train together."""
 
 import os
-import socket
 
 import processes
 import pytest
@@ -134,10 +133,7 @@ def worker(rank, port, folder):
 def histories(tmp_path_factory):
     """A folder of what every process found with every method."""
     folder = tmp_path_factory.mktemp("histories")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.start(worker, (port, str(folder)), WORLD)
+    processes.start(worker, folder, WORLD)
     return folder
 
 

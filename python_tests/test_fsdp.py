@@ -183,13 +183,8 @@ def refusals(rank):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder of what each process found."""
-    import socket
-
     folder = tmp_path_factory.mktemp("sharded")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes.start(worker, (port, str(folder)), WORLD)
+    processes.start(worker, folder, WORLD)
     return folder
 
 

@@ -211,7 +211,7 @@ def train_in_two_processes(rank, port, folder):
 
 
 @pytest.mark.distributed
-def test_two_processes_end_alike(tmp_path, free_port):
-    processes.start(train_in_two_processes, (free_port, str(tmp_path)), 2)
+def test_two_processes_end_alike(tmp_path):
+    processes.start(train_in_two_processes, tmp_path, 2)
     mine, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert all(torch.equal(mine[key], theirs[key]) for key in mine)

@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import pathlib
-import re
 
+import pages
 import pytest
 import torch
 from torch import nn
@@ -578,20 +577,18 @@ def test_structured_patterns():
     assert dense[0].pattern.density == 1
 
 
-def test_the_documented_example_runs():
+def test_the_documented_example_trains(tmp_path):
     """The code of docs/methods.md, as it stands there."""
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "methods.md").read_text()
-    (example,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.S) if "Method(" in c]
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    scope = {"model": model, "optimizer": optimizer, "steps": 20}
-    exec(example, scope)
+    blocks = [block for _, blocks in pages.sections("docs/methods.md") for block in blocks]
+    scope = {}
+    pages.run(blocks, scope, tmp_path, None)
+    model = scope["model"]
     before = [m.pattern.blocks() for m in sparse_layers(model).values()]
     for _ in range(8):
-        x, y = batch()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        scope["dst"].step()
-        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(12, 64)), torch.randint(16, (12,))).backward()
+        scope["optimizer"].step()
+        scope["topology"].step()
+        scope["optimizer"].zero_grad()
     after = [m.pattern.blocks() for m in sparse_layers(model).values()]
+    assert len(before) == 3
     assert all(a.numel() == b.numel() and not torch.equal(a, b) for a, b in zip(before, after, strict=True))

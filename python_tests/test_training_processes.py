@@ -84,8 +84,8 @@ def worker(rank, port, folder):
 
 
 @pytest.mark.distributed
-def test_two_processes_train_one_network(tmp_path, free_port, monkeypatch):
-    processes.start(worker, (free_port, tmp_path), 2)
+def test_two_processes_train_one_network(tmp_path, monkeypatch):
+    processes.start(worker, tmp_path, 2)
     the_threshold_is_that_of_the_whole_batch(tmp_path)
     monkeypatch.setattr(report, "draw_run", lambda *_: [])
     monkeypatch.setattr(recipe, "build_network", in_float64())

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from uasparse_kernels import _compiled
+from uasparse_kernels import _compiled, _library
 
 SCRIPT = """
 import sys, warnings
@@ -54,16 +54,26 @@ def test_everything_works_on_the_references():
     assert run.stdout.strip() == "fine"
 
 
-def test_a_build_for_another_torch_is_not_loaded():
-    """A file of another torch's name lies there alone: one line says what was built, what is here and what to do."""
-    built = _compiled.built_for()
-    if not built:
-        pytest.skip("nothing is compiled here")
+def test_the_build_that_is_here_is_found():
+    here = ".".join(torch.__version__.split(".")[:2])
+    assert (here in _compiled.built_for()) == (_library.compiled is not None)
+
+
+def test_a_build_for_another_torch_is_not_loaded(monkeypatch):
+    """Only files of other versions' names lie there: one line says what was built, what is here and what to do."""
+    monkeypatch.setattr(_compiled, "built_for", lambda: ["2.9", "2.10"])
     with pytest.raises(ImportError) as told:
         _compiled.load("_C_torch9_99")
-    assert str(told.value).startswith(f"uasparse_kernels was built for torch {' and '.join(built)}, but torch ")
-    assert torch.__version__ in str(told.value) and "pip install" in str(told.value)
+    assert str(told.value).startswith("uasparse_kernels was built for torch 2.9 and 2.10, but torch ")
+    assert torch.__version__ in str(told.value) and "install torch 2.10, or build" in str(told.value)
     assert "\n" not in str(told.value)
+
+
+def test_a_build_for_this_torch_that_does_not_load_is_said(monkeypatch):
+    """A file of this torch's name that is broken is no other version's: the references serve, with a warning."""
+    monkeypatch.setattr(_compiled, "built_for", lambda: ["9.99"])
+    with pytest.warns(RuntimeWarning, match="could not be loaded"):
+        assert _compiled.load("_C_torch9_99") is None
 
 
 def test_which_torch_a_package_was_built_for(tmp_path):

@@ -87,6 +87,7 @@ def try_out(wheel: pathlib.Path, version: str) -> None:
     call(python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", wheel)
     shutil.copy(ROOT / "python_tests" / "smoke.py", out)
     call(python, "-I", "smoke.py", cwd=out, OMP_NUM_THREADS="1")
+    call(python, "-I", "-m", "uasparse_kernels", cwd=out)
 
 
 def main() -> None:

@@ -84,9 +84,9 @@ def warn_of_the_rest(model: nn.Module, covered: Collection[str]) -> None:
 
 
 def outputs_without_weights(layers: Mapping[str, SparseLayer]) -> dict[str, tuple[int, int]]:
-    """How many outputs of a layer no active weight reaches, and how many it has, of those where that is half or more.
+    """By layer, how many outputs no active weight reaches, and how many there are: where that is half or more.
 
-    Such outputs are constants: of a network that is cut in two the layers behind see nothing else.
+    Such outputs are constants; behind a layer that has no others, a network no longer sees its input.
     """
     known = {name: layer.pattern for name, layer in layers.items() if not layer.pattern.crow.is_meta}
     if not known:

@@ -171,8 +171,8 @@ def _common(pattern: SparsityPattern, other: SparsityPattern) -> Tensor:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raises ValueError if a DistributedDataParallel holds parameters of a model, be it around it or in it (it would
-    reduce the gradients of the old ones), or if they are sharded."""
+    """Raises ValueError if a DistributedDataParallel around or inside the model holds its parameters (it would reduce
+    the gradients of the old ones), or if they are sharded."""
     for name, module in model.named_modules():
         if getattr(module, "_is_fsdp_managed_module", False):
             raise ValueError(

@@ -47,6 +47,11 @@ def apart_when_compiled(function):
     return call
 
 
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which in a graph of ``torch.compile`` is always True with torch 2.11."""
+    return torch.compiler._is_exporting_flag
+
+
 @constant_when_compiled
 def has_kernel_for(op: str, device_type: str) -> bool:
     """As :func:`has_kernel`, by device type."""

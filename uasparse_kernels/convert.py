@@ -18,6 +18,7 @@ from uasparse_kernels._coverage import (
     pattern_shape,
     warn_of_the_rest,
 )
+from uasparse_kernels._grid import check_block
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
@@ -27,7 +28,6 @@ from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d, ReLU
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import kind_of, make_sparse, why_not
-from uasparse_kernels.pattern import check_block
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from uasparse_kernels import _library
+from uasparse_kernels import _grid, _library
 
-_INDEX_LIMIT = 2**31 - 1
-_SIGNATURE = 8  # numbers of a signature; 4 bits of the hash each
 _SAVED = ("layout", "crow", "col")
 _ANOTHERS = (
     "Expected weights of this sparsity pattern, got some that came with another (its signature differs): they were "
@@ -63,12 +60,12 @@ class SparsityPattern(nn.Module):
 
     def __init__(self, shape: Sequence[int], crow: Tensor, col: Tensor, *, block: Sequence[int] = (1, 1)):
         super().__init__()
-        self.shape, self.block = _check_shape(shape, block)
-        _check_csr(crow, col, self.grid)
+        self.shape, self.block = _grid.check_shape(shape, block)
+        _grid.check_csr(crow, col, self.grid)
         crow, col = (t.detach().to(torch.int32).contiguous() for t in (crow, col))
-        self._held = (crow, col, *_transpose(crow, col, self.grid[1]))
+        self._held = (crow, col, *_grid.transpose(crow, col, self.grid[1]))
         self._served = self._held  # on the meta device: without values
-        self.register_buffer("signature", torch.empty(_SIGNATURE, dtype=torch.float64, device=crow.device))
+        self.register_buffer("signature", torch.empty(_grid.SIGNATURE, dtype=torch.float64, device=crow.device))
         self.changed_()
 
     @classmethod
@@ -89,10 +86,10 @@ class SparsityPattern(nn.Module):
         """
         if not 0 < density <= 1:
             raise ValueError(f"Expected a density in (0, 1], got {density}.")
-        shape, block = _check_shape(shape, block)
-        total = math.prod(_grid(shape, block))
+        shape, block = _grid.check_shape(shape, block)
+        total = math.prod(_grid.size_of(shape, block))
         count = min(total, max(1, round(density * total)))
-        return cls.from_blocks(shape, sample_indices(total, count, generator), block=block).to(device)
+        return cls.from_blocks(shape, _grid.sample_indices(total, count, generator), block=block).to(device)
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, block: Sequence[int] = (1, 1)) -> SparsityPattern:
@@ -101,8 +98,8 @@ class SparsityPattern(nn.Module):
         Raises:
             ValueError: if a block is only partly active.
         """
-        shape, block = _check_shape(mask.shape, block)
-        blocks = _to_grid(mask != 0, block)
+        shape, block = _grid.check_shape(mask.shape, block)
+        blocks = _grid.to_grid(mask != 0, block)
         active, whole = blocks.any(-1), blocks.all(-1)
         if not torch.equal(active, whole):
             count = int((active != whole).sum())
@@ -115,7 +112,7 @@ class SparsityPattern(nn.Module):
     @classmethod
     def from_blocks(cls, shape: Sequence[int], blocks: Tensor, *, block: Sequence[int] = (1, 1)) -> SparsityPattern:
         """The pattern of the active blocks' flat indices into the grid (``[num_blocks]``, ascending, distinct)."""
-        return cls(shape, *_csr(blocks, _grid(*_check_shape(shape, block))), block=block)
+        return cls(shape, *_grid.csr(blocks, _grid.size_of(*_grid.check_shape(shape, block))), block=block)
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Tensor], prefix: str = "") -> SparsityPattern:
@@ -128,7 +125,7 @@ class SparsityPattern(nn.Module):
         absent = [prefix + name for name in _SAVED if prefix + name not in state_dict]
         if absent:
             raise ValueError(f"Expected the pattern's {', '.join(absent)} in the state_dict.")
-        layout, crow, col = (_whole(prefix + name, state_dict[prefix + name]) for name in _SAVED)
+        layout, crow, col = (_grid.whole_numbers(prefix + name, state_dict[prefix + name]) for name in _SAVED)
         if layout.dim() != 1 or layout.numel() not in (4, 6):
             raise ValueError(f"Expected {prefix}layout of 4 or 6 sizes, got shape {tuple(layout.shape)}.")
         sizes = layout.tolist()
@@ -144,7 +141,7 @@ class SparsityPattern(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the grid of blocks."""
-        return _grid(self.shape, self.block)
+        return _grid.size_of(self.shape, self.block)
 
     @property
     def num_blocks(self) -> int:
@@ -315,8 +312,8 @@ class SparsityPattern(nn.Module):
 
         In place where the number stays the same; otherwise the tensors are replaced. No host sync.
         """
-        crow, col = _csr(blocks, self.grid)
-        new = (crow, col, *_transpose(crow, col, self.grid[1]))
+        crow, col = _grid.csr(blocks, self.grid)
+        new = (crow, col, *_grid.transpose(crow, col, self.grid[1]))
         if blocks.numel() == self.num_blocks:
             for mine, theirs in zip(self._held, new, strict=True):
                 mine.copy_(theirs)
@@ -328,7 +325,7 @@ class SparsityPattern(nn.Module):
     @torch.no_grad()
     def changed_(self) -> SparsityPattern:
         """Signs the pattern anew, after its tensors were changed in place by an op. No host sync on a GPU."""
-        self._code = _signature(self._held[0], self._held[1], (*self.shape, *self.block))
+        self._code = _grid.signature(self._held[0], self._held[1], (*self.shape, *self.block))
         self._numbers = self._code.tolist() if self._code.device.type == "cpu" else None
         self.signature.copy_(self._code)
         self._seen = (self.signature, _version(self.signature))
@@ -364,7 +361,7 @@ class SparsityPattern(nn.Module):
         """The same as an assertion in the graph. Not for a GPU, whose context does not survive one; an exported program
         has weight and pattern of its own."""
         transformed = torch._C._are_functorch_transforms_active()
-        if not (torch.compiler.is_exporting() or transformed or self.signature.device.type != "cpu"):
+        if not (_library.is_exporting() or transformed or self.signature.device.type != "cpu"):
             error = (self.signature.to(torch.float64) - self._code).abs()
             torch._assert_async((error <= 1e-6 * self._code).all(), _ANOTHERS)
 
@@ -373,9 +370,9 @@ class SparsityPattern(nn.Module):
         while torch._C._functorch.is_functorch_wrapped_tensor(signature):
             signature = torch._C._functorch.get_unwrapped(signature)
         # Of a batch the numbers are the last dimension, but vmap may have put it first.
-        if signature.shape[-1:] != (_SIGNATURE,) and signature.shape[:1] == (_SIGNATURE,):
+        if signature.shape[-1:] != (_grid.SIGNATURE,) and signature.shape[:1] == (_grid.SIGNATURE,):
             signature = signature.movedim(0, -1)
-        if signature.shape[-1:] != (_SIGNATURE,) or not signature.is_floating_point():
+        if signature.shape[-1:] != (_grid.SIGNATURE,) or not signature.is_floating_point():
             return False
         error = (signature.detach().to(self._code) - self._code).abs()
         return bool((error <= 1e-6 * self._code).all())
@@ -457,98 +454,13 @@ class SparsityPattern(nn.Module):
         return self.changed_()
 
 
-def sample_indices(total: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """``count`` distinct indices below ``total``, uniformly at random: int64, ascending, on the CPU.
-
-    Memory grows with ``count``, not with ``total``, where the draw is sparse.
-    """
-    if not 0 <= count <= total:
-        raise ValueError(f"Expected 0 <= count <= {total}, got {count}.")
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device="cpu")
-    if count > total // 8:
-        return torch.randperm(total, generator=generator, device="cpu")[:count].sort().values
-    # Distinct draws are kept in the order they came, so that every subset of this size is equally likely.
-    drawn = torch.empty(0, dtype=torch.int64, device="cpu")
-    while True:
-        more = torch.randint(total, (2 * count + 16,), generator=generator, device="cpu")
-        drawn = torch.cat([drawn, more])
-        values, inverse = torch.unique(drawn, return_inverse=True)
-        if values.numel() >= count:
-            first = torch.full_like(values, drawn.numel()).scatter_reduce_(
-                0, inverse, torch.arange(drawn.numel(), device="cpu"), "amin"
-            )
-            return values[first.argsort()[:count]].sort().values
-
-
 def _free_sizes_in_graphs() -> None:
     """torch.compile takes the sizes of a module's tensors for constants, and would compile anew at every change until
     it gives up. Once a pattern has changed its size, sizes that change are symbols."""
-    import torch._dynamo  # here: it takes a second, which those who only serve need not wait
+    import torch._dynamo  # not above: it takes a second, which who only serves need not wait
 
     torch._dynamo.config.force_parameter_static_shapes = False
     torch._dynamo.config.force_nn_module_property_static_shapes = False
-
-
-def check_block(block: Sequence[int]) -> None:
-    """Raises ValueError for a block that is not (1, 1), (r, 1) or (b, b)."""
-    if len(block) != 2 or min(block) < 1 or (block[1] != 1 and block[0] != block[1]):
-        raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {tuple(block)}.")
-
-
-def _check_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, int]]:
-    shape, block = tuple(operator.index(s) for s in shape), tuple(operator.index(b) for b in block)
-    if len(shape) not in (2, 4) or min(shape) < 0:
-        raise ValueError(f"Expected a weight shape [out, in] or [out, in, kh, kw], got {shape}.")
-    check_block(block)
-    if shape[0] % block[0] or shape[1] % block[1]:
-        raise ValueError(
-            f"Expected a block that divides the weight's output and input sizes {shape[:2]}, got {block}; "
-            "choose a divisor of both sizes."
-        )
-    if math.prod(shape) > _INDEX_LIMIT * 64 or math.prod(shape[1:]) > _INDEX_LIMIT:
-        raise ValueError(f"The weight shape {shape} is too large for 32-bit indices.")
-    return shape, (block[0], block[1])
-
-
-def _check_csr(crow: Tensor, col: Tensor, grid: tuple[int, int]) -> None:
-    rows, columns = grid
-    for name, tensor in (("crow", crow), ("col", col)):
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-            raise ValueError(f"Expected {name} of integers, got {tensor.dtype}.")
-    if crow.device != col.device or crow.is_meta:
-        raise ValueError(f"Expected crow and col with values on one device, got {crow.device} and {col.device}.")
-    if crow.dim() != 1 or crow.numel() != rows + 1 or col.dim() != 1:
-        raise ValueError(
-            f"Expected crow of {rows + 1} and col of one dimension, got {tuple(crow.shape)} and {tuple(col.shape)}."
-        )
-    if col.numel() > _INDEX_LIMIT:
-        raise ValueError(f"Expected at most {_INDEX_LIMIT} active blocks, got {col.numel()}.")
-    counts = crow[1:] - crow[:-1]
-    if int(crow[0]) != 0 or int(crow[-1]) != col.numel() or bool((counts < 0).any()):
-        raise ValueError("Expected crow to rise from 0 to the number of active blocks.")
-    if col.numel():
-        if int(col.min()) < 0 or int(col.max()) >= columns:
-            raise ValueError(f"Expected columns in [0, {columns}), got {int(col.min())} to {int(col.max())}.")
-        rises = col[1:] > col[:-1]
-        starts = crow[1:-1].to(torch.int64)
-        starts = starts[(starts > 0) & (starts < col.numel())]
-        rises[starts - 1] = True
-        if not bool(rises.all()):
-            raise ValueError("Expected the columns of each row to be distinct and ascending.")
-
-
-def _whole(name: str, tensor: Tensor) -> Tensor:
-    """A saved tensor as int64. An average of equal checkpoints is whole up to rounding."""
-    if not isinstance(tensor, Tensor) or tensor.is_meta:
-        raise ValueError(f"Expected {name} to be a tensor with values, got {tensor}.")
-    if not tensor.is_floating_point():
-        return tensor.to(torch.int64)
-    whole = tensor.to(torch.float64).round()
-    # Half a unit in the 20th bit: float32 holds no more of an index of a million.
-    if not bool(((tensor.to(torch.float64) - whole).abs() <= 1e-3 + whole.abs() * 2**-21).all()):
-        raise ValueError(f"Expected {name} of whole numbers, got an average over different patterns, or a damaged one.")
-    return whole.to(torch.int64)
 
 
 def _to(tensors: Index, device: torch.device | str, copy: bool = False) -> Index:
@@ -558,63 +470,6 @@ def _to(tensors: Index, device: torch.device | str, copy: bool = False) -> Index
 
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _signature(crow: Tensor, col: Tensor, layout: Sequence[int]) -> Tensor:
-    """Eight powers of two, float64: 32 bits of a sum of mixed indices. O(blocks), no host sync.
-
-    Powers of two, for then an average ``d * x + (1 - d) * x`` gives ``x``, and half precision holds them.
-    """
-    seed = 0
-    for size in layout:
-        seed = (seed * 1_000_003 + size + 1) % 2**61
-    if crow.device.type == "cpu" and _library.has_kernel("pattern_hash", crow):
-        total = torch.ops.uasparse.pattern_hash(crow, col, seed)
-    else:
-        total = _hash(crow, col, seed)
-    nibbles = torch.arange(_SIGNATURE, device=crow.device) * 4 + 16
-    bits = (total >> nibbles) & 15
-    return torch.pow(2.0, bits.to(torch.float64))
-
-
-def _hash(crow: Tensor, col: Tensor, seed: int) -> Tensor:
-    """The sum of each block's flat position among rows of 2^31, mixed by multiplication and shifts (the finalizer of
-    splitmix64)."""
-    rows = torch.arange(crow.numel() - 1, device=crow.device)
-    rows = torch.repeat_interleave(rows, (crow[1:] - crow[:-1]).to(torch.int64), output_size=col.numel())
-    mixed = rows.mul_(2**31).add_(col).add_(seed)
-    for factor, shift in ((-0x61C8864680B583EB, 30), (-0x40A7B892E31B1A47, 27), (-0x6B2FB644ECCEEE15, 31)):
-        mixed = mixed.mul_(factor).bitwise_xor_(mixed >> shift)
-    return mixed.sum()
-
-
-def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    return shape[0] // block[0], shape[1] // block[1] * math.prod(shape[2:])
-
-
-def _to_grid(dense: Tensor, block: tuple[int, int]) -> Tensor:
-    """A dense weight as ``[rows, columns, bh * bw]``."""
-    bh, bw = block
-    out, inp = dense.shape[:2]
-    view = dense.reshape(out // bh, bh, inp // bw, bw, -1).permute(0, 2, 4, 1, 3)
-    return view.reshape(out // bh, -1, bh * bw)
-
-
-def _csr(blocks: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """``crow`` and ``col`` (int32) of ascending flat indices."""
-    ends = torch.arange(grid[0] + 1, device=blocks.device) * grid[1]
-    crow = torch.searchsorted(blocks.contiguous(), ends, out_int32=True)
-    return crow, (blocks % max(1, grid[1])).to(torch.int32)
-
-
-def _transpose(crow: Tensor, col: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The order by columns of blocks given by rows: ``ccol``, ``row``, ``perm`` (int32). No host sync."""
-    by_column, perm = torch.sort(col, stable=True)
-    ends = torch.arange(columns + 1, dtype=col.dtype, device=col.device)
-    ccol = torch.searchsorted(by_column, ends, out_int32=True)
-    rows = torch.arange(crow.numel() - 1, device=col.device)
-    rows = torch.repeat_interleave(rows, (crow[1:] - crow[:-1]).to(torch.int64), output_size=col.numel())
-    return ccol, rows[perm].to(torch.int32), perm.to(torch.int32)
 
 
 @_library.register_fake("pack")

@@ -121,7 +121,7 @@ class SparseDelta(nn.Module):
 
 
 def merge_sparse_deltas(model: nn.Module) -> nn.Module:
-    """Puts dense layers, with the sums as weights, in the place of all sparse deltas (in place; a lone one's base is
+    """Replaces all sparse deltas by dense layers whose weights are the sums (in place; of a lone delta the base is
     returned). Parameters stay frozen or not as they are.
 
     Raises:

@@ -131,7 +131,7 @@ def choose_cuda(
     if pattern.block == (1, 1):
         kernel, name = "cuda", "unstructured kernel"
         if not linear:
-            return Choice("dense", f"{how}: no unstructured kernel for convolutions but by 1x1")
+            return Choice("dense", f"{how}: the unstructured kernel serves only 1x1 convolutions")
         if not _library.has_kernel_for("sparse_product_out", "cuda"):
             return Choice("dense", f"{how}: the unstructured kernel was not built (no nvcc)")
     elif rows == columns and rows in BLOCKS:
@@ -147,7 +147,7 @@ def choose_cuda(
     if pattern.density > limit:
         return Choice("dense", f"{how}: density {pattern.density:.3g} over the crossover of {limit:.3g} ({source})")
     if not packed and work < LAUNCH_FLOOR:
-        return Choice("dense", f"{how}: {work:.2g} multiply-adds are fewer than pay for packing (predicted)")
+        return Choice("dense", f"{how}: {work:.2g} multiply-adds are too few to pay for packing (predicted)")
     tokens = work // math.prod(pattern.shape)
     if kernel == "cuda" and takes_csr(dtype, pattern.density, tokens):
         name = "torch's CSR kernel (grad-weight: the unstructured kernel)"

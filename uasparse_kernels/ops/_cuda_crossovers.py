@@ -75,10 +75,7 @@ def _cells() -> Iterator[tuple[str, str, Any]]:
 
 
 def _measure(op: str, arithmetic: str, block: int, device: torch.device, size: int, vectors: int) -> float:
-    """Bisection in the logarithm of the density, around what is predicted: within a tenth of the answer at the end.
-
-    0 where the sparse kernel was never faster; where it always was, the highest density that was tried.
-    """
+    """The density up to which the sparse kernel is faster, looked for around what is predicted."""
     dtype, precision = _DTYPES[arithmetic]
     backends: Any = torch.backends
     backend = backends.cuda.matmul if op == "masked_linear" else backends.cudnn.conv
@@ -86,50 +83,57 @@ def _measure(op: str, arithmetic: str, block: int, device: torch.device, size: i
     try:
         middle = _cuda.PREDICTED[op][arithmetic][str(block)] or 0.01
         low, high = max(middle / 16, 1e-3), min(16 * middle, 1.0)
-        won = lost = False
         dense = _step(op, block, low, dtype, device, size, vectors, packed=False)
-        for _ in range(_STEPS):
-            middle = math.sqrt(low * high)
-            sparse = _step(op, block, middle, dtype, device, size, vectors, packed=True)
+
+        def is_faster(density: float) -> bool:
+            sparse = _step(op, block, density, dtype, device, size, vectors, packed=True)
             # Dense anew each time: one bad reading must not decide five times.
-            if _time_ms(sparse, device) < _time_ms(dense, device):
-                low, won = middle, True
-            else:
-                high, lost = middle, True
-        if not won:
-            return 0.0
-        return math.sqrt(low * high) if lost else low
+            return _time_ms(sparse, device) < _time_ms(dense, device)
+
+        return _bisect(low, high, is_faster)
     finally:
         backend.fp32_precision = before
 
 
-def _measure_csr(device: torch.device, size: int, vectors: int) -> float:
-    """Where torch's CSR kernel is as fast as the unstructured one: forward, as grad-input is the same product."""
-    low, high, won, lost = 1e-3, 0.1, False, False
-    x = torch.randn(vectors, size, device=device)
+def _bisect(low: float, high: float, is_faster: Callable[[float], bool]) -> float:
+    """Bisection in the logarithm of the density: within a tenth of the answer at the end.
+
+    0 where it was never faster; where it always was, the highest density that was tried.
+    """
+    won = lost = False
     for _ in range(_STEPS):
         middle = math.sqrt(low * high)
-        pattern = SparsityPattern.random((size, size), middle).to(device)
-        crow, col, *_rest = _common.pattern_tensors(pattern)
-        values = torch.randn(pattern.packed_shape, device=device)
-        out = x.new_empty(vectors, size)
-
-        def ours(pattern=pattern, crow=crow, col=col, values=values, out=out) -> Any:
-            if device.type == "cuda":
-                return torch.ops.uasparse.sparse_product_out(x, values, None, crow, col, out)
-            return masked_linear(x, values, pattern)
-
-        def vendors(crow=crow, col=col, values=values, out=out) -> Any:
-            return csr_product(x, values, None, crow, col, out)
-
-        # Not in CUDA graphs, in which CSR kernels do not serve either.
-        if _time_ms(vendors, device, graph=False) < _time_ms(ours, device, graph=False):
+        if is_faster(middle):
             low, won = middle, True
         else:
             high, lost = middle, True
     if not won:
         return 0.0
     return math.sqrt(low * high) if lost else low
+
+
+def _measure_csr(device: torch.device, size: int, vectors: int) -> float:
+    """Where torch's CSR kernel is as fast as the unstructured one: forward, as grad-input is the same product."""
+    x = torch.randn(vectors, size, device=device)
+
+    def is_faster(density: float) -> bool:
+        pattern = SparsityPattern.random((size, size), density).to(device)
+        crow, col, *_rest = _common.pattern_tensors(pattern)
+        values = torch.randn(pattern.packed_shape, device=device)
+        out = x.new_empty(vectors, size)
+
+        def ours() -> Any:
+            if device.type == "cuda":
+                return torch.ops.uasparse.sparse_product_out(x, values, None, crow, col, out)
+            return masked_linear(x, values, pattern)
+
+        def vendors() -> Any:
+            return csr_product(x, values, None, crow, col, out)
+
+        # Not in CUDA graphs, in which CSR kernels do not serve either.
+        return _time_ms(vendors, device, graph=False) < _time_ms(ours, device, graph=False)
+
+    return _bisect(1e-3, 0.1, is_faster)
 
 
 def _step(

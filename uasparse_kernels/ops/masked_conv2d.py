@@ -161,7 +161,7 @@ def _is_quicker_dilated(input: Tensor, pattern: SparsityPattern) -> bool:
         and _library.compiled.cpu_isa() == "avx512"
         and input.dtype == torch.float32
         and not torch.compiler.is_compiling()
-        and input.numel() > 20480  # under that torch takes oneDNN for one image never
+        and input.numel() > 20480  # below that torch never takes oneDNN for one image
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
     )

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from uasparse_kernels import _library
+from uasparse_kernels._grid import sample_indices
 from uasparse_kernels.ops._common import pattern_tensors, replace_data_
 from uasparse_kernels.ops.topk_indices import indices_above, topk_indices_many, topk_indices_reference
-from uasparse_kernels.pattern import SparsityPattern, sample_indices
+from uasparse_kernels.pattern import SparsityPattern
 
 
 class PruneGrowResult(NamedTuple):

@@ -120,7 +120,7 @@ class GradientCapture:
             return None
         input = args[0] if args else kwargs["input"]
         if torch.compiler.is_compiling() and _library.compiled is not None:
-            if torch.compiler.is_exporting() or not (module.weight.requires_grad and output.requires_grad):
+            if _library.is_exporting() or not (module.weight.requires_grad and output.requires_grad):
                 return None
             return torch.ops.uasparse.watch(output, input.detach(), self.mark)
         self._watch(module, input, output)

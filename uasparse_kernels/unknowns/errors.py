@@ -1,4 +1,4 @@
-"""The error of this place."""
+"""The error that this package raises."""
 
 
 class UnknownsError(ValueError):

@@ -47,8 +47,8 @@ class PatchShuffle:
         num = round(batch_size * self.share)
         if not 0 < num < batch_size:
             raise UnknownsError(
-                f"Expected unknown_share to take some but not all images of a batch of {batch_size}, got {self.share}, "
-                f"which takes {num}."
+                f"Expected a share of unknowns that takes some but not all images of a batch of {batch_size}, got "
+                f"{self.share}, which takes {num}."
             )
         for grid, seam in zip(self.grids, self.seams, strict=True):
             _patch_size(height, width, grid, seam)
@@ -93,7 +93,8 @@ def _patch_size(height: int, width: int, grid: int, seam: int) -> tuple[int, int
     rows, columns = (grid, grid) if grid else (height, width)
     if height % rows or width % columns:
         raise UnknownsError(
-            f"Expected a grid of patches that divides {height}x{width} images, got {grid}: see --unknown-grid."
+            f"Expected a grid of patches that divides {height}x{width} images, got {grid} (grids= of "
+            "PatchShuffle, --unknown-grid on the command line)."
         )
     size = height // rows, width // columns
     if not 0 <= 2 * seam <= min(size):

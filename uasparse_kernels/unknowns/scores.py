@@ -1,8 +1,8 @@
 """Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
 
 "combined", "combined-features" and "combined-all" join several. Those on class logits see the first K only. Post-hoc
-detectors are pytorch-ood's (but Mahalanobis, its relative and fDBD, which there cannot do with dead features or equal
-rows of a sparse head), with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted
+detectors are pytorch-ood's (except Mahalanobis, its relative and fDBD, which fail there on dead features or equal rows
+of a sparse head), with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted
 on training images.
 """
 

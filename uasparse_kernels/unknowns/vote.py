@@ -1,6 +1,6 @@
 """The vote: the average of the weights seen late in training (arXiv 2403.20047, section on weight averaging).
 
-A thin hold on torch.optim.swa_utils. The topology must be frozen: an average of networks with different patterns has
+A thin layer over torch.optim.swa_utils. The topology must be frozen: an average of networks with different patterns has
 the union of their weights, so it is denser than any of them.
 """
 
