@@ -32,7 +32,7 @@ from uasparse_kernels.training.models import Whitening, build_model
 from uasparse_kernels.training.processes import rank_and_world
 from uasparse_kernels.training.weight_dropout import WeightDropout
 from uasparse_kernels.unknowns import PatchShuffle, Vote
-from uasparse_kernels.unknowns.head import head_of
+from uasparse_kernels.unknowns.head import give_unknown_head, num_outputs, unknown_layers
 
 StepCallback = Callable[[int, Tensor], None]  # step within the epoch, its loss (still on the device)
 WHITENING_IMAGES = 5000  # at most, spread evenly: folders have class by class
@@ -74,11 +74,15 @@ def build_network(
     )
     outputs = cast(int, loss_fn.num_outputs)
     model = start or build_model(config.model, outputs, in_channels, image_size, config.stem)
-    if (found := head_of(model).out_features) != outputs:
+    if config.unknown_head == "own" and start is None:
+        with told():
+            give_unknown_head(model)
+    if (found := num_outputs(model)) != outputs:
         raise TrainingError(f"Expected a network of {outputs} outputs to start {config.arm} from, got one of {found}.")
     if config.method != "dense":
         try:
-            model = ua.sparsify(model, keep="random" if start is None else "magnitude", **sparsity_options(config))
+            keep = "random" if start is None else "magnitude"
+            model = ua.sparsify(model, keep=keep, exempt=unknown_layers(model), **sparsity_options(config))
         except ValueError as error:
             raise TrainingError(f"{config.model} cannot be made sparse by these settings: {error}") from error
         if not any(isinstance(module, ua.nn.SparseLayer) for module in model.modules()):
