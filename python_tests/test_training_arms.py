@@ -33,7 +33,7 @@ TINY = FitConfig(
 STUDY_ARMS = (
     "dense", "rigl", "rigl+vote", "rigl+moon", "rigl+moon+vote", "rigl+reweight+vote", "rigl+logitnorm+vote",
     "rigl+cigl", "rigl+moon+vote+as-released", "set+moon+vote", "rigl+vote+patch-shuffle",
-    "rigl+relative+vote+patch-shuffle",
+    "rigl+relative+vote+patch-shuffle", "rigl+relative+moon+vote+patch-shuffle+own-u",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_every_arm_trains_and_has_every_score(digits, arm):
 @pytest.mark.parametrize("arm", STUDY_ARMS)
 def test_arm_is_its_own_name(arm):
     assert with_arm(TINY, arm).arm == arm
-    assert with_arm(with_arm(TINY, "set+moon+cigl+patch-shuffle+as-released"), arm) == with_arm(TINY, arm)
+    assert with_arm(with_arm(TINY, "set+moon+cigl+patch-shuffle+own-u+as-released"), arm) == with_arm(TINY, arm)
 
 
 def test_drop_is_the_topology_s(digits):

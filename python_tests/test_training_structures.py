@@ -78,7 +78,7 @@ def test_cifar_on_a_cpu_runs(tmp_path, monkeypatch):
     suite = changed(SUITES["cifar-cpu"], Suite(tiny, (), (), scores=("u", "energy")), given)
     suite = replace(suite, unknowns=("noise",), also=tuple(replace(grid, unknowns=("noise",)) for grid in suite.also))
     kinds = {(run.config.arm, bool(run.config.holdout)): run for run in reversed(plan(suite))}
-    assert len(kinds) == 7 and {run.config.model for run in kinds.values()} == {"quicknet"}
+    assert len(kinds) == 7 and {run.config.model for run in kinds.values()} == {"quicknet-wide"}
     data = load_data(tiny)
     for run in (kinds["rigl+vote+hard-shuffle", True], kinds["rigl+moon+vote", False]):
         results = fit(

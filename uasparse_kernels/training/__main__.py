@@ -1,4 +1,4 @@
-"""Command line: python -m training fit | evaluate | export | predict | compare | demo, and what tells of studies."""
+"""Command line: python -m training fit | evaluate | export | predict | compare | demo, and reports on studies."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def fit_command(
         str,
         typer.Option(
             help="Method, loss, vote and synthetic unknowns by one name; this project's variant: "
-            f"rigl+{OURS_ARM}. Without: the method as published, rigl+moon+vote, and what options change."
+            f"rigl+{OURS_ARM}. Without it: the published method, rigl+moon+vote, with what other options change."
         ),
     ] = "",
     out: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/fit"),
@@ -152,8 +152,8 @@ def export_command(
     score: Annotated[
         str,
         typer.Option(
-            help=f"What tells unknown images: {', '.join(EXPORT_SCORES)}. Default: u after synthetic unknowns, else "
-            "energy."
+            help=f"The score that calls images unknown: {', '.join(EXPORT_SCORES)}. Default: u if the run had "
+            "synthetic unknowns, else energy."
         ),
     ] = "",
     onnx: Annotated[bool, typer.Option(help="Write an ONNX file too.")] = True,
@@ -171,8 +171,8 @@ def export_command(
     )
     if about.tuned_on == "test":
         console.print(
-            "Threshold and temperature are of the test images, for want of others: on new images expect a little less. "
-            "A run of fit --validation 0.1 keeps some of the training images for them.",
+            "Threshold and temperature were found on the test images, as the run kept no others: expect a little less "
+            "on new images. fit --validation 0.1 keeps a tenth of the training images for them.",
             highlight=False,
             soft_wrap=True,
         )
@@ -220,7 +220,7 @@ def compare_command(
     jobs: Annotated[int, typer.Option(help="Runs at a time, one thread each; 0: as many as cores, 1 on a GPU.")] = 1,
     minutes: Annotated[float, typer.Option(help="Stop then; the same command goes on later. 0: no limit.")] = 0.0,
     stored: Annotated[
-        Path | None, typer.Option(help="JSON of report-study: runs in it are done, and left out here.")
+        Path | None, typer.Option(help="JSON of report-study: runs in it count as done and are left out here.")
     ] = None,
     device: Device = "auto",
     threads: Threads = 0,
@@ -323,8 +323,8 @@ def _set_threads(threads: int) -> None:
 def main() -> None:
     """Runs the command line; an error is one message, and exit code 1.
 
-    Those that the user can repair say how. Of one that nobody thought of, the traceback goes to the run's fit.log where
-    there is one, and to the screen if $UASPARSE_DEBUG is set.
+    Errors that the user can repair say how. The traceback of any other goes to the run's fit.log if there is one,
+    and to the screen if $UASPARSE_DEBUG is set.
     """
     to_console = logging.StreamHandler()
     to_console.setLevel(logging.WARNING)  # what is below goes to the run's fit.log

@@ -37,7 +37,7 @@ class Batches:
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise TrainingError(f"Expected augment to be one of {AUGMENTATIONS}, got {augment!r}.")
-        if augment == "auto":  # digits and clothes have a handedness, photographs have not
+        if augment == "auto":  # a mirrored digit is no digit, a mirrored photograph is a photograph
             augment = "crop-flip" if data.images.shape[1] == 3 else "crop"
         self.images, self.labels = data.images.to(device), data.labels.to(device)
         self.batch_size = min(batch_size, len(data))
@@ -67,7 +67,7 @@ class Batches:
 def random_crop(images: Tensor, generator: torch.Generator, *, share: int = 8, mode: str = "constant") -> Tensor:
     """Shifts each image of [B, C, H, W] by up to H/share pixels each way (4 of 32 by default).
 
-    Zeros come in, or with `mode` "reflect" what F.pad makes of the image.
+    The border is filled with zeros, or with `mode` "reflect" with the mirrored image (see F.pad).
     """
     num, _, height, width = images.shape
     pad = height // share

@@ -62,7 +62,7 @@ def sweep(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Makes a folder and keeps it for this process: CheckpointError if another has it, or it cannot be made.
 
-    The lock goes with the process, however that ends; on a file system without locks there is none.
+    The lock ends with the process, however that ends. A file system without locks gives none.
     """
     file = folder / ".lock"
     try:
@@ -97,7 +97,7 @@ def _open_locked(file: Path) -> IO[str]:
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(file)):
                 break
-        lock.close()  # it is that of a run that has just ended and removed it
+        lock.close()  # the run that held it has just ended and removed the file: try again
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()

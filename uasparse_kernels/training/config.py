@@ -20,6 +20,7 @@ INITIAL_SPARSITY = {"gmp": 0.0, "granet": 0.5}  # of methods that prune graduall
 BLOCKS = ((4, 1), (16, 1), (4, 4), (16, 16), (32, 32))  # that an arm can name; --block takes any
 UPDATE_STEPS = ("instead", "extra")
 DROP_SCORES = ("magnitude", "relative")  # relative: a weight's share of its output
+UNKNOWN_HEADS = ("shared", "own")  # a row of the last layer, or an UnknownHead
 DROPS_BY_CHOICE = ("set", "rigl", "granet")  # the others say themselves what they drop
 
 
@@ -109,6 +110,10 @@ class FitConfig:
     unknown_seam: str = option(
         "0", "patch-shuffle: pixels beyond each seam over which patches fade into each other; one, or one a grid."
     )
+    unknown_head: str = option(
+        "shared",
+        f"The output for unknown: one of {', '.join(UNKNOWN_HEADS)}; own is dense, of features and their squares.",
+    )
     as_released: bool = option(
         False, "Repeat two faults of MOON's released program: a drop fraction that is 0 almost at once, and a vote "
         "over the first tenth of each epoch.",
@@ -130,7 +135,7 @@ class FitConfig:
         for name, allowed in (
             ("model", MODELS), ("method", METHODS), ("loss", LOSSES), ("unknowns", UNKNOWNS),
             ("augment", AUGMENTATIONS), ("update_step", UPDATE_STEPS), ("precision", ("float32", "bfloat16")),
-            ("drop", DROP_SCORES), ("stem", STEMS),
+            ("drop", DROP_SCORES), ("stem", STEMS), ("unknown_head", UNKNOWN_HEADS),
             ("distribution", ("erk", "er", "uniform")), ("storage", ("auto", "packed", "dense")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
@@ -143,6 +148,11 @@ class FitConfig:
         if self.drop != "magnitude" and self.method not in DROPS_BY_CHOICE:
             named = ", ".join(DROPS_BY_CHOICE)
             raise TrainingError(f"Expected a method of {named} with drop {self.drop}, got {self.method}.")
+        if self.unknown_head != "shared" and not self.has_unknown_output:
+            raise TrainingError(
+                f"Expected an output for unknown with unknown_head {self.unknown_head}, got loss {self.loss} and no "
+                "synthetic unknowns: give --unknowns patch-shuffle, or loss moon."
+            )
         if self.as_released and self.method not in ("rigl", "set"):
             raise TrainingError(f"Expected method rigl or set with as_released, got {self.method}.")
         if self.sparsity == 0 and self.method not in FIXED_SPARSITY:
@@ -293,9 +303,10 @@ ARM_PARTS: dict[str, dict[str, dict[str, Any]]] = {
             "unknown_weight": 0.5,
         },
     },
+    "head": {"own-u": {"unknown_head": "own"}},
     "faults": {"as-released": {"as_released": True}},
 }
 PLAIN_ARM: dict[str, Any] = {
     "method": "rigl", "drop": "magnitude", "loss": "ce", "vote": False, "weight_dropout": 0.0, "unknowns": "none",
-    "as_released": False,
+    "unknown_head": "shared", "as_released": False,
 }  # fmt: skip

@@ -128,7 +128,7 @@ def _split_validation(data: TrainTest, share: float) -> TrainTest:
 
 
 def check_classes(data: TrainTest, where: str = "") -> None:
-    """Raises DataError, naming the classes, unless there are two at least, all with training images."""
+    """Raises DataError, naming the classes, unless there are at least two and all have training images."""
     train, num_classes = data.train, data.train.num_classes
     if num_classes < 2:
         raise DataError(f"{train.name}: expected two classes at least, got {num_classes}: {', '.join(train.classes)}.")

@@ -24,7 +24,7 @@ from uasparse_kernels.training.study.compare import compare
 from uasparse_kernels.training.study.suites import SUITES, Suite, plan
 
 BASELINE = "rigl"
-OWN_SCORE = {"moon": "moon"} | dict.fromkeys(ARM_PARTS["unknowns"], "u")  # the score that a part of an arm brings
+OWN_SCORE = {"moon": "moon"} | dict.fromkeys(ARM_PARTS["unknowns"], "u")  # that a part of an arm adds
 FEATURES = "mahalanobis"
 TITLES = {
     "rigl": "RigL",
@@ -54,9 +54,9 @@ def demo(
 ) -> dict[str, Any]:
     """Runs the suite "demo", times it against dense, prints what came of it and draws demo.png.
 
-    What is finished in out_dir is not run again. `jobs` networks train at a time, each on one thread: by default all on
-    a CPU of several cores, one on a GPU. `seconds`: of each of two timings. Returns the summary of `compare`, with the
-    speed.
+    Runs that are finished in out_dir are not run again. `jobs` networks train at a time, each on one thread: by default
+    all of them on a CPU of several cores, and one on a GPU. Each of the two timings takes `seconds`. Returns the
+    summary of `compare`, with the speed.
     """
     console = console or Console()
     suite = suite or SUITES["demo"]
@@ -93,7 +93,7 @@ def title_of(arm: str) -> str:
 
 
 def own_score(summary: dict[str, Any], arm: str) -> str:
-    """The score that the arm's method brings; the best of those on logits, by the result, where it brings none."""
+    """The arm's own score (such as u); for an arm without one, the score of the logits that came out best."""
     cells = summary["arms"][arm]["mean_auroc"]
     own = next((score for part, score in OWN_SCORE.items() if part in arm.split("+") and score in cells), None)
     on_logits = [name for name in cells if name in LOGIT_SCORES]

@@ -67,7 +67,7 @@ def draw_page(
 
 
 def _draw_curves(figure: Figure, place: Any, curves: Mapping[str, tuple[Path, str]]) -> None:
-    """One panel an OOD set, one curve an arm, by its own score; unknown is positive."""
+    """One panel per OOD set, one curve per arm, by its own score; unknown is positive."""
     stored = {title: (np.load(file), score) for title, (file, score) in curves.items()}
     first = next(iter(stored.values()))[0]
     sets = list(dict.fromkeys(name.split("/")[0] for name in first.files if not name.startswith("known/")))

@@ -30,7 +30,7 @@ class NonFiniteLossError(TrainingError):
 
 @contextmanager
 def told() -> Iterator[None]:
-    """Makes a TrainingError of what the library says of the user's settings."""
+    """Turns what the library says against the user's settings into a TrainingError."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`export`: what it takes to use a trained network, in one folder: the network for several engines, and export.json."""
+"""`export`: a folder with all that using a trained network takes: the network for several engines, and export.json."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def export_run(
 
     `score` is one of `predict.SCORES`; by default "u" for a network that was trained on synthetic unknowns, else
     "energy". Temperature and threshold are found on the images that the run held out of training (its setting
-    `validation`). Where it held out none, the test images serve, and what is then said of the test images is too good:
-    `tuned_on` says which. Raises TrainingError.
+    `validation`). If it held out none, they are found on the test images, and the figures for the test images are then
+    too good: `tuned_on` says which images were used. Raises TrainingError.
     """
     trained = load_run(run, data_dir=data_dir)
     model, config, test = trained.model, trained.config, trained.data.test
@@ -95,7 +95,7 @@ def export_run(
 
 
 def _threshold(known: Tensor) -> float:
-    """Halfway to the next score from the one that the share has reached: no rounding, as of another batch, matters."""
+    """Halfway between the last accepted score and the next: rounding, as by another batch size, decides nothing."""
     ordered = known.sort().values
     count = math.ceil(KNOWN_ACCEPTED * len(ordered))
     return float(ordered[count - 1 : count + 1].mean())

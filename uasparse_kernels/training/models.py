@@ -255,6 +255,11 @@ def _quicknet(spec: ModelSpec) -> nn.Module:
     return _QuickNet(spec, 64, 128, 256)
 
 
+def _quicknet_wide(spec: ModelSpec) -> nn.Module:
+    """Jordan's widths, 2.0 million weights: a third slower when 90 % sparse, two thirds when dense."""
+    return _QuickNet(spec, 64, 256, 256)
+
+
 class _WideResNet(WideResNet):
     """pytorch-ood's WRN with a global pooling that takes any image size."""
 
@@ -286,10 +291,11 @@ MODELS: dict[str, Callable[[ModelSpec], nn.Module]] = {
     "resnet20": _resnet20,
     "resnet9": _resnet9,
     "quicknet": _quicknet,
+    "quicknet-wide": _quicknet_wide,
     "resnet18": _resnet(torchvision.models.resnet18),
     "resnet34": _resnet(torchvision.models.resnet34),
     "resnet50": _resnet(torchvision.models.resnet50),
     "wrn-22-2": _wrn_22_2,
     "vgg16-bn": _vgg16_bn,
 }
-MIN_IMAGE_SIZE = {"resnet9": 8, "quicknet": 9, "wrn-22-2": 8, "vgg16-bn": 32}
+MIN_IMAGE_SIZE = {"resnet9": 8, "quicknet": 9, "quicknet-wide": 9, "wrn-22-2": 8, "vgg16-bn": 32}

@@ -1,6 +1,6 @@
 """Predictions by an exported network (`export`): class, confidence, and whether an image is of a kind never seen.
 
-What is needed is the export's folder: no data set, no checkpoint.
+It needs the export's folder alone: no data set, no checkpoint.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class About:
     temperature: float  # logits are divided by it before their softmax gives the confidence
     score: str  # one of SCORES, of the logits as they are
     threshold: float  # a higher score is unknown
-    tuned_on: str  # the images by which temperature and threshold were found, one of TUNED_ON
-    tuned_images: int  # of these
+    tuned_on: str  # the images on which temperature and threshold were found, one of TUNED_ON
+    tuned_images: int  # how many
     test_images: int
     test_accepted: float  # share of the test images that are not above the threshold
     accuracy: float  # on the test images
@@ -109,7 +109,7 @@ class About:
 
 
 class Answers(NamedTuple):
-    """Of N images, each [N]: class (index into `classes`), its probability, whether unknown, and the score of that."""
+    """Of N images, each [N]: class (index into `classes`), its probability, whether unknown, and by what score."""
 
     label: Tensor
     confidence: Tensor

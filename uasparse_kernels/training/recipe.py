@@ -32,7 +32,7 @@ from uasparse_kernels.training.models import Whitening, build_model
 from uasparse_kernels.training.processes import rank_and_world
 from uasparse_kernels.training.weight_dropout import WeightDropout
 from uasparse_kernels.unknowns import PatchShuffle, Vote
-from uasparse_kernels.unknowns.head import head_of
+from uasparse_kernels.unknowns.head import give_unknown_head, num_outputs, unknown_layers
 
 StepCallback = Callable[[int, Tensor], None]  # step within the epoch, its loss (still on the device)
 WHITENING_IMAGES = 5000  # at most, spread evenly: folders have class by class
@@ -40,7 +40,7 @@ CHECK_EVERY_ON_GPU = 50  # steps between host syncs that look for a loss that is
 
 
 def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float, rise_steps: int = 0) -> float:
-    """Linear to lr_max, which step `rise_steps` has; then a cosine to lr_min at `cosine_steps`, constant after."""
+    """Rises linearly to lr_max at step `rise_steps`, falls by a cosine to lr_min at `cosine_steps`, and stays there."""
     if step < rise_steps:
         return lr_max * (step + 1) / (rise_steps + 1)
     progress = min((step - rise_steps) / max(1, cosine_steps - rise_steps), 1.0)
@@ -48,7 +48,7 @@ def learning_rate(step: int, cosine_steps: int, lr_max: float, lr_min: float, ri
 
 
 def layout_for(device: torch.device) -> torch.memory_format:
-    """Of feature maps and filters: cuDNN wants channels last, and would copy there and back at every convolution."""
+    """The memory layout of feature maps and filters. cuDNN wants channels last; else it copies at every convolution."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
@@ -57,8 +57,8 @@ def build_network(
 ) -> tuple[nn.Module, nn.Module]:
     """Builds (network, loss) as the config says; the network is sparse unless the method is dense.
 
-    `start`: a trained network that becomes it, in place: what stays are its weights of largest magnitude. Raises
-    TrainingError for settings that do not fit the network.
+    `start`: a trained network to make it of, in place; its weights of largest magnitude stay. Raises TrainingError for
+    settings that do not fit the network.
     """
     loss_fn = LOSSES[config.loss](
         LossSpec(
@@ -74,11 +74,15 @@ def build_network(
     )
     outputs = cast(int, loss_fn.num_outputs)
     model = start or build_model(config.model, outputs, in_channels, image_size, config.stem)
-    if (found := head_of(model).out_features) != outputs:
+    if config.unknown_head == "own" and start is None:
+        with told():
+            give_unknown_head(model)
+    if (found := num_outputs(model)) != outputs:
         raise TrainingError(f"Expected a network of {outputs} outputs to start {config.arm} from, got one of {found}.")
     if config.method != "dense":
         try:
-            model = ua.sparsify(model, keep="random" if start is None else "magnitude", **sparsity_options(config))
+            keep = "random" if start is None else "magnitude"
+            model = ua.sparsify(model, keep=keep, exempt=unknown_layers(model), **sparsity_options(config))
         except ValueError as error:
             raise TrainingError(f"{config.model} cannot be made sparse by these settings: {error}") from error
         if not any(isinstance(module, ua.nn.SparseLayer) for module in model.modules()):
@@ -116,7 +120,7 @@ def topology_method(config: FitConfig) -> str | ua.topology.Method:
 
 
 class Trainer:
-    """One run of `config` on `data`, from scratch, or from `start`, a trained network, which changes.
+    """One run of `config` on `data`, from scratch or from the trained network `start`, which is changed in place.
 
     Raises TrainingError for settings that cannot work together.
     """
@@ -171,10 +175,10 @@ class Trainer:
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, float]:
         """Trains one epoch and returns its loss, accuracy, learning rate, seconds and compute_seconds.
 
-        The latter leave out what other processes took of the processor, where one thread of a CPU does all the work.
+        compute_seconds leave out the time that other processes had the processor, if one CPU thread does all the work.
 
-        Raises NonFiniteLossError, naming the first step whose loss was NaN or infinite, on a CPU before that step
-        changes a weight; and where a weight is no longer finite at the end.
+        Raises NonFiniteLossError with the first step whose loss was NaN or infinite (on a CPU before that step changes
+        a weight), and if a weight is not finite at the end of the epoch.
         """
         start, cpu_start = time.perf_counter(), time.process_time()
         config, cosine_steps = self.config, self.config.vote_start_epoch * len(self.batches)
@@ -236,8 +240,8 @@ class Trainer:
     def check_weights(self) -> None:
         """Raises NonFiniteLossError unless weights, optimiser state and average are all finite.
 
-        A loss may be finite and its gradient not, so that a step, the last of an epoch say, spoils what the next would
-        have told.
+        A finite loss may have a gradient that is not finite. The loss of the next step would show it; after the last
+        step of an epoch there is none.
         """
         average = self.vote.averaged.state_dict() if self.vote is not None else {}
         momenta = [value for state in self.optimizer.state.values() for value in state.values()]
@@ -297,7 +301,7 @@ class Trainer:
             check_form(state["vote"], Vote(self.model).state_dict(), "vote")
         check_form(optimizer["param_groups"], mine["optimizer"]["param_groups"], "optimizer", exact=True, free=("lr",))
         if (state["topology"] is None) != (self.topology is None):
-            raise CheckpointError("a topology where none was expected, or none where one was")
+            raise CheckpointError("a topology that was not expected, or none where one was expected")
         if self.topology is not None:
             nested = [name for name, value in mine["topology"].items() if isinstance(value, dict | list | tuple)]
             check_form(state["topology"], mine["topology"], "topology", free=nested)
@@ -312,7 +316,7 @@ class Trainer:
     def _is_vote(self, index: int) -> bool:
         """Whether the weights after step `index` of an epoch of the vote count: every tenth of the epoch by default.
 
-        `as_released`: all steps in the first such part instead (the released program divides where it means modulo).
+        `as_released`: all steps in the first tenth instead (the released program has // where it should have %).
         """
         every = max(1, len(self.batches) // self.config.votes_per_epoch)
         return index // every == 0 if self.config.as_released else (index + 1) % every == 0
@@ -350,7 +354,7 @@ class Trainer:
         if config.method == "dense":
             return None
         end = math.ceil(self._stop_fraction() * self.total_steps)  # the first step that changes nothing any more
-        # As released, the topology hardly ever changes: that is one of the faults which are repeated.
+        # As released, the topology hardly changes: this is one of the faults that are repeated.
         if config.method != "static" and config.delta_t >= end and not config.as_released:
             raise TrainingError(
                 f"Expected a topology update of method {config.method} before step {end} (stop_fraction of the "
@@ -394,7 +398,7 @@ class Trainer:
 
     @torch.no_grad()
     def _check_forward(self) -> None:
-        """Raises TrainingError where the network cannot take the images, or batch norm has one value a channel."""
+        """Raises TrainingError if the network cannot take the images, or batch norm gets a single value per channel."""
         values: dict[str, int] = {}
         norms = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         hooks = [
@@ -420,7 +424,7 @@ class Trainer:
 
 
 class _FiniteCheck:
-    """Remembers the first step with a loss that is not finite; looks at once on a CPU, now and then on a GPU."""
+    """Remembers the first step with a loss that is not finite. On a GPU it looks only now and then."""
 
     def __init__(self, device: torch.device) -> None:
         self.every = 1 if device.type == "cpu" else CHECK_EVERY_ON_GPU

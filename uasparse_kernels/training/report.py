@@ -34,7 +34,7 @@ def draw_run(run_dir: Path, history: Sequence[dict[str, Any]], judged: Evaluatio
 
 
 def training_curves(history: Sequence[dict[str, Any]]) -> Figure:
-    """Loss, accuracy, learning rate, and what there is of alpha and the mean u of test images, by epoch."""
+    """Loss, accuracy and learning rate by epoch; also alpha and the mean u of test images, if the run has them."""
     panels = [("loss", ["train_loss"]), ("accuracy", ["train_accuracy", "test_accuracy"]), ("learning rate", ["lr"])]
     panels += [(key, [key]) for key in ("alpha", "test_mean_u") if key in history[0]]
     figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 3), layout="constrained")
@@ -49,7 +49,7 @@ def training_curves(history: Sequence[dict[str, Any]]) -> Figure:
 
 
 def roc_curves(judged: Evaluation) -> Figure:
-    """One panel an OOD set, one curve a score; unknown is positive."""
+    """One panel per OOD set, one curve per score; unknown is positive."""
     sets = [name for name in judged.scores if name != "known"]
     figure, axes = _panels(len(sets))
     for axis, name in zip(axes, sets, strict=True):
@@ -65,7 +65,7 @@ def roc_curves(judged: Evaluation) -> Figure:
 
 
 def score_histograms(judged: Evaluation) -> Figure:
-    """One panel a score: the known test images against each OOD set."""
+    """One panel per score: the known test images against each OOD set."""
     scores = list(judged.scores["known"])
     figure, axes = _panels(len(scores))
     for axis, score in zip(axes, scores, strict=True):
@@ -102,7 +102,7 @@ def reliability_diagram(known: dict[str, Any]) -> Figure:
 
 
 def comparison_bars(summary: dict[str, Any]) -> Figure:
-    """AUROC an OOD set: a group of bars an arm, a bar a score; mean over the seeds, whiskers one standard deviation."""
+    """A panel per OOD set, bars per arm and score: mean AUROC over the seeds, whiskers one standard deviation."""
     arms, sets = list(summary["arms"]), summary["unknown"]
     figure, axes = _panels(len(sets))
     scores = list(dict.fromkeys(s for arm in summary["arms"].values() for s in next(iter(arm["unknown"].values()), {})))
@@ -133,7 +133,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def detection_table(results: dict[str, Any]) -> Table:
-    """AUROC and FPR95 of one run, a row a score, two columns an OOD set."""
+    """AUROC and FPR95 of one run: a row per score, a column per OOD set."""
     table = Table(title="Unknown inputs: AUROC / FPR95 (unknown is positive), %")
     table.add_column("score")
     sets = list(results["unknown"])
@@ -146,7 +146,7 @@ def detection_table(results: dict[str, Any]) -> Table:
 
 
 def known_table(rows: Iterable[tuple[str, dict[str, float]]]) -> Table:
-    """Accuracy, ECE, NLL and Brier, and ECE and NLL with a temperature, a row a network."""
+    """Accuracy, ECE, NLL, Brier, and ECE and NLL after temperature scaling: a row per network."""
     table = Table(title="Known images")
     columns = ("arm", "accuracy %", "ECE %", "NLL", "Brier", "best temperature", "ECE % with it", "NLL with it")
     for column in columns:
@@ -164,7 +164,7 @@ def known_table(rows: Iterable[tuple[str, dict[str, float]]]) -> Table:
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:
-    """A figure with `count` axes, up to four a row."""
+    """A figure with `count` axes, up to four in a row."""
     columns = min(4, max(1, count))
     rows = -(-max(1, count) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.8 * columns, 3.4 * rows), squeeze=False, layout="constrained")

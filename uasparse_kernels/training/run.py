@@ -1,8 +1,8 @@
 """`fit`: one training run in one folder, from the data to the figures.
 
-The folder holds config.json, last.pt (to resume), model.pt (the result), metrics.jsonl (an epoch a line),
-results.json, scores.npz (the raw scores), fit.log and the figures; while the run goes on also .lock, which keeps others
-out.
+The folder holds config.json, last.pt (to resume), model.pt (the result), metrics.jsonl (a line per
+epoch), results.json, scores.npz (the raw scores), fit.log and the figures; during the run also .lock, which keeps other
+processes out.
 """
 
 from __future__ import annotations
@@ -80,11 +80,12 @@ def fit(
     """Trains, evaluates and draws; returns what results.json holds.
 
     With `resume`, goes on from run_dir/last.pt if there is one. Without, a folder that holds a run is an error.
-    `data` saves loading it again. Once `deadline` (of time.time()) is over, stops after the epoch: OutOfTimeError.
+    `data` saves loading it again. After `deadline` (a value of time.time()) it stops at the end of the epoch:
+    OutOfTimeError.
     `lean` leaves out figures and raw scores, and last.pt once the run is finished. Raises TrainingError;
     NonFiniteLossError leaves the last good checkpoint. Of several processes all train, and the first does the rest; the
-    others return nothing. `start` is the folder (or model.pt) of a finished run: its network becomes this one, whose
-    weights of largest magnitude stay.
+    others return nothing. `start` is the folder (or model.pt) of a finished run: training starts from its network, of
+    which the weights of largest magnitude stay.
     """
     console = (console or Console()) if is_first() else Console(quiet=True)
     ua.keep_freed_memory()
@@ -216,7 +217,7 @@ def _train(trainer: Trainer, history: list[dict[str, Any]], run_dir: Path, conso
 
 @contextmanager
 def _explained(config: FitConfig, run_dir: Path, epochs_done: int) -> Iterator[None]:
-    """Adds to a NonFiniteLossError what is left to go on from, and what to do."""
+    """Adds to a NonFiniteLossError which checkpoint is left, and what to do."""
     try:
         yield
     except NonFiniteLossError as error:
@@ -301,7 +302,7 @@ def save_scores(path: Path, judged: Evaluation) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file; a full disk does not fill the screen with tracebacks, as what matters will say so itself."""
+    """A log file. A full disk does not fill the screen with tracebacks: saving a checkpoint will report it."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -324,7 +325,7 @@ def _log_to(path: Path) -> Iterator[None]:
     except TrainingError:
         raise
     except Exception:
-        log.info("the run ended by an error that was not foreseen", exc_info=True)  # INFO: for the file alone
+        log.info("the run ended with an unforeseen error", exc_info=True)  # INFO: for the file alone
         raise
     finally:
         logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Readers: one function a format, each returns uint8 images [N, C, H, W] and int64 labels [N].
+"""Readers: one function per format, each returns uint8 images [N, C, H, W] and int64 labels [N].
 
 Every reader checks what it reads and raises DataError that names the file, what was expected and what to do.
 """
@@ -62,7 +62,7 @@ def read_idx(path: Path, sha256: str | None = None) -> np.ndarray:
             is_packed = raw.read(2) == b"\x1f\x8b"
         with gzip.open(file) if is_packed else file.open("rb") as stream:
             start, shape = _idx_header(stream.read(4), stream.read, file)
-            # A byte more than expected tells that there are more, and reads no bomb to its end.
+            # One byte more than expected shows that there are more, without unpacking a bomb to its end.
             data = stream.read(math.prod(shape) + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} is damaged: {error}. Delete it and fetch it again.") from error
@@ -168,7 +168,7 @@ def find_split_folder(root: Path, split: str) -> Path | None:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files of a folder: a label each, the number of its class."""
+    """Image files of a folder, each with the number of its class."""
 
     folder: Path
     files: Sequence[Path]
@@ -258,7 +258,7 @@ def _is_grey(image: Image.Image) -> bool:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Image.Image]:
-    """An image whose header was read; its pixels are when they are asked for. Raises DataError, then too."""
+    """An image of which the header is read; its pixels are read when used. Raises DataError at either time."""
     try:
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -328,7 +328,7 @@ def as_images(array: np.ndarray, origin: Path | str) -> Tensor:
 
 
 def as_labels(array: np.ndarray, num_images: int, origin: Path | str) -> Tensor:
-    """Brings labels to an int64 tensor [N]; one an image, none negative or of more than 31 bits."""
+    """Brings labels to an int64 tensor [N]: one per image, none negative or of more than 31 bits."""
     array = np.asarray(array).reshape(-1)
     if array.dtype.kind not in "iu" or len(array) != num_images:
         raise DataError(f"{origin}: expected {num_images} labels, integers from 0, got {len(array)} of {array.dtype}.")

@@ -17,7 +17,7 @@ import uasparse_kernels as ua
 
 
 class WeightDropout:
-    """`draw()` takes a new mask; within `with dropout:` the weights of the sparse layers are multiplied by it.
+    """`draw()` draws a new mask; inside `with dropout:` the weights of the sparse layers are multiplied by it.
 
     A backward pass within the block gives gradients that are zero where the mask is: dL/dW = Z * dL/d(Z * W). Weights
     are restored at its end, bit for bit. With rate 0 nothing happens. The masks come from torch's global generator.

@@ -43,7 +43,7 @@ from uasparse_kernels.training.study.statistics import (
 from uasparse_kernels.training.study.suites import Run, Suite, plan
 from uasparse_kernels.unknowns.scores import SCORES
 
-MANY_ARMS = 16  # beyond, a summary is told by report-study
+MANY_ARMS = 16  # above, report-study is what shows a study
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,10 @@ def compare(
     minutes: float = 0.0,
     stored: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs what is missing of a suite, writes out_dir/summary.json and comparison.png, returns the summary.
+    """Runs what a suite still lacks, writes out_dir/summary.json and comparison.png, and returns the summary.
 
     With `jobs` above 1, so many runs go at a time, each in a process of its own with one thread. After `minutes` (0: no
-    limit) runs stop at the end of their epoch, to go on in the next call; they are listed under "unfinished". A run
+    limit) runs stop at the end of their epoch and go on in the next call; they are listed under "unfinished". A run
     whose loss is no longer finite is reported under "failed". Neither is in the means. `data` saves loading the data of
     suite.config again. Runs in `stored`, the JSON of report-study, are left out. Raises TrainingError if its settings
     are others.
@@ -76,7 +76,7 @@ def compare(
     console = console or Console()
     runs = plan(suite)
     if not runs:
-        raise TrainingError("Expected an arm, a seed and a sparsity at least, got none.")
+        raise TrainingError("Expected at least one arm, one seed and one sparsity, got none.")
     if jobs < 1 or not 0 <= minutes < math.inf:
         raise TrainingError(f"Expected at least one job and no negative minutes, got {jobs} and {minutes}.")
     check_scores(suite.scores)
@@ -187,7 +187,7 @@ def _run_parallel(
 
 
 class _Worker:
-    """A process of one thread that does a run after the other, and ends with this one, however that ends."""
+    """A process of one thread that does one run after another, and ends when this process ends, however it does."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -247,7 +247,7 @@ def _ending(run: Run, outcome: Outcome) -> str:
 
 
 class _Clock:
-    """Counts the epochs of all runs, done before and now, and reckons the time for what is left."""
+    """Counts the epochs of all runs, done before and now, and estimates the time for those left."""
 
     def __init__(self, runs: Sequence[Run], out_dir: Path) -> None:
         self.runs, self.out_dir = runs, out_dir
@@ -330,7 +330,7 @@ def _load_cached(config: FitConfig) -> TrainTest:
 
 
 def run_scores(results: dict[str, Any], scores: Sequence[str]) -> list[str]:
-    """Those of `scores` that the run's network has: one with K outputs has no output for unknown."""
+    """Those of `scores` that the run's network can give: with K outputs it has none for "unknown"."""
     has_unknown = FitConfig.from_dict(results["config"]).has_unknown_output
     return [name for name in scores if has_unknown or not SCORES[name].needs_unknown_output]
 
@@ -386,7 +386,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def auroc_table(summary: dict[str, Any], scores: Sequence[str] | None = None) -> Table:
-    """AUROC in percent (unknown is positive): a row an arm and score, a column an OOD set and their mean."""
+    """AUROC in percent (unknown is positive): a row per arm and score, a column per OOD set, and their mean."""
     table = Table(title="Unknown images: AUROC %")
     table.add_column("arm")
     table.add_column("score")

@@ -69,7 +69,7 @@ def train(alpha: float, seed: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Result:
-    """Means over the points, one value a seed: confidence and u by region, accuracy on new points of the classes."""
+    """Means over the points, one value per seed: confidence and u by region, accuracy on new points of the classes."""
 
     alpha: float
     confidence: dict[str, list[float]]
@@ -79,7 +79,7 @@ class Result:
 
 @torch.no_grad()
 def measure(alpha: float, seeds: Sequence[int]) -> tuple[Result, nn.Module]:
-    """Trains one network a seed; returns what they say, and the first of them."""
+    """Trains one network per seed; returns their results, and the first network."""
     result = Result(alpha, {r: [] for r in REGIONS}, {r: [] for r in REGIONS}, [])
     models = []
     for seed in seeds:
@@ -96,7 +96,7 @@ def measure(alpha: float, seeds: Sequence[int]) -> tuple[Result, nn.Module]:
 
 
 def mixture(out_dir: Path, alphas: Sequence[float] = ALPHAS, seeds: Sequence[int] = (0, 1, 2)) -> list[dict[str, Any]]:
-    """Measures every alpha; writes out_dir/mixture.json and mixture.png, returns what the former holds."""
+    """Measures every alpha; writes out_dir/mixture.json and mixture.png, returns what mixture.json holds."""
     measured = [measure(alpha, seeds) for alpha in alphas]
     results = [vars(result) for result, _ in measured]
     write_json(out_dir / "mixture.json", results)

@@ -85,7 +85,7 @@ def _about(rows: Sequence[Row]) -> str:
 
 
 def claims_table(judgements: Sequence[Judgement]) -> str:
-    """A row a claim, with its mean at each sparsity where there are several; claims without a pair are named below."""
+    """A row per claim, with its mean at each sparsity if there are several; claims without a pair are named below."""
     levels = sorted({level for j in judgements for level in j.by_sparsity})
     several = len(levels) > 1
     by_level = f" at {' / '.join(f'{100 * level:g}' for level in levels)} % |" if several else ""
@@ -110,9 +110,9 @@ def claims_table(judgements: Sequence[Judgement]) -> str:
 
 
 def known_table(rows: Sequence[Row]) -> str:
-    """Accuracy, ECE and NLL on all classes, the last two with a temperature, and mean u; a row an arm and sparsity.
+    """Accuracy, ECE and NLL on all classes, the last two also with a temperature, and mean u, by arm and sparsity.
 
-    A number in brackets: what so many of the runs have.
+    A number in brackets says how many of the runs have the figure.
     """
     columns = {
         "accuracy": ("accuracy %", 100.0, 2), "ece": ("ECE %", 100.0, 2), "nll": ("NLL", 1.0, 3),
@@ -138,9 +138,9 @@ def shared_sets(rows: Iterable[Row]) -> list[str]:
 
 
 def far_table(rows: Sequence[Row]) -> str:
-    """Mean far-OOD AUROC by score, a row an arm: over methods, seeds, and the sets that all runs have.
+    """Mean far-OOD AUROC by score, a row per arm: over methods, seeds, and the sets that all runs have.
 
-    A number in brackets: so many of the runs have the score.
+    A number in brackets says how many of the runs have the score.
     """
     sets, rows = shared_sets(rows), [row for row in rows if not row.holdout]
     levels = sorted({row.sparsity for row in rows if row.method != "dense"})
@@ -164,13 +164,13 @@ def far_table(rows: Sequence[Row]) -> str:
 
 
 def main_sparsity(rows: Iterable[Row]) -> float | None:
-    """The sparsity that has most runs, of those that are not dense."""
+    """The sparsity with the most runs, dense ones left out."""
     sparse = Counter(row.sparsity for row in rows if row.method != "dense")
     return max(sparse, key=lambda sparsity: sparse[sparsity]) if sparse else None
 
 
 def scores_table(rows: Sequence[Row]) -> str:
-    """AUROC of every score, a row each, by arm, at the sparsity that has most runs: far-OOD / held-out classes.
+    """AUROC of every score (a row each) by arm, at the sparsity with the most runs: far-OOD / held-out classes.
 
     Means over the runs that have the score, and over the far sets that all runs have; "-" where there is no run.
     """
@@ -197,7 +197,7 @@ def scores_table(rows: Sequence[Row]) -> str:
 
 
 def _unknown_section(rows: Sequence[Row]) -> str:
-    """AUROC / FPR95 of a set a column, at the sparsity that has most runs; held-out classes from their own runs."""
+    """AUROC / FPR95, a column per set, at the sparsity with the most runs; held-out classes from their own runs."""
     main = main_sparsity(rows)
     if main is None:
         return ""

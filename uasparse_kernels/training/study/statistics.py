@@ -1,4 +1,4 @@
-"""Statistics of a study: paired differences between arms, their t intervals, and a verdict a claim, Holm-corrected."""
+"""Statistics of a study: paired differences between arms, their t intervals, a verdict per claim, Holm-corrected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIDENCE = 0.95
 LESS_IS_BETTER = ("ece", "nll", "ece_scaled", "nll_scaled", "step_time", "memory")
 IN_PERCENT = ("accuracy", "ece", "ece_scaled")
 KNOWN_METRICS = ("accuracy", "ece", "nll", "brier")
-SCALED_METRICS = ("ece_scaled", "nll_scaled", "temperature")  # came later, as mean_u: not every stored run has them
+SCALED_METRICS = ("ece_scaled", "nll_scaled", "temperature")  # added later, like mean_u: not every stored run has them
 DIGITS = 5  # of stored shares: a hundredth of what a thousandth of the images makes
 OF_A_RUN = {"sparsity", "seed", "holdout", "data_dir", *PLAIN_ARM}  # settings that differ within a study
 
@@ -66,7 +66,7 @@ class Study:
         return Study(stored.settings | self.settings, self.rows + [row for row in stored.rows if row.key not in mine])
 
     def write(self, file: Path) -> None:
-        """Stores the study, a run a line, in an order that does not depend on how it came about."""
+        """Stores the study, one run per line, in an order that does not depend on how it came about."""
         lines = ",\n".join(json.dumps(asdict(row)) for row in sorted(self.rows, key=lambda row: row.key))
         text = f'{{"settings": {json.dumps(self.settings)},\n"rows": [\n{lines}\n]}}\n'
         write_atomically(file, lambda out: out.write(text.encode()))

@@ -149,7 +149,7 @@ def accuracy_of(group: Sequence[StructureRun]) -> str:
 
 
 def scratch_table(cells: Cells, faster: Times) -> str:
-    """A row a sparsity and structure: accuracy, its difference to unstructured with the same seeds, and speed-ups."""
+    """A row per sparsity and structure: accuracy, its difference to unstructured with the same seeds, and speed-ups."""
     columns = ["", "seeds", "accuracy %", "to unstructured", "training step", "forward", *SERVED]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     groups = [key for key in cells if not key[2]]
@@ -166,7 +166,7 @@ def scratch_table(cells: Cells, faster: Times) -> str:
 
 
 def pruned_table(cells: Cells) -> str:
-    """A row a sparsity and structure of the networks that were pruned by magnitude, beside those from scratch."""
+    """A row per sparsity and structure of networks that were pruned by magnitude, beside those from scratch."""
     columns = ["", "seeds", "pruned and fine-tuned %", "RigL from scratch %"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for structure, sparsity, pruned in sorted(cells, key=lambda key: (key[1], ORDER.index(key[0]))):
@@ -195,7 +195,7 @@ def gpu_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(cells: Cells, faster: Times) -> Figure:
-    """Accuracy against the speed-up of a training step: a line a structure, a point a sparsity, the sparser the faster.
+    """Accuracy against the speed-up of a training step: a line per structure, a point per sparsity.
 
     The legend tells what is more than SHOWN points below the best.
     """
