@@ -24,7 +24,7 @@
 namespace uasparse::avx512bf16 {
 namespace {
 
-constexpr int kLanesOfWords = 32, kMaxVectors = 8, kMaxPiece = 16, kMaxRows = 4;
+constexpr int kLanesOfWords = 32, kMaxVectors = 12, kMaxPiece = 16, kMaxRows = 4;
 using Packed = const BFloat16*;
 
 UASPARSE_INLINE __m512i load_words(const BFloat16* from) { return _mm512_loadu_si512(from); }
@@ -53,19 +53,25 @@ UASPARSE_INLINE __m512i one_value(const ConvEntry<float>* entry) {
 template <int kRows, int kVectors>
 UASPARSE_INLINE void add_entries(const ConvEntry<float>* entry, const ConvEntry<float>* end, Packed source, int64_t row,
                                  __m512 (&sum)[kRows][2 * kVectors]) {
-  const auto add = [&](__m512i values, Packed first, Packed second) UASPARSE_LAMBDA {
+  const auto add = [&]<bool kTwo>(std::bool_constant<kTwo>, __m512i values, Packed first, Packed second) UASPARSE_LAMBDA {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = r * row + v * kLanesOfWords;
-        const __m512i a = load_words(first + at), b = second ? load_words(second + at) : _mm512_setzero_si512();
+        const __m512i a = load_words(first + at);
+        __m512i b = _mm512_setzero_si512();
+        if constexpr (kTwo) {
+          b = load_words(second + at);
+          asm("" : "+v"(b));  // loaded once: as an operand of both shuffles it would be loaded twice, and loads bound the loop
+        }
         sum[r][2 * v] = add_pairs(sum[r][2 * v], _mm512_unpacklo_epi16(a, b), values);
         sum[r][2 * v + 1] = add_pairs(sum[r][2 * v + 1], _mm512_unpackhi_epi16(a, b), values);
       }
   };
-  for (; entry + 2 <= end; entry += 2) add(both_values(entry), source + entry[0].offset, source + entry[1].offset);
-  if (entry != end) add(one_value(entry), source + entry->offset, nullptr);
+  for (; entry + 2 <= end; entry += 2)
+    add(std::true_type{}, both_values(entry), source + entry[0].offset, source + entry[1].offset);
+  if (entry != end) add(std::false_type{}, one_value(entry), source + entry->offset, nullptr);
 }
 
 template <int kRows, int kVectors>
@@ -79,12 +85,12 @@ void product_tile(const ConvProduct<float, BFloat16>& p) {
     const __m512 bias = _mm512_set1_ps(p.bias ? p.bias[c] : 0);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int v = 0; v < 2 * kVectors; ++v) sum[r][v] = p.start ? bias : _mm512_loadu_ps(out + r * p.out_row + 16 * v);
     add_entries<kRows, kVectors>(entry, end, p.source, p.source_row, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 16
+#pragma GCC unroll 24
       for (int v = 0; v < 2 * kVectors; ++v) _mm512_storeu_ps(out + r * p.out_row + 16 * v, sum[r][v]);
   }
 }
