@@ -1,4 +1,5 @@
-// masked_conv2d with one position of `lanes` images, or of strips of their rows, a vector.
+// masked_conv2d with one position of `lanes` images, or of strips of their rows, a vector. bfloat16 is packed as it lies
+// where there are kernels for that (AVX512-BF16) and the weight is not in quads, else as float32.
 //
 // The batch is cut into tiles of as many images as have lanes; a smaller batch is cut into strips (Lanes). A task takes a tile (and a range of its rows or channels where there are
 // more threads than tiles), walks down the rows in groups, packs what it meets (conv_window.h), and
@@ -241,7 +242,6 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
 
 }  // namespace
 
-// bfloat16 is packed as it is where there are kernels for that, and weights are not quads; else as the sums' type.
 template <typename T, typename S>
 void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
