@@ -20,6 +20,7 @@ from benchmarks import harness, overview, plots
 SUITES = {
     "linear": "bench_masked_linear",
     "conv": "bench_masked_conv2d",
+    "conv-bf16": "bench_masked_conv2d_bf16",
     "step": "bench_step",
     "networks": "bench_networks",
     "profile": "bench_profile",

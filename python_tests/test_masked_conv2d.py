@@ -88,7 +88,7 @@ def test_matches_reference(seed, dtype):
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "batch,size,shape,padding,dilation",
     [
@@ -162,22 +162,45 @@ def test_one_tap(seed, dtype):
 @needs_kernel
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 17])
 @pytest.mark.parametrize("height,width", [(7, 7), (14, 9), (29, 5), (3, 40)])
-def test_few_images(batch, height, width):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_images(batch, height, width, dtype):
     """Fewer images than lanes are cut into strips of rows: kernels, strides, paddings whose rows end otherwise."""
     for kernel_size, stride, padding in ((3, 2, 1), (3, 1, 0), (5, 2, 2), (3, 3, 3), (1, 2, 1)):
         if min(height, width) + 2 * padding < kernel_size:
             continue
         pattern = SparsityPattern.random((6, 5, kernel_size, kernel_size), 0.3)
-        x, weight = torch.randn(batch, 5, height, width), torch.randn(pattern.packed_shape)
+        x, weight = torch.randn(batch, 5, height, width, dtype=dtype), torch.randn(pattern.packed_shape, dtype=dtype)
         arguments = (pattern, (stride, stride), (padding, padding))
         for layout in (torch.contiguous_format, torch.channels_last):
             x = x.to(memory_format=layout)
-            bias = torch.randn(6)
-            got = results(kernel, x, weight, bias, *arguments, rounded_to=torch.float32)
+            bias = torch.randn(6, dtype=dtype)
+            got = results(kernel, x, weight, bias, *arguments, rounded_to=dtype)
             exact = [t.double() for t in (x, weight, bias)]
-            expected = results(masked_conv2d_reference, *exact, *arguments, rounded_to=torch.float32)
+            expected = results(masked_conv2d_reference, *exact, *arguments, rounded_to=dtype)
             for one, other in zip(got, expected, strict=True):
                 assert_near(one, other, batch * height * width)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("nonzeros", [1, 2, 3, 9, 12, 13])
+def test_what_is_no_number_stays_where_it_is(nonzeros, dtype):
+    """Lists of even and odd lengths: what is multiplied together must not mix images, positions or channels."""
+    pattern = SparsityPattern.random(
+        (5, 7, 3, 3), nonzeros / (7 * 9), generator=torch.Generator().manual_seed(nonzeros)
+    )
+    x = torch.randn(40, 7, 9, 35)
+    weight = torch.randn(pattern.packed_shape)
+    for value, image, channel, row, column in ((torch.inf, 17, 2, 4, 33), (torch.nan, 39, 6, 0, 0)):
+        x[image, channel, row, column] = value
+    x, weight = x.to(dtype), weight.to(dtype)
+    got = kernel(x, weight, pattern, None, (1, 1), (1, 1))
+    expected = masked_conv2d_reference(torch.nan_to_num(x.double(), 0, 0, 0), weight.double(), pattern, None, 1, 1)
+    touched = masked_conv2d_reference(
+        (~x.isfinite()).double(), pattern.pack(pattern.to_mask().double()), pattern, None, 1, 1
+    )
+    assert bool((got.isfinite() == (touched == 0)).all())
+    assert_near(got[touched == 0], expected[touched == 0], nonzeros)
 
 
 @needs_kernel

@@ -1,4 +1,5 @@
-// masked_conv2d with one position of `lanes` images, or of strips of their rows, a vector.
+// masked_conv2d with one position of `lanes` images, or of strips of their rows, a vector. bfloat16 is packed as it lies
+// where there are kernels for that (AVX512-BF16) and the weight is not in quads, else as float32.
 //
 // The batch is cut into tiles of as many images as have lanes; a smaller batch is cut into strips (Lanes). A task takes a tile (and a range of its rows or channels where there are
 // more threads than tiles), walks down the rows in groups, packs what it meets (conv_window.h), and
@@ -32,29 +33,38 @@ struct Tiling {
   }
 };
 
-template <typename T>
+// The kernels of sums of type T over packed numbers of type P.
+template <typename T, typename P>
+const auto& kernels_of() {
+  if constexpr (std::is_same_v<P, BFloat16>)
+    return *conv_bf16_kernels();
+  else
+    return conv_kernels<T>();
+}
+
+template <typename P>
 int64_t source_block(const Pass& pass, int64_t rows, int64_t vectors, int64_t lanes, double nonzeros_a_channel,
                      int64_t channels) {
   const int64_t phases = pass.source.channel / pass.source.phase;
-  const int64_t bytes = sizeof(T) * lanes * (rows + pass.y.reach) * (vectors + pass.x.reach) * phases;
+  const int64_t bytes = sizeof(P) * lanes * (rows + pass.y.reach) * (vectors + pass.x.reach) * phases;
   return channels_a_block(bytes, nonzeros_a_channel, channels);
 }
 
 // destination rows (channels [begin, end) of the lists) from source rows.
-template <typename T, typename Lists>
-void run_product(const ConvKernels<T>& kernels, const Pass& pass, const Lists& lists, const Tiling& tiling,
-                 const T* source, T* destination, int64_t rows, int64_t begin, int64_t end, const T* bias) {
+template <typename Kernels, typename T, typename P, typename Lists>
+void run_product(const Kernels& kernels, const Pass& pass, const Lists& lists, const Tiling& tiling, const P* source,
+                 T* destination, int64_t rows, int64_t begin, int64_t end, const T* bias) {
   const int64_t width = pass.x.destination.length;
   for (int64_t r = 0; r < rows; r += tiling.rows)
     for (int64_t x = 0; x < width; x += tiling.vectors)
       for (int64_t b = 0; b < lists.blocks; ++b)
         multiply(kernels,
-                 typename Lists::Product{lists.entries(), lists.first(b), begin, end,
-                                         source + r * pass.source.row + x * kernels.lanes, pass.source.row,
-                                         destination + r * pass.destination.row + x * kernels.lanes,
-                                         pass.destination.row, pass.destination.phase, b == 0, bias,
-                                         int(std::min(tiling.rows, rows - r)), int(std::min(tiling.vectors, width - x)),
-                                         (std::min(tiling.vectors, width - x) - 1) * kernels.lanes, lists.phases});
+                 ConvProductOf<T, typename Lists::Entry, P>{
+                     lists.entries(), lists.first(b), begin, end, source + r * pass.source.row + x * kernels.lanes,
+                     pass.source.row, destination + r * pass.destination.row + x * kernels.lanes, pass.destination.row,
+                     pass.destination.phase, b == 0, bias, int(std::min(tiling.rows, rows - r)),
+                     int(std::min(tiling.vectors, width - x)), (std::min(tiling.vectors, width - x) - 1) * kernels.lanes,
+                     lists.phases});
 }
 
 template <typename S>
@@ -77,15 +87,16 @@ std::pair<int64_t, int64_t> share(int64_t channels, int64_t together, int64_t pa
 }
 
 // sums[c] += sum of the packed row's channel c.
-template <typename T>
-void add_channel_sums(const T* row, const PackedLayout& layout, int64_t begin, int64_t end, T* sums) {
-  for (int64_t c = begin; c < end; ++c) sums[c] += sum_of(row + c * layout.channel, layout.channel);
+template <typename T, typename P>
+void add_channel_sums(const P* row, const PackedLayout& layout, int64_t begin, int64_t end, T* sums) {
+  for (int64_t c = begin; c < end; ++c) sums[c] += sum_of<T>(row + c * layout.channel, layout.channel);
 }
 
-template <typename T, typename S, typename Lists>
+template <typename T, typename S, typename P, typename Lists>
 void forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                   const std::vector<T>& bias, const at::Tensor& output) {
-  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const auto& kernels = kernels_of<T, P>();
+  using Kernels = std::decay_t<decltype(kernels)>;
   const int64_t lanes = kernels.lanes;
   const Pass pass = g.forward(lanes);
   const Lanes held(g.batch, g.out_height, pass.y.reach, lanes);
@@ -93,15 +104,15 @@ void forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& inpu
   if (held.tiles(g.batch) * ceil_div(held.rows, tiling.group) < at::get_num_threads()) tiling.group = tiling.rows;
   check_offsets(pass, tiling.group);
   const int64_t block =
-      source_block<T>(pass, tiling.rows, tiling.vectors, lanes, w.density() * double(w.taps), w.in);
+      source_block<P>(pass, tiling.rows, tiling.vectors, lanes, w.density() * double(w.taps), w.in);
   const auto lists = Lists::forward(w, pass.conv_taps(lanes), block, static_cast<const S*>(weight.const_data_ptr()));
 
   const int64_t tiles = held.tiles(g.batch), groups = ceil_div(held.rows, tiling.group);
   const int64_t parts = even_parts(tiles, groups);
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
-    Window<T, S> window(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(input), tiling.group + pass.y.reach,
+    Window<Kernels, P, S> window(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(input), tiling.group + pass.y.reach,
                         held.rows + pass.y.reach);
-    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, held,
+    RowMover<Kernels, T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, held,
                          images_of<S>(output));
     const Workspace rows(sizeof(T) * tiling.group * pass.destination.row);
     for (int64_t task = first; task < last; ++task) {
@@ -121,10 +132,11 @@ void forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& inpu
 }
 
 // Lists: of the gradient of the input; Places: of the weight's.
-template <typename T, typename S, typename Lists, typename Places>
+template <typename T, typename S, typename P, typename Lists, typename Places>
 void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
                    const at::Tensor& weight, const ConvGradients& gradients) {
-  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const auto& kernels = kernels_of<T, P>();
+  using Kernels = std::decay_t<decltype(kernels)>;
   const int64_t lanes = kernels.lanes;
   const bool wants_input = gradients.input.defined(), wants_weight = gradients.weight.defined(), wants_bias = gradients.bias.defined();
   const Pass pass = g.backward(lanes), forward_pass = g.forward(lanes);
@@ -143,32 +155,32 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
   const ConvWeight& w_input = wants_input ? w : none.weight;
   const ConvWeight& w_weight = wants_weight ? w : none.weight;
   const int64_t out_a_group = w.out / w.groups;
-  const int64_t input_block = source_block<T>(pass, tiling.rows, tiling.vectors, lanes,
+  const int64_t input_block = source_block<P>(pass, tiling.rows, tiling.vectors, lanes,
                                               density * double(w.taps) / double(pass.destination_phases()), out_a_group);
   const auto lists =
       Lists::backward(w_input, pass.conv_taps(lanes), input_block, static_cast<const S*>(weight.const_data_ptr()));
   // Dot products of pieces of rows that registers hold, where these are many. More than two rows need more addresses than
   // there are registers, which pays where strides let the source outgrow L1.
-  constexpr bool quads = std::is_same_v<Places, ConvQuadPlaces>;
+  constexpr bool quads = std::is_same_v<Places, ConvQuadPlaces>, pairs = std::is_same_v<P, BFloat16>;
   const int64_t group_rows = std::min(tiling.group, out_rows);
   const int64_t most = piece_vectors(kernels, w), held_width = ceil_div(g.out_width, ceil_div(g.out_width, most));
   const int64_t held_rows = std::clamp<int64_t>(most / held_width, 1, std::min<int64_t>(kernels.max_rows, group_rows));
-  const bool holds = !quads && kernels.max_piece >= 16 && held_rows * held_width >= 10 &&
-                     (held_rows <= 2 || g.stride[0] * g.stride[1] > 1);
+  const bool holds = pairs || (!quads && kernels.max_piece >= 16 && held_rows * held_width >= 10 &&
+                               (held_rows <= 2 || g.stride[0] * g.stride[1] > 1));
   const int64_t piece = holds ? held_width : g.out_width, piece_rows = holds ? held_rows : group_rows;
-  const int64_t weight_block = source_block<T>(forward_pass, piece_rows, piece, lanes, density * double(w.taps), w.in);
+  const int64_t weight_block = source_block<P>(forward_pass, piece_rows, piece, lanes, density * double(w.taps), w.in);
   const Places places(w_weight, forward_pass.conv_taps(lanes), weight_block);
 
   const int64_t tiles = held.tiles(g.batch);
   PartialSums<T> sums(tiles, w_weight.nonzeros(), g.out);
   const int64_t chunks = sums.chunks, parts = sums.parts(g);
   at::parallel_for(0, chunks * parts, 1, [&](int64_t first, int64_t last) {
-    Window<T, S> grads(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(grad_output),
+    Window<Kernels, P, S> grads(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(grad_output),
                        tiling.group + pass.y.reach, length);
-    Window<T, S> inputs(kernels, forward_pass.y, forward_pass.x, forward_pass.source, held,
+    Window<Kernels, P, S> inputs(kernels, forward_pass.y, forward_pass.x, forward_pass.source, held,
                         images_of<const S>(input), tiling.group + forward_pass.y.reach,
                         out_rows + forward_pass.y.reach);
-    RowMover<T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, held,
+    RowMover<Kernels, T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, held,
                          wants_input ? images_of<S>(gradients.input) : Images<S>{});
     const Workspace result(wants_input ? sizeof(T) * tiling.group * pass.destination.row : 0);
     for (int64_t task = first; task < last; ++task) {
@@ -182,7 +194,7 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
         if (wants_weight) inputs.restart(image, 0);
         for (int64_t y = 0; y < length; y += tiling.group) {
           const int64_t stop = std::min(length, y + tiling.group);
-          const T* packed = grads.rows(y, std::min(length, stop + pass.y.reach));
+          const P* packed = grads.rows(y, std::min(length, stop + pass.y.reach));
           if (wants_input && y < rows) {
             const int64_t count = std::min(stop, rows) - y;
             run_product(kernels, pass, lists, tiling, packed, result.as<T>(), count, in_begin / Lists::kTogether * phases,
@@ -193,24 +205,24 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
           // Rows of grad_output among the packed ones: row i is packed row i + lead.
           const int64_t begin = std::max<int64_t>(0, y - pass.y.lead), end = std::min(out_rows, stop - pass.y.lead);
           if (begin >= end) continue;
-          const T* grad_rows = packed + (begin + pass.y.lead - y) * pass.source.row;
+          const P* grad_rows = packed + (begin + pass.y.lead - y) * pass.source.row;
           if (wants_weight) {
-            const T* input_rows = inputs.rows(begin, end + forward_pass.y.reach);
+            const P* input_rows = inputs.rows(begin, end + forward_pass.y.reach);
             for (int64_t r = 0; r < end - begin; r += piece_rows)
               for (int64_t x = 0; x < g.out_width; x += piece)
                 for (int64_t b = 0; b < places.blocks; ++b) {
-                  const T* const source = input_rows + r * forward_pass.source.row + x * lanes;
-                  const T* const grad = grad_rows + r * pass.source.row + (pass.x.lead + x) * lanes;
+                  const P* const source = input_rows + r * forward_pass.source.row + x * lanes;
+                  const P* const grad = grad_rows + r * pass.source.row + (pass.x.lead + x) * lanes;
                   const int64_t count = std::min(piece_rows, end - begin - r), vectors = std::min(piece, g.out_width - x);
                   if constexpr (quads)
                     kernels.quad_sddmm({places.offset(), places.first() + b, places.blocks, out_begin / 4, out_end / 4,
                                         source, forward_pass.source.row, grad, pass.source.row, pass.source.channel,
                                         count, vectors, (vectors - 1) * lanes, 0, sums.weight(chunk)});
-                  else if (holds)
+                  else if (pairs || holds)
                     kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, source,
                                          forward_pass.source.row, grad, pass.source.row, pass.source.channel, int(count),
                                          int(vectors), (vectors - 1) * lanes, 0, sums.weight(chunk)});
-                  else
+                  else if constexpr (!pairs)
                     kernels.sddmm({places.offset(), places.first() + b, places.blocks, out_begin, out_end, source,
                                    forward_pass.source.row, grad, pass.source.row, pass.source.channel, count, vectors,
                                    sums.weight(chunk)});
@@ -233,8 +245,10 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
 template <typename T, typename S>
 void forward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
-  if (ConvQuads<T>::can_forward(w)) return forward_with<T, S, ConvQuads<T>>(g, w, input, weight, bias, output);
-  forward_with<T, S, ConvEntries<T>>(g, w, input, weight, bias, output);
+  if (ConvQuads<T>::can_forward(w)) return forward_with<T, S, T, ConvQuads<T>>(g, w, input, weight, bias, output);
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (conv_bf16_kernels()) return forward_with<T, S, S, ConvEntries<T>>(g, w, input, weight, bias, output);
+  forward_with<T, S, T, ConvEntries<T>>(g, w, input, weight, bias, output);
 }
 
 template <typename T, typename S>
@@ -242,11 +256,13 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
                        const at::Tensor& weight, const ConvGradients& gradients) {
   // Blocks b x b are quads both ways, r x 1 in their rows alone.
   if (ConvQuads<T>::can_backward(w))
-    backward_with<T, S, ConvQuads<T>, ConvQuadPlaces>(g, w, grad_output, input, weight, gradients);
-  else if (ConvQuads<T>::can_forward(w))
-    backward_with<T, S, ConvEntries<T>, ConvQuadPlaces>(g, w, grad_output, input, weight, gradients);
-  else
-    backward_with<T, S, ConvEntries<T>, ConvPlaces>(g, w, grad_output, input, weight, gradients);
+    return backward_with<T, S, T, ConvQuads<T>, ConvQuadPlaces>(g, w, grad_output, input, weight, gradients);
+  if (ConvQuads<T>::can_forward(w))
+    return backward_with<T, S, T, ConvEntries<T>, ConvQuadPlaces>(g, w, grad_output, input, weight, gradients);
+  if constexpr (std::is_same_v<S, BFloat16>)
+    if (conv_bf16_kernels())
+      return backward_with<T, S, S, ConvEntries<T>, ConvPlaces>(g, w, grad_output, input, weight, gradients);
+  backward_with<T, S, T, ConvEntries<T>, ConvPlaces>(g, w, grad_output, input, weight, gradients);
 }
 
 template void forward_by_batch<float, float>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,

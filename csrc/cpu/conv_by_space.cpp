@@ -349,7 +349,7 @@ bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& gra
     for (int64_t o = first; o < last; ++o) {
       to[o] = 0;
       for (int64_t n = 0; n < grad_output.size(0); ++n)
-        to[o] += sum_of(from + n * grad_output.stride(0) + o * grad_output.stride(1), positions);
+        to[o] += sum_of<T>(from + n * grad_output.stride(0) + o * grad_output.stride(1), positions);
     }
   });
   return true;

@@ -7,58 +7,6 @@
 
 namespace uasparse::UASPARSE_ISA {
 
-// to[0 ... 3] += the numbers at from.
-template <typename T>
-UASPARSE_INLINE void add_four(const T* from, T* to) {
-  typedef T Four __attribute__((vector_size(4 * sizeof(T))));
-  Four a, b;
-  __builtin_memcpy(&a, from, sizeof a);
-  __builtin_memcpy(&b, to, sizeof b);
-  a += b;
-  __builtin_memcpy(to, &a, sizeof a);
-}
-
-// to[i] += sum of the lanes of v[i], i < count.
-template <typename T>
-UASPARSE_INLINE void add_lane_sums(Vec<T> (&v)[kGroup], T* to, int count) {
-  static_assert(kGroup == 8);
-  constexpr int L = kLanes<T>;
-  T lanes[2 * kGroup];
-  constexpr int kUpper = sizeof(T) == 4 && L > 8 ? L / 2 : 4;  // where the sums of v[4 ... 7] begin
-  if constexpr (sizeof(T) == 4) {
-    for (int g = 0; g < kGroup; g += 4) {
-      for (int i = 0; i < 2; ++i) {
-        interleave<T, 4, 1>(v[g + i], v[g + i + 2]);
-        v[g + i] += v[g + i + 2];
-      }
-      interleave<T, 4, 1>(v[g], v[g + 1]);
-      v[g] += v[g + 1];  // in each 128 bits a partial sum of v[g] ... v[g + 3]
-    }
-    if constexpr (L == 4) {
-      store(lanes, v[0]);
-      store(lanes + 4, v[4]);
-    } else {
-      interleave<T, L, L / 2>(v[0], v[4]);
-      v[0] += v[4];
-      if constexpr (L == 16) {
-        // Two partial sums are left of each: [v0-3, v0-3, v4-7, v4-7].
-        v[1] = v[0];
-        interleave<T, L / 2, 4>(v[0], v[1]);
-        v[0] += v[1];
-      }
-      store(lanes, v[0]);
-    }
-  } else {
-    for (int i = 0; i < kGroup; ++i) lanes[i] = sum<T>(v[i]);
-  }
-  if (count == kGroup) {
-    add_four(lanes, to);
-    add_four(lanes + kUpper, to + 4);
-  } else {
-    for (int i = 0; i < count; ++i) to[i] += lanes[i < 4 ? i : i - 4 + kUpper];
-  }
-}
-
 // to[i] += sum of the lanes of v[i].
 template <typename T>
 UASPARSE_INLINE void add_four_sums(Vec<T> (&v)[4], T* to) {

@@ -60,9 +60,13 @@ inline float number(BFloat16 x) {
 template <typename T>
 class ConvEntries {
  public:
+  using Entry = ConvEntry<T>;
   using Product = ConvProduct<T>;
   static constexpr int64_t kTogether = 1;  // destination channels of an entry
-  static int64_t max_vectors(const ConvKernels<T>& kernels) { return kernels.max_vectors; }
+  template <typename Kernels>
+  static int64_t max_vectors(const Kernels& kernels) {
+    return kernels.max_vectors;
+  }
 
   // Forward: destination channels are output channels.
   template <typename S>

@@ -38,6 +38,17 @@ const ConvKernels<T>& conv_kernels() {
     return portable::conv_double;
 }
 
+// Null where there are none: bfloat16 is packed as float32 then.
+inline const ConvBf16Kernels* conv_bf16_kernels() {
+#if defined(__x86_64__)
+  if (has_bf16_pairs()) return &avx512bf16::conv;
+#endif
+  return nullptr;
+}
+
+inline void multiply(const ConvBf16Kernels& kernels, const ConvProduct<float, BFloat16>& product) {
+  kernels.product(product);
+}
 template <typename T>
 void multiply(const ConvKernels<T>& kernels, const ConvProduct<T>& product) {
   kernels.product(product);
@@ -48,8 +59,8 @@ void multiply(const ConvKernels<T>& kernels, const ConvQuadProduct<T>& product) 
 }
 
 // Vectors of a piece of piece_sddmm: few, so that many dot products go together, unless lists are too short for that.
-template <typename T>
-int64_t piece_vectors(const ConvKernels<T>& kernels, const ConvWeight& w) {
+template <typename Kernels>
+int64_t piece_vectors(const Kernels& kernels, const ConvWeight& w) {
   const bool many = w.density() * double(w.in * w.taps) >= 2 * kConvGroup;
   return many ? std::min(kernels.max_piece, kSmallPiece) : kernels.max_piece;
 }
@@ -164,14 +175,14 @@ class PartialSums {
 };
 
 // Sum of numbers that follow each other.
-template <typename T>
-T sum_of(const T* from, int64_t count) {
+template <typename T, typename S>
+T sum_of(const S* from, int64_t count) {
   constexpr int64_t kParts = 16;
   T parts[kParts] = {};
   int64_t i = 0;
   for (; i + kParts <= count; i += kParts)
-    for (int64_t k = 0; k < kParts; ++k) parts[k] += from[i + k];
-  for (; i < count; ++i) parts[0] += from[i];
+    for (int64_t k = 0; k < kParts; ++k) parts[k] += to_number(from[i + k]);
+  for (; i < count; ++i) parts[0] += to_number(from[i]);
   T total = 0;
   for (T part : parts) total += part;
   return total;

@@ -14,6 +14,7 @@ namespace uasparse {
 template <typename T>
 class ConvQuads {
  public:
+  using Entry = ConvQuadEntry<T>;
   using Product = ConvQuadProduct<T>;
   static constexpr int64_t kTogether = 4;
   static int64_t max_vectors(const ConvKernels<T>& kernels) { return kernels.max_quad_vectors; }

@@ -55,6 +55,12 @@ inline void pack_rows(const ConvKernels<double>& k, const ConvMove<double>& m, c
 inline void pack_rows(const ConvKernels<float>& k, const ConvMove<float>& m, const BFloat16* const* images) {
   k.pack_bf16(m, images);
 }
+inline void pack_rows(const ConvBf16Kernels& k, const ConvMove<BFloat16>& m, const BFloat16* const* images) {
+  k.pack(m, images);
+}
+inline void unpack_rows(const ConvBf16Kernels& k, const ConvMove<float>& m, BFloat16* const* images) {
+  k.unpack(m, images);
+}
 inline void unpack_rows(const ConvKernels<float>& k, const ConvMove<float>& m, float* const* images) {
   k.unpack(m, images);
 }
@@ -66,11 +72,11 @@ inline void unpack_rows(const ConvKernels<float>& k, const ConvMove<float>& m, B
 }
 
 // Moves packed rows [begin, end) of the strips of a tile of images, from `image` onwards, between them and `packed`. A
-// lane without an image row is packed as zero and not unpacked.
-template <typename T, typename S>
+// lane without an image row is packed as zero and not unpacked. T: the type of what is packed; S: of the images.
+template <typename Kernels, typename T, typename S>
 class RowMover {
  public:
-  RowMover(const ConvKernels<T>& kernels, const Axis& y, const Axis& x, const PackedLayout& layout, const Lanes& lanes,
+  RowMover(const Kernels& kernels, const Axis& y, const Axis& x, const PackedLayout& layout, const Lanes& lanes,
            const Images<S>& images)
       : kernels_(kernels), y_(y), x_(x), layout_(layout), lanes_(lanes), images_(images),
         channel_offset_(layout.channels) {
@@ -124,7 +130,7 @@ class RowMover {
     return true;
   }
 
-  const ConvKernels<T>& kernels_;
+  const Kernels& kernels_;
   const Axis &y_, &x_;
   const PackedLayout& layout_;
   const Lanes& lanes_;
@@ -133,11 +139,11 @@ class RowMover {
   Positions positions_;
 };
 
-template <typename T, typename S>
+template <typename Kernels, typename T, typename S>
 class Window {
  public:
   // A window for `rows` rows at a time, of `length`.
-  Window(const ConvKernels<T>& kernels, const AxisPass& y, const AxisPass& x, const PackedLayout& layout,
+  Window(const Kernels& kernels, const AxisPass& y, const AxisPass& x, const PackedLayout& layout,
          const Lanes& lanes, const Images<const S>& images, int64_t rows, int64_t length)
       : layout_(layout),
         mover_(kernels, y.source, x.source, layout, lanes, images),
@@ -171,7 +177,7 @@ class Window {
 
  private:
   const PackedLayout& layout_;
-  RowMover<T, const S> mover_;
+  RowMover<Kernels, T, const S> mover_;
   int64_t capacity_;
   Workspace memory_;
   int64_t image_ = 0, first_ = 0, packed_ = 0;

@@ -50,4 +50,13 @@ Isa cpu_isa() {
   return isa;
 }
 
+bool has_bf16_pairs() {
+#if defined(__x86_64__)
+  static const bool has = cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 }  // namespace uasparse

@@ -15,6 +15,8 @@ enum class Isa { portable, avx2, avx512 };
 
 // The forced or else the best instruction set. Throws std::runtime_error for a value that is unknown or not supported.
 Isa cpu_isa();
+// Whether it multiplies pairs of bfloat16 too (AVX512-BF16).
+bool has_bf16_pairs();
 const char* isa_name(Isa isa);
 
 }  // namespace uasparse

@@ -5,7 +5,7 @@
 //   by batch   (conv_by_batch.cpp)  all else: one position of several images, or strips of them, transposed
 //
 // Every output is summed in the order of the entries, and grad weight in the order of fixed chunks of the batch, so
-// results do not depend on the number of threads. bfloat16 is computed in float32.
+// results do not depend on the number of threads. bfloat16 goes by batch, with float32 sums.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

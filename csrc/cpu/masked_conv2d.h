@@ -38,12 +38,12 @@ struct ConvQuadEntry {
 
 // out[r][c][x][lane] (+)= sum over the entries of channel c of value * source[r][x][lane + offset], for a tile of
 // rows x vectors positions and the channels [begin, end).
-template <typename T, typename Entry>
+template <typename T, typename Entry, typename Packed = T>
 struct ConvProductOf {
   const Entry* entries;
   const int32_t* first;  // entries of channel c: [first[c], first[c + 1])
   int64_t begin, end;
-  const T* source;
+  const Packed* source;
   int64_t source_row;
   T* out;
   int64_t out_row, out_channel;
@@ -53,8 +53,8 @@ struct ConvProductOf {
   int64_t last;  // where a row's last vector begins: it may overlap the one before
   int64_t phases;
 };
-template <typename T>
-using ConvProduct = ConvProductOf<T, ConvEntry<T>>;
+template <typename T, typename Packed = T>
+using ConvProduct = ConvProductOf<T, ConvEntry<T>, Packed>;
 // For quads of channels: `begin`, `end` and `first` are of quad * phases + phase, whose sums begin at channel 4 * quad *
 // phases + phase of `out` and lie `phases` channels apart.
 template <typename T>
@@ -85,15 +85,15 @@ struct ConvSddmm {
 
 // The same for pieces of a few planes: a piece is `vectors` vectors, of which the last begins at `last` and its first
 // `known` numbers were in the vector before.
-template <typename T>
+template <typename T, typename Packed = T>
 struct ConvPieceSddmm {
   const int32_t* offset;
   const int32_t* first;
   int64_t first_stride;
   int64_t begin, end;
-  const T* input;
+  const Packed* input;
   int64_t input_image;
-  const T* grad_output;
+  const Packed* grad_output;
   int64_t grad_image, grad_channel;
   int images, vectors;
   int64_t last, known;
@@ -154,7 +154,7 @@ struct ConvPlanes {
   int64_t to_channel, to_image, to_row;
 };
 
-constexpr int kMaxLanes = 16;
+constexpr int kMaxLanes = 32;
 constexpr int kConvGroup = 8;  // dot products that sddmm takes together
 constexpr int kSmallPiece = 16;  // vectors of a piece of piece_sddmm, beside which registers have room for as many sums
 
@@ -177,6 +177,18 @@ struct ConvKernels {
   void (*unpack_bf16)(const ConvMove<T>&, BFloat16* const* images);
 };
 
+// The kernels of by_batch on packed bfloat16 with float32 sums, of which `value` of an entry is one of bfloat16 too. Vectors
+// have 32 lanes, in an order that `pack` and `product` share, and `unpack` takes sums in order.
+struct ConvBf16Kernels {
+  int lanes;
+  int max_vectors, max_rows;
+  void (*product)(const ConvProduct<float, BFloat16>&);
+  int max_piece;
+  void (*piece_sddmm)(const ConvPieceSddmm<float, BFloat16>&);
+  void (*pack)(const ConvMove<BFloat16>&, const BFloat16* const* images);
+  void (*unpack)(const ConvMove<float>&, BFloat16* const* images);
+};
+
 namespace portable {
 extern const ConvKernels<float> conv_float;
 extern const ConvKernels<double> conv_double;
@@ -189,5 +201,8 @@ namespace avx512 {
 extern const ConvKernels<float> conv_float;
 extern const ConvKernels<double> conv_double;
 }  // namespace avx512
+namespace avx512bf16 {
+extern const ConvBf16Kernels conv;
+}
 
 }  // namespace uasparse

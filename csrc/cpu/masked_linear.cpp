@@ -52,8 +52,7 @@ const LinearKernels<double>& linear_kernels<double>() {
 
 const Bf16Kernels* bf16_kernels() {
 #if defined(__x86_64__)
-  static const bool has = cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
-  if (has) return &avx512bf16::linear;
+  if (has_bf16_pairs()) return &avx512bf16::linear;
 #endif
   return nullptr;
 }
