@@ -101,6 +101,7 @@ files = sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp")
 common = {
     "include_dirs": [str(ROOT / "csrc")],
     "define_macros": [("UASPARSE_TORCH_VERSION", f'"{torch.__version__}"')],
+    "extra_link_args": ["-fopenmp"],
     "py_limited_api": True,
     "depends": sources("csrc/*.h") + sources("csrc/*/*.h") + sources("csrc/*/*.cuh"),
 }
@@ -115,9 +116,7 @@ if build_cuda():
         **common,
     )
 else:
-    extension = cpp_extension.CppExtension(
-        name, files, extra_compile_args={"cxx": cxx_flags}, extra_link_args=["-fopenmp"], **common
-    )
+    extension = cpp_extension.CppExtension(name, files, extra_compile_args={"cxx": cxx_flags}, **common)
 
 
 def check_can_compile() -> None:
