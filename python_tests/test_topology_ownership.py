@@ -670,3 +670,42 @@ def test_ordinary_steps_do_no_work():
             for _ in range(8):
                 topology.step()
         assert count.calls == 0
+
+
+# ---- what others do between ----
+
+
+@pytest.mark.parametrize("what", ["input", "input.data", "gradient"])
+def test_memory_that_is_used_again_before_step(what):
+    """Micro-batches through one buffer, as prefetching loaders and pipelines have it."""
+    first, grown = ua.sparsify(nn.Sequential(nn.Linear(24, 64)).double(), 0.7, distribution="uniform"), []
+    for again in (False, True):
+        model = copy.deepcopy(first)
+        topology, _ = dynamic(model)
+        torch.manual_seed(3)
+        x, dy = torch.zeros(2, 24, dtype=torch.float64), torch.zeros(2, 64, dtype=torch.float64)
+        for _ in range(3):
+            new, grad = torch.randn_like(x), torch.randn_like(dy)
+            if again and what == "gradient":
+                grad = dy.copy_(grad)
+            elif again:
+                (x if what == "input" else x.data).copy_(new)
+                new = x
+            model(new).backward(grad)
+        assert topology.step()
+        grown.append(patterns(model))
+    assert same(*grown)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_an_empty_batch_adds_nothing(kind):
+    layers = {"linear": nn.Linear(6, 8), "conv1d": nn.Conv1d(6, 8, 3), "conv2d": nn.Conv2d(6, 8, 3)}
+    shape = (4, 6, 5, 5)[: {"linear": 2, "conv1d": 3, "conv2d": 4}[kind]]
+    one = ua.sparsify(nn.Sequential(layers[kind]), 0.7, distribution="erk", overrides={"0": 0.7})
+    other, x = copy.deepcopy(one), torch.randn(shape)
+    for model, batches in ((one, (x, x[:0])), (other, (x,))):
+        topology, _ = dynamic(model)
+        for batch in batches:
+            model(batch).square().sum().backward()
+        assert topology.step()
+    assert same(patterns(one), patterns(other))
