@@ -199,3 +199,152 @@ def test_ordinary_steps_do_no_work():
             for _ in range(8):
                 topology.step()
         assert count.calls == 0
+
+
+# ---- what others do between ----
+
+
+@pytest.mark.parametrize("what", ["input", "input.data", "gradient"])
+def test_memory_that_is_used_again_before_step(what):
+    """Micro-batches through one buffer, as prefetching loaders and pipelines have it."""
+    first, grown = ua.sparsify(nn.Sequential(nn.Linear(24, 64)).double(), 0.7, distribution="uniform"), []
+    for again in (False, True):
+        model = copy.deepcopy(first)
+        topology, _ = dynamic(model)
+        torch.manual_seed(3)
+        x, dy = torch.zeros(2, 24, dtype=torch.float64), torch.zeros(2, 64, dtype=torch.float64)
+        for _ in range(3):
+            new, grad = torch.randn_like(x), torch.randn_like(dy)
+            if again and what == "gradient":
+                grad = dy.copy_(grad)
+            elif again:
+                (x if what == "input" else x.data).copy_(new)
+                new = x
+            model(new).backward(grad)
+        assert topology.step()
+        grown.append(patterns(model))
+    assert same(*grown)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_an_empty_batch_adds_nothing(kind):
+    layers = {"linear": nn.Linear(6, 8), "conv1d": nn.Conv1d(6, 8, 3), "conv2d": nn.Conv2d(6, 8, 3)}
+    shape = (4, 6, 5, 5)[: {"linear": 2, "conv1d": 3, "conv2d": 4}[kind]]
+    one = ua.sparsify(nn.Sequential(layers[kind]), 0.7, distribution="erk", overrides={"0": 0.7})
+    other, x = copy.deepcopy(one), torch.randn(shape)
+    for model, batches in ((one, (x, x[:0])), (other, (x,))):
+        topology, _ = dynamic(model)
+        for batch in batches:
+            model(batch).square().sum().backward()
+        assert topology.step()
+    assert same(patterns(one), patterns(other))
+
+
+def test_a_layer_whose_gradient_a_hook_withholds_is_left_alone():
+    model = network(0.3)
+    model[2].weight.register_hook(torch.zeros_like)
+    before, others = model[2].dense_weight(), patterns(model)
+    topology, optimizer = dynamic(model)
+    loss_of(model, *data()).backward()
+    optimizer.step()
+    assert topology.step()
+    assert torch.equal(model[2].dense_weight(), before) and not torch.equal(patterns(model)[0], others[0])
+
+
+def test_inputs_that_are_zero_do_not_keep_a_layer_from_growing():
+    """All that is active is zero there, but not what could grow."""
+    layer = ua.SparseLinear(8, 4, pattern=ua.SparsityPattern.from_mask((torch.arange(8) < 2).expand(4, 8)))
+    topology, _ = dynamic(layer)
+    layer(torch.randn(3, 8) * (torch.arange(8) >= 2)).square().sum().backward()
+    assert not layer.weight.grad.any()
+    assert topology.step()
+    assert layer.pattern.to_mask()[:, 2:].any()
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+@pytest.mark.parametrize("change", ["another", "more", "fewer"])
+def test_a_model_whose_layers_were_changed_is_refused(method, change):
+    model = network()
+    topology, optimizer = dynamic(model, method=method)
+    new = ua.SparseLinear(8, 8, sparsity=0.5, dtype=torch.float64)
+    if change == "fewer":
+        model[4] = nn.Linear(24, 8).double()
+    elif change == "more":
+        model.append(new)
+    else:
+        model[4] = ua.SparseLinear(24, 8, sparsity=0.5, dtype=torch.float64)
+    optimizer.add_param_group({"params": list(model[-1].parameters())})
+    loss_of(model, *data()).backward()
+    before = patterns(model)
+    with pytest.raises(
+        ValueError, match={"another": "new '4'; gone '4'", "more": "new '5'", "fewer": "gone '4'"}[change]
+    ):
+        topology.step()
+    assert same(before, patterns(model))
+
+
+def test_the_default_device_does_not_matter():
+    model = network()
+    with torch.device("meta"):
+        ua.DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=9, delta_t=1)
+
+
+class SlowWeights(Wrapper):
+    """Lookahead that keeps its slow weights in a list."""
+
+    def __init__(self, inner, late=False):
+        super().__init__(inner)
+        self.weights = [p for group in inner.param_groups for p in group["params"]]  # no copies
+        self.late, self.slow = late, None if late else self.copies()
+
+    def copies(self):
+        return [w.detach().clone() for w in self.weights]
+
+    def step(self):
+        super().step()
+        self.slow = self.slow or self.copies()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_what_an_optimizer_keeps_beside_its_state_is_refused(late):
+    model = network()
+    make = SlowWeights(torch.optim.SGD(model.parameters(), 0.1), late)
+    if not late:
+        with pytest.raises(ValueError, match="SlowWeights holds a tensor of the weight's shape in 'slow'"):
+            dynamic(model, make)
+        ua.DynamicSparsity(model, make, method="static", total_steps=9)
+        return
+    topology, _ = dynamic(model, make)
+    loss_of(model, *data()).backward()
+    make.step()
+    before = patterns(model)
+    with pytest.raises(ValueError, match="'slow'"):
+        topology.step()
+    assert same(before, patterns(model))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("how", ["wrapper", "part", "layer"])
+def test_a_part_that_is_loaded_takes_its_momentum_along(how, storage):
+    """What DynamicSparsity was given is not what load_state_dict is called of."""
+    inner = network(storage=storage)
+    topology, optimizer = dynamic(nn.ModuleDict({"module": inner}) if how == "wrapper" else inner, method="set")
+    states = []
+    for _ in range(3):
+        loss_of(inner, *data()).backward()
+        optimizer.step()
+        topology.step()
+        optimizer.zero_grad()
+        states.append(copy.deepcopy(inner.state_dict()))
+    layer = inner[2]
+    part = {"wrapper": inner, "part": inner[:3], "layer": layer}[how]
+    prefix, old = "2." if how == "layer" else "", layer.pattern.to_mask()
+    momentum = optimizer.state[layer.weight]["momentum_buffer"]
+    held = layer.pattern.unpack(momentum.clone()) if storage == "packed" else momentum.clone()
+    loss_of(inner, *data()).backward()
+    part.load_state_dict({key: states[0][prefix + key] for key in part.state_dict()})
+    assert layer.weight.grad is None  # of other places
+    momentum = optimizer.state[layer.weight]["momentum_buffer"]
+    now = layer.pattern.unpack(momentum) if storage == "packed" else momentum
+    assert not torch.equal(old, layer.pattern.to_mask())
+    assert torch.equal(now, held * layer.pattern.to_mask())

@@ -112,7 +112,7 @@ class SparseConv1d(SparseConvolution):
 
     def weight_gradient(self, input: Tensor, grad_output: Tensor, first: int, last: int) -> Tensor:
         input, padding = self.padded(input)
-        grad = grad_output.reshape(input.shape[0], -1, 1, grad_output.shape[-1])
+        grad = grad_output.reshape(input.shape[0], self.out_channels, 1, grad_output.shape[-1])
         geometry = ((1, *self.stride), padding, (1, *self.dilation), self.groups)
         return conv_weight_gradient(input, grad, self.pattern.shape, *geometry, first, last)
 

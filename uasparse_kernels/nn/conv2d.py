@@ -110,7 +110,7 @@ class SparseConv2d(SparseConvolution):
 
     def weight_gradient(self, input: Tensor, grad_output: Tensor, first: int, last: int) -> Tensor:
         input, padding = self.padded(input)
-        grad = grad_output.view(input.shape[0], -1, *grad_output.shape[-2:])
+        grad = grad_output.view(input.shape[0], self.out_channels, *grad_output.shape[-2:])
         geometry = (self.stride, padding, self.dilation, self.groups)
         return conv_weight_gradient(input, grad, self.pattern.shape, *geometry, first, last)
 

@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def as_leaf(module: nn.Module, input: Proxy) -> Any:
     """Under ``torch.fx`` symbolic tracing: a call of the module as a whole, as of torch's own layers."""
     tracer: Any = input.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+
+
+# By layer, what is told when a state_dict has brought it another pattern, with the blocks that were active before: how
+# optimiser state follows. Not in the layer, so that copies of it have none.
+told_of_patterns: weakref.WeakKeyDictionary[SparseLayer, weakref.WeakMethod] = weakref.WeakKeyDictionary()
 
 
 class SparseLayer(nn.Module):
@@ -273,8 +279,12 @@ class SparseLayer(nn.Module):
         except (ValueError, TypeError) as error:
             errors.append(f"{prefix.rstrip('.') or type(self).__name__}: {error}")
             loaded, own = None, self.state_dict(prefix=prefix, keep_vars=True) | {prefix + "weight": self.weight}
+        before = None
         if loaded is not None:
             pattern, weight = loaded
+            if not self.weight.is_meta and not (self.pattern.device == pattern.device and self.pattern.equal(pattern)):
+                before = self.pattern.blocks()
+                self.weight.grad = None  # of other places
             self.pattern.become_(pattern)
             if assign:  # the layer takes the checkpoint's device and dtype
                 if self.pattern.device != weight.device:
@@ -283,12 +293,13 @@ class SparseLayer(nn.Module):
             elif weight.shape != self.weight.shape:
                 # Another number of active weights: the parameter keeps its identity and takes the new size.
                 replace_data_(self.weight, weight.new_empty(weight.shape, dtype=self.weight.dtype))
-                self.weight.grad = None
             own[prefix + "weight"] = self.weight if assign else weight
         # What the submodule will find: a dense checkpoint has no pattern, and a bad one is not taken.
         extra = {key: value for key, value in own.items() if key.startswith(prefix + "pattern.")}
         state_dict.update(extra | self.pattern.state_dict(prefix=prefix + "pattern."))
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected, errors)
+        if before is not None and (reference := told_of_patterns.get(self)) and (tell := reference()):
+            tell(self, before)
 
     def _read_state(self, own: dict[str, Any], prefix: str, assign: bool) -> tuple[SparsityPattern, Tensor] | None:
         """Pattern and weight of a state_dict, the weight in this layer's storage; None where it has neither."""

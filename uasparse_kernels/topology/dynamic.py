@@ -55,9 +55,11 @@ class DynamicSparsity:
 
     **What an update changes.** Layers whose weight does not require gradients stay as they are, bit for bit, and do not
     count where scores are compared over all layers (``scope="global"``, GraNet). The same holds, with a method that
-    uses gradients, for layers without a gradient at this step; SET and GMP need none. What cannot be done correctly (a
-    weight that the optimiser does not hold, state that cannot move, a sharded or parametrised weight) is an error
-    before anything changes.
+    uses gradients, for layers without a gradient at this step, or whose gradient a hook of the weight sets to zero; SET
+    and GMP need none. What cannot be done correctly (a
+    weight that the optimiser does not hold, state that cannot move, copies of weights that an optimiser keeps outside of
+    its state, a sharded or parametrised weight, sparse layers that came or went since) is an error before anything
+    changes.
 
     **Growth by gradient** uses exactly the backward passes that the weights' ``.grad`` came from. Micro-batches add up;
     passes that left nothing in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. Before an
@@ -123,6 +125,7 @@ class DynamicSparsity:
         self.schedule = CosineSchedule(total_steps, delta_t, drop_fraction, stop_fraction)
         self.method = resolve_method(method)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+        self._model = weakref.ref(model)
         if not self.layers:
             raise ValueError("Expected a model with sparse layers, got none; call sparsify(model, sparsity) first.")
         self.optimizer = optimizer
@@ -137,7 +140,7 @@ class DynamicSparsity:
         self._states.warn_of_decay(self.layers)
         if generator is None:
             generator = torch.Generator()
-            generator.manual_seed(int(torch.randint(2**62, ())))
+            generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         self.generator = generator
         self.steps = 0
         self._postponed = 0  # the step whose update waits for finite gradients
@@ -147,7 +150,7 @@ class DynamicSparsity:
         if self.group is not None:
             make_alike(self.layers, self.group)
         self.initial_blocks = {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
-        self._attach(model)
+        self._attach()
         self._arm()
 
     @property
@@ -216,7 +219,7 @@ class DynamicSparsity:
 
     # ---- hooks ----
 
-    def _attach(self, model: nn.Module) -> None:
+    def _attach(self) -> None:
         for layer in self.layers.values():
             owner = _OWNERS.get(layer)
             if owner is not None and (other := owner()) is not None:
@@ -233,7 +236,7 @@ class DynamicSparsity:
             handles.append(layer.register_forward_hook(self._captures[name], prepend=True, with_kwargs=True))
             _OWNERS[layer] = weakref.ref(self)
             layer._watched += 1
-        self._watch = LoadWatch(model, self.layers, self._states)
+        self._watch = LoadWatch(self.layers, self._states)
         # The hooks know nothing of this object, and go with it.
         self._release = weakref.finalize(self, _release, handles, list(self._captures.values()), self._watch)
         self._release.atexit = False
@@ -304,6 +307,7 @@ class DynamicSparsity:
         assert method is not None
         refused, states = None, {}
         try:
+            self._check_same_layers()
             self._check_owned()
             states = {n: self._states.of(n, layer.weight) for n, layer in self.layers.items() if _trains(layer)}
         except ValueError as error:
@@ -369,11 +373,14 @@ class DynamicSparsity:
         return dict(zip(grads, torch.stack(norms).tolist(), strict=True))
 
     def _gradient_seen(self, name: str, norms: dict[str, float]) -> int:
-        """2 where the dense gradient of ``.grad`` is known, 1 where it was but ``.grad`` was zeroed since, else 0."""
+        """2 where the dense gradient of ``.grad`` is known, 1 where it is but ``.grad`` was zeroed, afterwards or by a
+        hook of the weight, else 0."""
         capture = self._captures[name]
         if not capture.has_gradient:
             return 0
-        return 1 if capture.grad_was_written and norms.get(name) == 0 else 2
+        if norms.get(name) != 0:
+            return 2
+        return 1 if capture.grad_was_written or capture.is_withheld(self.layers[name]) else 2
 
     def _is_misread(self, name: str, norms: dict[str, float], seen: int) -> bool:
         """Whether a weight has a gradient that did not come through its layer."""
@@ -424,6 +431,24 @@ class DynamicSparsity:
         if shared:
             raise ValueError("Expected every sparse layer to have a weight of its own, got one that layers share.")
         self._states.check_holds(self.layers)
+        if self.method is not None:
+            self._states.check_keeps_nothing_aside(self.layers)
+
+    def _check_same_layers(self) -> None:
+        """Raises ValueError if sparse layers came into the model or left it."""
+        model = self._model()
+        if model is None:  # what was given then was a wrapper that is gone
+            return
+        now = {id(module): name for name, module in model.named_modules() if isinstance(module, SparseLayer)}
+        before = {id(layer): name for name, layer in self.layers.items()}
+        lists = {"new": [now[i] for i in now.keys() - before.keys()]}
+        lists["gone"] = [before[i] for i in before.keys() - now.keys()]
+        said = [f"{what} {', '.join(sorted(map(repr, names)))}" for what, names in lists.items() if names]
+        if said:
+            raise ValueError(
+                "The model's sparse layers are not those that this DynamicSparsity was made for: "
+                f"{'; '.join(said)}. Make another one after a change of the model, with the steps that are left."
+            )
 
     def _check_method(self, method: Method) -> None:
         for name, layer in self.layers.items():

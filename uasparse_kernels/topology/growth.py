@@ -142,7 +142,9 @@ class GradientCapture:
             self._hooks.append(weight.register_post_accumulate_grad_hook(self._confirm))
             if weight is not mine:
                 self._hooks.append(mine.register_post_accumulate_grad_hook(self._stand))
-        output.register_hook(partial(self._pair, input.detach()))
+        # What is no result of a graph is somebody's own memory, which may hold the next batch before step() comes.
+        kept = input.detach().clone() if input.is_leaf else input.detach()
+        output.register_hook(partial(self._pair, kept))
 
     def pair_in_graph(self, input: Tensor, grad: Tensor) -> None:
         """What an op of a compiled backward pass saw, whose memory the compiler may use again."""
@@ -152,7 +154,7 @@ class GradientCapture:
         if self._hooked is not self._weight:
             self._hooked = self._weight
             self._hooks.append(self._weight.register_post_accumulate_grad_hook(self._confirm))
-        self._pair(input.clone(), grad.clone())
+        self._pair(input.clone(), grad)
 
     def _pair(self, input: Tensor, grad: Tensor) -> None:
         if not self.armed:
@@ -163,7 +165,7 @@ class GradientCapture:
             self._open[task] = []
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._close, task))
         self.ran = True
-        self._open[task].append((input, grad.detach()))
+        self._open[task].append((input, grad.detach().clone()))  # it may be the caller's own: output.backward(grad)
 
     def _close(self, task: int) -> None:
         """At the end of a pass: what it did not add to ``.grad`` does not count."""
@@ -196,6 +198,11 @@ class GradientCapture:
             dense = [tile for _, tile in self.tiles(layer)]
             self._dense = torch.cat(dense) if len(dense) > 1 else dense[0]
             self.pairs.clear()
+
+    def is_withheld(self, layer: SparseLayer) -> bool:
+        """Whether ``weight.grad``, which is zero, is not what the passes gave: hooks of the weight withhold it."""
+        mask = layer.pattern.to_mask()
+        return any(bool(tile[mask[first : first + len(tile)]].any()) for first, tile in self.tiles(layer))
 
     def _stand(self, weight: Tensor) -> None:
         self._standing, self._coming = _place(weight.grad), False

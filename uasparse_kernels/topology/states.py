@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.nn.layers import SparseLayer, told_of_patterns
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.topology.processes import is_sharded, local, whole
@@ -51,6 +51,7 @@ class OptimizerStates:
     def __init__(self, optimizers: Any):
         given = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
         self.optimizers: list[Any] = []
+        self._given = given
         for optimizer in given:
             found = [o for o in _with_wrapped(optimizer, set()) if isinstance(o.state, Mapping)]
             if not found:
@@ -88,6 +89,30 @@ class OptimizerStates:
                         f"{name or type(layer).__name__}: {kinds[0]} cannot train weights whose pattern changes: "
                         f"{reasons[0]}."
                     )
+
+    def check_keeps_nothing_aside(self, layers: Mapping[str, SparseLayer]) -> None:
+        """Raises ValueError where an optimiser or its wrapper holds tensors of a weight's shape that are no state of
+        it: slow weights, master copies, an average."""
+        shapes: dict[tuple[int, ...], str] = {}
+        for name, layer in layers.items():
+            if layer.weight.requires_grad and layer.weight.numel() > 1:
+                shapes.setdefault(tuple(layer.weight.shape), name)
+        parameters = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        # The weights themselves, under whatever name, and their gradients.
+        own = {_memory(t) for p in parameters for t in (p, p.grad) if t is not None}
+        for optimizer in {id(o): o for o in (*self._given, *self.optimizers)}.values():
+            aside = {k: v for k, v in getattr(optimizer, "__dict__", {}).items() if k not in ("state", "param_groups")}
+            for group in getattr(optimizer, "param_groups", ()):
+                aside |= {f"param_groups[...][{k!r}]": v for k, v in group.items() if k != "params"}
+            for key, value in aside.items():
+                for tensor in _tensors(value):
+                    if tuple(tensor.shape) in shapes and _memory(tensor) not in own:
+                        raise ValueError(
+                            f"{shapes[tuple(tensor.shape)] or 'the layer'}: {type(optimizer).__name__} holds a tensor "
+                            f"of the weight's shape in {key!r}, which cannot move with the weights: only what is in "
+                            "optimizer.state[parameter] does. Keep it there (as torch's optimizers do), or take an "
+                            "optimizer without it; for averages there is AveragedModel."
+                        )
 
     def warn_of_decay(self, layers: Mapping[str, SparseLayer]) -> None:
         """One line where a rule by dimensions (nanoGPT's, timm's) took packed weights out of weight decay."""
@@ -158,23 +183,18 @@ def start_grown(states: Sequence[State]) -> None:
 class LoadWatch:
     """Keeps optimiser state with its weights where a state_dict brings another pattern in the middle of a training.
 
-    Loading the model moves the state by position: what becomes active starts anew. A state that was loaded into the
-    optimiser since its last step is left as it is, for it belongs to the checkpoint; it is checked, and masked where
-    weights are dense-stored, before the optimiser's next step. Copies and pickles of the model carry one that does
-    nothing.
+    Loading a layer, by itself or in whatever module it is, moves the state by position: what becomes active starts
+    anew. A state that was loaded into the optimiser since its last step is left as it is, for it belongs to the
+    checkpoint; it is checked, and masked where weights are dense-stored, before the optimiser's next step.
     """
 
-    def __init__(self, model: nn.Module, layers: dict[str, SparseLayer], states: OptimizerStates):
+    def __init__(self, layers: dict[str, SparseLayer], states: OptimizerStates):
         self._layers, self._states = layers, states
-        self._before: dict[str, Tensor] = {}
         self._loaded = False
         self._once: list[Any] = []
         self.handles: list[Any] = []
-        if not isinstance(model, SparseLayer):  # its own hooks come too late: a layer loads its pattern first
-            self.handles += [
-                model.register_load_state_dict_pre_hook(self._before_load),
-                model.register_load_state_dict_post_hook(self._after_load),
-            ]
+        for layer in layers.values():
+            told_of_patterns[layer] = weakref.WeakMethod(self._layer_loaded)
         me = weakref.ref(self)  # an optimiser is no owner
         for optimizer in states.optimizers:
             if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
@@ -185,50 +205,36 @@ class LoadWatch:
 
                 self.handles.append(optimizer.register_load_state_dict_post_hook(loaded))
 
-    def __deepcopy__(self, memo) -> LoadWatch:
-        return LoadWatch.__new__(LoadWatch)
-
-    def __getstate__(self) -> dict:
-        return {}
-
-    def __setstate__(self, state: dict) -> None:
-        pass
-
     def remove(self) -> None:
         for handle in (*self.handles, *self._once):
             handle.remove()
-        self._layers, self._before = {}, {}
-
-    def _before_load(self, module, *args) -> None:
-        if hasattr(self, "_layers"):
-            self._before = {name: layer.pattern.blocks() for name, layer in self._layers.items()}
+        for layer in self._layers.values():
+            if (reference := told_of_patterns.get(layer)) and reference() == self._layer_loaded:
+                del told_of_patterns[layer]
+        self._layers = {}
 
     @torch.no_grad()
-    def _after_load(self, module, incompatible_keys) -> None:
-        if not hasattr(self, "_layers"):
+    def _layer_loaded(self, layer: SparseLayer, before: Tensor) -> None:
+        if self._loaded:
             return
-        before, self._before = self._before, {}
-        for name, blocks in before.items():
-            pattern, weight = self._layers[name].pattern, self._layers[name].weight
-            if self._loaded or torch.equal(blocks, pattern.blocks()):
-                continue
-            old = SparsityPattern.from_blocks(pattern.shape, blocks, block=pattern.block)
-            states = []
-            for optimizer in self._states.optimizers:
-                for key, value in (optimizer.state.get(weight) or {}).items():
-                    if isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape):
-                        states.append(State(value, _start(optimizer, weight, key)))
-            for sharded, _ in states:
-                with whole([sharded]) as (tensor,):
-                    if tuple(tensor.shape) == pattern.shape:
-                        tensor.masked_fill_(~(old.to_mask() & pattern.to_mask()), 0)
-                        continue
-                    values = pattern.pack(old.unpack(tensor))
-                    if values.shape == tensor.shape:
-                        tensor.copy_(values)
-                    else:
-                        replace_data_(tensor, values)
-            start_grown(states)
+        pattern, weight = layer.pattern, layer.weight
+        old = SparsityPattern.from_blocks(pattern.shape, before, block=pattern.block)
+        states = []
+        for optimizer in self._states.optimizers:
+            for key, value in (optimizer.state.get(weight) or {}).items():
+                if isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape):
+                    states.append(State(value, _start(optimizer, weight, key)))
+        for sharded, _ in states:
+            with whole([sharded]) as (tensor,):
+                if tuple(tensor.shape) == pattern.shape:
+                    tensor.masked_fill_(~(old.to_mask() & pattern.to_mask()), 0)
+                    continue
+                values = pattern.pack(old.unpack(tensor))
+                if values.shape == tensor.shape:
+                    tensor.copy_(values)
+                else:
+                    replace_data_(tensor, values)
+        start_grown(states)
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
         self._loaded = True
@@ -288,6 +294,11 @@ def _start(optimizer: Any, weight: Tensor, key: str) -> float:
                 if any(p is weight for p in group["params"]):
                     return _START[kind][key](group)
     return 0.0
+
+
+def _memory(tensor: Tensor) -> int:
+    here = local(tensor)
+    return here.data_ptr() if here.layout == torch.strided else id(tensor)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
