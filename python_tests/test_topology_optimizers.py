@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from topology_support import data, dynamic, loss_of, network
+from topology_support import data, dynamic, loss_of, network, patterns, same
 from torch import nn
 
 import uasparse_kernels as ua
@@ -202,3 +202,37 @@ def test_momentum_of_a_dense_network_is_masked_or_an_error_that_explains():
         optimizer.step()
         assert not layer.weight[~layer.pattern.to_mask()].any()
         assert topology.step()
+
+
+class SlowWeights(Wrapper):
+    """Lookahead that keeps its slow weights in a list."""
+
+    def __init__(self, inner, late=False):
+        super().__init__(inner)
+        self.weights = [p for group in inner.param_groups for p in group["params"]]  # no copies
+        self.late, self.slow = late, None if late else self.copies()
+
+    def copies(self):
+        return [w.detach().clone() for w in self.weights]
+
+    def step(self):
+        super().step()
+        self.slow = self.slow or self.copies()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_what_an_optimizer_keeps_beside_its_state_is_refused(late):
+    model = network()
+    make = SlowWeights(torch.optim.SGD(model.parameters(), 0.1), late)
+    if not late:
+        with pytest.raises(ValueError, match="SlowWeights holds a tensor of the weight's shape in 'slow'"):
+            dynamic(model, make)
+        ua.DynamicSparsity(model, make, method="static", total_steps=9)
+        return
+    topology, _ = dynamic(model, make)
+    loss_of(model, *data()).backward()
+    make.step()
+    before = patterns(model)
+    with pytest.raises(ValueError, match="'slow'"):
+        topology.step()
+    assert same(before, patterns(model))

@@ -1,5 +1,6 @@
 """A topology update touches only what it fully owns, and refuses before it changes anything."""
 
+import copy
 import gc
 import weakref
 
@@ -287,40 +288,6 @@ def test_the_default_device_does_not_matter():
     model = network()
     with torch.device("meta"):
         ua.DynamicSparsity(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=9, delta_t=1)
-
-
-class SlowWeights(Wrapper):
-    """Lookahead that keeps its slow weights in a list."""
-
-    def __init__(self, inner, late=False):
-        super().__init__(inner)
-        self.weights = [p for group in inner.param_groups for p in group["params"]]  # no copies
-        self.late, self.slow = late, None if late else self.copies()
-
-    def copies(self):
-        return [w.detach().clone() for w in self.weights]
-
-    def step(self):
-        super().step()
-        self.slow = self.slow or self.copies()
-
-
-@pytest.mark.parametrize("late", [True, False])
-def test_what_an_optimizer_keeps_beside_its_state_is_refused(late):
-    model = network()
-    make = SlowWeights(torch.optim.SGD(model.parameters(), 0.1), late)
-    if not late:
-        with pytest.raises(ValueError, match="SlowWeights holds a tensor of the weight's shape in 'slow'"):
-            dynamic(model, make)
-        ua.DynamicSparsity(model, make, method="static", total_steps=9)
-        return
-    topology, _ = dynamic(model, make)
-    loss_of(model, *data()).backward()
-    make.step()
-    before = patterns(model)
-    with pytest.raises(ValueError, match="'slow'"):
-        topology.step()
-    assert same(before, patterns(model))
 
 
 @pytest.mark.parametrize("storage", ["packed", "dense"])
