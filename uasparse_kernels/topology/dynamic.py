@@ -56,9 +56,9 @@ class DynamicSparsity:
     **What an update changes.** Layers whose weight does not require gradients stay as they are, bit for bit, and do not
     count where scores are compared over all layers (``scope="global"``, GraNet). The same holds, with a method that
     uses gradients, for layers without a gradient at this step, or whose gradient a hook of the weight sets to zero; SET
-    and GMP need none. What cannot be done correctly (a weight that
-    the optimiser does not hold, state that cannot move, copies of weights that an optimiser keeps outside of its state, a
-    sharded or parametrised weight, sparse layers that came or went since) is an error before anything changes.
+    and GMP need none. What cannot be done correctly (a weight that the optimiser does not hold, state that cannot move,
+    copies of weights that an optimiser keeps outside of its state, a sharded or parametrised weight, sparse layers that
+    came or went since) is an error before anything changes.
 
     **Growth by gradient** uses exactly the backward passes that the weights' ``.grad`` came from. Micro-batches add up;
     passes that left nothing in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. Before an
