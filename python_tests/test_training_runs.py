@@ -314,7 +314,7 @@ def test_a_lost_worker_is_one_failure_and_the_rest_goes_on(tmp_path):
 
     thread = threading.Thread(target=kill)
     thread.start()
-    summary = compare(suite(3, epochs=60), tmp_path, device="cpu", console=QUIET, jobs=2)
+    summary = compare(suite(3, epochs=15), tmp_path, device="cpu", console=QUIET, jobs=2)
     thread.join()
     assert len(killed) == 1 and len(summary["failed"]) == 1
     assert summary["failed"][0].startswith(f"rigl/{killed[0]}: Its process was lost (signal 9)")
