@@ -456,3 +456,12 @@ def test_gradients_whichever_parameters_are_given(given, frozen):
         assert (mine is None) == (theirs is None)
         if mine is not None:
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_relu_is_not_lost_to_synchronised_statistics():
+    fused = ua.nn.BatchNormReLU2d(3)
+    assert (fused.num_features, copy.deepcopy(fused).num_features) == (3, 3) and "3, eps" in repr(fused)
+    with pytest.raises(TypeError, match="no ReLU"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(fused))
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(ua.nn.BatchNorm2d(3), ua.nn.ReLU()))
+    assert isinstance(plain[0], nn.SyncBatchNorm) and isinstance(plain[1], nn.ReLU)

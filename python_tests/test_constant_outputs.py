@@ -75,7 +75,7 @@ class ToTheFirstRows(topology.Method):
 
 def test_it_is_said_once_when_updates_did_it(caplog):
     model = ua.sparsify(nn.Linear(16, 16), 0.75)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-30)
     dst = ua.DynamicSparsity(model, optimizer, method=ToTheFirstRows(), total_steps=100, delta_t=1)
     with caplog.at_level(logging.WARNING, logger="uasparse_kernels"):
         for _ in range(3):

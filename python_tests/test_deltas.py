@@ -77,7 +77,7 @@ def test_states_and_copies():
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_rigl_moves_to_the_largest_gradients_of_the_sum(kind):
     delta, original, x = make(kind)
-    optimizer = torch.optim.SGD([delta.delta.weight], 0.0, momentum=0.9)
+    optimizer = torch.optim.SGD([delta.delta.weight], 1e-30, momentum=0.9)
     topology = ua.DynamicSparsity(delta, optimizer, total_steps=9, delta_t=1, drop_fraction=0.5)
     with torch.no_grad():
         delta.delta.weight.normal_()

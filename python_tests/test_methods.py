@@ -202,7 +202,7 @@ def test_dropped_weights_stay_out_where_they_are_no_candidates(name, sparsity):
 def test_mest_drops_by_weight_and_gradient():
     layer = ua.SparseLinear(30, 20, sparsity=0.7, dtype=torch.float64)
     method = topology.MEST(drop=topology.magnitude_and_gradient(3.0), reset_regrown=True)  # zeros tell what was grown
-    dst = ua.DynamicSparsity(layer, torch.optim.SGD(layer.parameters(), 0.0), method=method, total_steps=9, delta_t=1)
+    dst = ua.DynamicSparsity(layer, torch.optim.SGD(layer.parameters(), 1e-30), method=method, total_steps=9, delta_t=1)
     with pytest.raises(RuntimeError, match="before zero_grad"):
         dst.step()
     dst.steps = 0

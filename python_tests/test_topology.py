@@ -191,7 +191,7 @@ def test_gradient_accumulation_and_reuse_add_up(storage):
 
     layer = ua.SparseLinear(12, 12, sparsity=0.7, storage=storage, dtype=torch.float64)
     dense = layer.to_dense()
-    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-30)
     topology = ua.DynamicSparsity(layer, optimizer, total_steps=4, delta_t=1)
     x = torch.randn(5, 12, dtype=torch.float64)
     layer(layer(x).relu_()).square().sum().backward()

@@ -31,6 +31,23 @@ def test_a_frozen_layer_stays_bit_for_bit(method, storage):
     assert not torch.equal(patterns(model)[0], others[0])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_at_a_rate_of_zero_is_frozen(method):
+    """Gradual unfreezing by rates."""
+    model = network(0.3)
+    optimizer = torch.optim.AdamW([{"params": list(layer.parameters())} for layer in model], 0.1)
+    before, others = model[2].dense_weight(), patterns(model)
+    topology, _ = dynamic(model, optimizer, method=method, total_steps=20)
+    for rate in (0.0, torch.tensor(0.0), 0.1):
+        optimizer.param_groups[2]["lr"] = rate
+        assert torch.equal(model[2].dense_weight(), before)
+        loss_of(model, *data()).backward()
+        optimizer.step()
+        assert topology.step()
+        optimizer.zero_grad()
+    assert not same(patterns(model)[:1], others[:1]) and not same(patterns(model)[1:2], others[1:2])
+
+
 def test_frozen_weights_do_not_count_in_a_threshold_over_all_layers():
     """GraNet takes as much from the other layers as if the frozen one were not there."""
     counts = []

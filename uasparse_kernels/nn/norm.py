@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -47,7 +49,23 @@ class BatchNormReLU2d(BatchNorm2d):
 
     ``forward(input)`` stands for ``BatchNorm2d`` and ``ReLU``; ``forward(input, residual)`` has the addition of a
     residual block between them.
+
+    Raises:
+        TypeError: in ``nn.SyncBatchNorm.convert_sync_batchnorm``, which would take it for a batch norm alone.
     """
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        if sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":
+            raise TypeError(
+                "A BatchNormReLU2d cannot become a SyncBatchNorm, which has no ReLU: use BatchNorm2d and ReLU as two "
+                "layers, then convert them."
+            )
+        return self.__dict__["num_features"]
+
+    @num_features.setter
+    def num_features(self, value: int) -> None:
+        self.__dict__["num_features"] = value
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.batch_norm_relu(input, *self._arguments(input), residual)

@@ -53,12 +53,12 @@ class DynamicSparsity:
     Called after ``optimizer.step()``, the update comes on top of the optimiser step. The authors of RigL and MOON let
     it replace the optimiser step: ``if not topology.step(): optimizer.step()``.
 
-    **What an update changes.** Layers whose weight does not require gradients stay as they are, bit for bit, and do not
-    count where scores are compared over all layers (``scope="global"``, GraNet). The same holds, with a method that
-    uses gradients, for layers without a gradient at this step, or whose gradient a hook of the weight sets to zero; SET
-    and GMP need none. What cannot be done correctly (a weight that the optimiser does not hold, state that cannot move,
-    copies of weights that an optimiser keeps outside of its state, a sharded or parametrised weight, sparse layers that
-    came or went since) is an error before anything changes.
+    **What an update changes.** Layers whose weight does not require gradients, or that the optimiser holds at a rate of
+    0, stay as they are, bit for bit, and do not count where scores are compared over all layers (``scope="global"``,
+    GraNet). The same holds, with a method that uses gradients, for layers without a gradient at this step, or whose
+    gradient a hook of the weight sets to zero; SET and GMP need none. What cannot be done correctly (a weight that the
+    optimiser does not hold, state that cannot move, copies of weights that an optimiser keeps outside of its state, a
+    sharded or parametrised weight, sparse layers that came or went since) is an error before anything changes.
 
     **Growth by gradient** uses exactly the backward passes that the weights' ``.grad`` came from. Micro-batches add up;
     passes that left nothing in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. Before an
@@ -305,19 +305,22 @@ class DynamicSparsity:
         method = self.method
         assert method is not None
         refused, states = None, {}
+        rests = self._states.at_rest()
+        weights = {name: layer.weight for name, layer in self.layers.items()}
+        training = {name for name, weight in weights.items() if weight.requires_grad and id(weight) not in rests}
         try:
             self._check_same_layers()
             self._check_owned()
-            states = {n: self._states.of(n, layer.weight) for n, layer in self.layers.items() if _trains(layer)}
+            states = {name: self._states.of(name, weight) for name, weight in weights.items() if name in training}
         except ValueError as error:
             refused = error
         device = next(iter(self.layers.values())).pattern.device
-        norms = self._gradient_norms()
+        norms = self._gradient_norms(training)
         facts = [int(refused is not None), int(not all(map(math.isfinite, norms.values())))]
         for name, layer in self.layers.items():
             seen = self._gradient_seen(name, norms)
-            no_grad = not _trains(layer) or layer.weight.grad is None
-            facts += [not _trains(layer), seen, no_grad, refused is None and self._is_misread(name, norms, seen)]
+            no_grad = name not in training or layer.weight.grad is None
+            facts += [name not in training, seen, no_grad, refused is None and self._is_misread(name, norms, seen)]
         one_failed, not_finite, *by_layer = largest([int(fact) for fact in facts], device, self.group)
         if one_failed:
             raise refused or ValueError("Another process cannot update its topology; its error says why.")
@@ -353,12 +356,12 @@ class DynamicSparsity:
                 ready.append(name)
         return ready, states
 
-    def _gradient_norms(self) -> dict[str, float]:
-        """Largest magnitude of the gradient of every weight that has one; one wait for a GPU."""
+    def _gradient_norms(self, training: set[str]) -> dict[str, float]:
+        """Largest magnitude of the gradient of every weight in training that has one; one wait for a GPU."""
         grads = {
             name: local(layer.weight.grad)
             for name, layer in self.layers.items()
-            if _trains(layer) and layer.weight.grad is not None and layer.weight.numel()
+            if name in training and layer.weight.grad is not None and layer.weight.numel()
         }
         if not grads:
             return {}
@@ -485,10 +488,6 @@ class _ShardedUpdate(LayerUpdate):
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         return gathered(value) if name in ("weight", "gradient") and value is not None else value
-
-
-def _trains(layer: SparseLayer) -> bool:
-    return layer.weight.requires_grad
 
 
 def _unowned(layer: SparseLayer) -> str | None:

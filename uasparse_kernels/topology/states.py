@@ -71,6 +71,16 @@ class OptimizerStates:
                 "where there are several; requires_grad_(False) leaves a layer as it is."
             )
 
+    def at_rest(self) -> set[int]:
+        """Ids of the parameters that are held at a rate of 0 only."""
+        rates: dict[int, bool] = {}
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            rate = group.get("lr")
+            rests = isinstance(rate, int | float | Tensor) and float(rate) == 0
+            for p in group["params"]:
+                rates[id(p)] = rests and rates.get(id(p), True)
+        return {key for key, rests in rates.items() if rests}
+
     def check_can_move(self, layers: Mapping[str, SparseLayer]) -> None:
         """Raises ValueError for optimisers that are known not to go with weights that move."""
         for name, layer in layers.items():
