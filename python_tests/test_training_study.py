@@ -322,7 +322,7 @@ def test_compare_leaves_out_what_is_stored(tmp_path):
         compare(replace(suite, config=replace(BASE, batch_size=64)), tmp_path / "runs", console=quiet, stored=stored)
 
 
-@pytest.mark.parametrize("name", ["fashion", "colour", "cifar-cpu"])
+@pytest.mark.parametrize("name", ["fashion", "colour", "cifar-cpu", "at-99"])
 def test_the_published_pages_are_what_their_stored_runs_say(tmp_path, name):
     docs = Path(__file__).parents[1] / "docs" / "evidence"
     shutil.copy(docs / f"{name}.json", tmp_path)
