@@ -19,19 +19,30 @@ namespace {
 
 constexpr int64_t kGroupPositions = 16;  // positions a group of rows has at least, for long dot products
 
+// Of packed bfloat16 as many as leave the sums of all channels in L2: a group reads 64 bytes of a plane's 32 positions.
+int64_t bf16_group_positions(const ConvWeight& w) {
+  constexpr int64_t kSums = 4096;
+  return std::clamp<int64_t>(kSums / std::max(w.in * w.groups, w.out), kGroupPositions, 4 * kGroupPositions);
+}
+
 // How a product cuts a group of rows into register tiles.
 struct Tiling {
   int64_t rows, vectors;  // of a tile
   int64_t group;          // rows of a group
 
-  Tiling(int64_t height, int64_t width, int max_vectors, int max_rows) {
+  Tiling(int64_t height, int64_t width, int max_vectors, int max_rows, int64_t positions) {
     const int64_t strips = ceil_div(width, max_vectors);
     vectors = ceil_div(width, strips);
     rows = strips > 1 ? 1 : std::clamp<int64_t>(max_vectors / width, 1, std::min<int64_t>(max_rows, height));
     rows = ceil_div(height, ceil_div(height, rows));  // no small rest
-    group = std::min(height, ceil_div(std::max(rows, ceil_div(kGroupPositions, width)), rows) * rows);
+    group = std::min(height, ceil_div(std::max(rows, ceil_div(positions, width)), rows) * rows);
   }
 };
+
+template <typename P>
+int64_t group_positions(const ConvWeight& w) {
+  return std::is_same_v<P, BFloat16> ? bf16_group_positions(w) : kGroupPositions;
+}
 
 // The kernels of sums of type T over packed numbers of type P.
 template <typename T, typename P>
@@ -100,7 +111,7 @@ void forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& inpu
   const int64_t lanes = kernels.lanes;
   const Pass pass = g.forward(lanes);
   const Lanes held(g.batch, g.out_height, pass.y.reach, lanes);
-  Tiling tiling(held.rows, g.out_width, Lists::max_vectors(kernels), kernels.max_rows);
+  Tiling tiling(held.rows, g.out_width, Lists::max_vectors(kernels), kernels.max_rows, group_positions<P>(w));
   if (held.tiles(g.batch) * ceil_div(held.rows, tiling.group) < at::get_num_threads()) tiling.group = tiling.rows;
   check_offsets(pass, tiling.group);
   const int64_t block =
@@ -145,7 +156,7 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
   const int64_t rows = std::min(held.rows, pass.y.destination.length), width = pass.x.destination.length;
   const int64_t out_rows = std::min(held.rows, g.out_height);
   const int64_t length = std::max(rows + pass.y.reach, out_rows + pass.y.lead);
-  const Tiling tiling(rows, width, Lists::max_vectors(kernels), kernels.max_rows);
+  const Tiling tiling(rows, width, Lists::max_vectors(kernels), kernels.max_rows, group_positions<P>(w));
   check_offsets(pass, tiling.group);
   check_offsets(forward_pass, tiling.group);
   const double density = w.density();
