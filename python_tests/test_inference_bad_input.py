@@ -267,6 +267,14 @@ def test_random_numbers_and_infinities_are_no_batch_of_one_apart():
     close(ua.optimize_for_inference(wild, x)(x[:1]).nan_to_num(7), Of(lambda _, x: wild(x).nan_to_num(7)), x[:1])
 
 
+def test_a_batch_norm_without_variance_is_as_torch_has_it():
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=0.0), nn.ReLU()))
+    model[1].running_var[3], model[1].running_mean[3] = 0.0, 0.1
+    got, wanted = ua.optimize_for_inference(model, X)(X), model(X).detach()
+    assert not wanted.isfinite().all()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_control_flow_and_named_results(tmp_path):
     x = torch.randn(3, 8)
     branching = prune(Of(lambda layer, x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (layer(x),))))

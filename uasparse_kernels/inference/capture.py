@@ -24,7 +24,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...], dynamic_batch: bo
     first = next(t for t in pytree.tree_leaves(example_inputs) if isinstance(t, Tensor))
     batch = first.shape[0] if first.dim() else 0
     if dynamic_batch and not batch:
-        raise ValueError(f"dynamic_batch: expected a first input with a batch of at least 1, got {tuple(first.shape)}.")
+        raise ValueError("Expected a first input with a batch, got a number; pass dynamic_batch=False.")
     dim = torch.export.Dim("batch", min=1, max=1 << 20)
     dynamic = torch.export.ShapesCollection()  # by tensor, whatever the signature of the model's forward
 

@@ -66,11 +66,13 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
 
     Raises:
         ValueError: for a model in training mode or on another device, or that ``torch.export`` cannot capture.
-        TypeError: for parameters and inputs of other dtypes than float32, or float64.
+        TypeError: for what is no module, and for parameters and inputs of other dtypes than float32, or float64.
         RuntimeError: where the package was built without its compiled part.
     """
     if not _library.has_kernel_for("serve_run", "cpu"):
         raise RuntimeError("optimize_for_inference needs the compiled part of uasparse_kernels; build the package.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected an nn.Module, got a {type(model).__name__}.")
     if any(isinstance(module, OptimizedModel) for module in model.modules()):
         raise ValueError("Expected a model that is not optimised yet, got one with an optimised model in it.")
     training = [name or "the model" for name, module in model.named_modules() if module.training]
@@ -80,6 +82,9 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
     tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
     if not tensors:
         raise ValueError("Expected example inputs with at least one tensor.")
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            raise ValueError(f"Expected example inputs with sizes and a batch of at least 1, got {list(tensor.shape)}.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers(), *(("an input", t) for t in tensors)]:
         if tensor.device.type != "cpu":
             raise ValueError(f"Expected everything on the CPU, got {name} on {tensor.device}; call model.cpu().")
