@@ -33,6 +33,7 @@ SUITES = {
     "recipe": "bench_recipe",
     "serve": "bench_serve",
     "serve-memory": "bench_serve_memory",
+    "serve-threads": "bench_serve_threads",
     "init": "bench_init",
     "structures": "bench_structures",
     "distributed": "bench_distributed",

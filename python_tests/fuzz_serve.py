@@ -139,7 +139,7 @@ def make_serve(rng):
         net, x = draw_network(rng)
         if not net.nodes:
             continue
-        specs = [pytree.treespec_dumps(pytree.tree_structure(tree)) for tree in (((x,), {}), x)]
+        specs = [pytree.tree_structure(tree) for tree in (((x,), {}), x)]
         graph = Graph(["x"], net.nodes, [net.last], net.constants, [list(x.shape)], [x.dtype], *specs, {}, {})
         plan = OptimizedModel(graph)._plan([x])
         if len(plan.merged) == 1 and plan.merged[0].program is not None:  # nothing is left to torch

@@ -13,7 +13,7 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 import uasparse_kernels as ua
-from uasparse_kernels.inference.graph import one_cudnn_precision
+from uasparse_kernels.inference.capture import one_cudnn_precision
 
 STORAGES = ["packed", "dense"]
 REFUSED = "got some that came with another"

@@ -72,7 +72,7 @@ def alone(target, args, constants, x, after=()):
     out = pytree.tree_structure(x)
     graph = Graph(
         ["x"], nodes, [Ref(nodes[-1].name)], constants, [list(x.shape)], [x.dtype],
-        pytree.treespec_dumps(spec), pytree.treespec_dumps(out), {}, {},
+        spec, out, {}, {},
     )  # fmt: skip
     return OptimizedModel(graph)
 
@@ -165,6 +165,15 @@ def test_all_activations_over_their_range():
                       [(act, extra)])  # fmt: skip
         wanted = getattr(torch.ops.aten, act.split(".")[1]).default(x.double(), *extra)
         torch.testing.assert_close(model(x).double(), wanted, rtol=2e-6, atol=1e-6)
+    huge = torch.tensor([-float("inf"), -1e37, -1e20, -100.0, 100.0, 1e20, 1e37]).view(1, 1, 1, -1)
+    nan = torch.tensor([-1, -2, -3, -4, 0x7F800001, 0x7FC00001, 0x7FFFFFFF], dtype=torch.int32).view_as(huge)
+    nan = nan.view(torch.float32)
+    for act, extra in [*ACTIVATIONS, ("aten.gelu.default", ())]:
+        model = alone("aten.conv2d.default", [Ref("x"), Ref("w"), None], {"w": torch.ones(1, 1, 1, 1)}, huge,
+                      [(act, extra)])  # fmt: skip
+        wanted = getattr(torch.ops.aten, act.split(".")[1]).default(huge.double(), *extra).float()
+        torch.testing.assert_close(model(huge), wanted, rtol=2e-6, atol=1e-6, equal_nan=True)
+        assert model(nan).isnan().all()
     odd = torch.tensor([float("nan"), float("inf"), 1.0, 2.0]).view(1, 1, 2, 2)
     model = alone("aten.conv2d.default", [Ref("x"), Ref("w"), None], {"w": torch.ones(1, 1, 1, 1)}, odd,
                   [("aten.relu.default", ())])  # fmt: skip
@@ -350,6 +359,12 @@ def test_refusals():
             ua.optimize_for_inference(model, odd)
     with pytest.raises(ValueError, match="a batch of at least 1"):
         ua.optimize_for_inference(model, x[:0])
+    with pytest.raises(ValueError, match=r"a batch of at least 1, got \[0, 3, 8, 8\]"):
+        ua.optimize_for_inference(model, x[:0], dynamic_batch=False)
+    with pytest.raises(ValueError, match=r"with a batch, got a number; pass dynamic_batch=False"):
+        ua.optimize_for_inference(nn.Identity().eval(), torch.tensor(1.0))
+    with pytest.raises(TypeError, match=r"Expected an nn\.Module, got a function"):
+        ua.optimize_for_inference(lambda x: x, x)
     with pytest.raises(ValueError, match=r"Expected everything on the CPU, got 0\.weight on meta"):
         ua.optimize_for_inference(copy.deepcopy(model).to("meta"), x)
 

@@ -112,7 +112,7 @@ def test_derivatives_are_refused_and_results_may_be_trained_on(both):
         lambda: torch.vmap(optimized)(X[None]),
         lambda: dual(X),
     ):
-        with pytest.raises(ValueError, match="not to require gradients, of which an optimised model gives none"):
+        with pytest.raises(ValueError, match="not to require gradients, for an optimised model computes none"):
             call()
     with torch.no_grad():
         close(optimized(wanting), model, X)
@@ -182,7 +182,7 @@ def test_nested_inputs_and_results(tmp_path):
         for arguments in (({"x": x, "z": y},), (x, y), ({"x": x},), ([x, y],)):
             with pytest.raises(ValueError, match="Expected 2 inputs, by position and nested as in the example"):
                 again(*arguments)
-        with pytest.raises(ValueError, match=r"got \[2, 8\]; the batch is 1 or more, and one for all inputs"):
+        with pytest.raises(ValueError, match=r"got \[2, 8\]; the batch is 1 or more, the same for all inputs"):
             again({"x": x, "y": y[:2]})
 
 
@@ -201,10 +201,94 @@ def test_arguments_that_cannot_be_captured_and_batches_of_one():
         with pytest.raises(ValueError, match=r"Expected tensors as inputs, got .* leave it out, or wrap the model"):
             ua.optimize_for_inference(model, (x, more))
     close(ua.optimize_for_inference(model, (x, one))(x[:2], one), model, x[:2], one)
-    with pytest.raises(ValueError, match=r"of shape \[batch, 8\], got \[1, 8\]; the batch is .* one for all"):
+    with pytest.raises(ValueError, match=r"of shape \[batch, 8\], got \[1, 8\]; the batch is .* same for all"):
         ua.optimize_for_inference(model, (x[:1], one))(x, one)  # whose batch is one and whose is none is not to be told
     with pytest.raises(ValueError, match="does it begin with a layer of inplace=True"):
         ua.optimize_for_inference(nn.Sequential(nn.ReLU(inplace=True), model).eval(), x)
+
+
+class Of(nn.Module):
+    """A model whose forward is a function of its layer and any number of inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(8, 8), function
+
+    def forward(self, *inputs):
+        return self.function(self.layer, *inputs)
+
+
+def test_any_number_of_inputs_of_which_some_have_no_batch():
+    x, table = torch.randn(3, 8), torch.randn(2, 8)
+    model = prune(Of(lambda layer, x, y: layer(x) + y.sum(0)))
+    optimized = ua.optimize_for_inference(model, (x[:1], table))
+    for batch in (1, 3):
+        close(optimized(x[:batch], table), model, x[:batch], table)
+    model = prune(Of(lambda layer, x, y: layer(x) + y))
+    close(ua.optimize_for_inference(model, (x, x))(x[:2], x[1:]), model, x[:2], x[1:])
+
+
+def squeezed(layer, x):
+    return layer(x).squeeze()
+
+
+def apart(layer, x):
+    return layer(x) if x.shape[0] > 1 else 2 * layer(x)
+
+
+def no_batch_of_one(layer, x):
+    assert x.shape[0] > 1
+    return layer(x)
+
+
+@pytest.mark.parametrize("function", [squeezed, apart, no_batch_of_one])
+def test_a_model_that_treats_a_batch_of_one_apart(function, tmp_path):
+    model, x = prune(Of(function)), torch.randn(3, 8)
+    optimized = ua.optimize_for_inference(model, x)
+    optimized.save(tmp_path / "a")
+    for served in (optimized, ua.load_optimized(tmp_path / "a")):
+        close(served(x), model, x)
+        close(served(x[:2]), model, x[:2])
+        with pytest.raises(ValueError, match=r"got \[1, 8\]; the batch is 2 or more.* a batch of 1 apart"):
+            served(x[:1])
+    with pytest.raises(ValueError, match="a batch of at least 2"):
+        optimized.package(tmp_path / "a.pt2", batch=1)
+    with pytest.raises(ValueError, match=r"treats a batch of 1 apart.*dynamic_batch=False"):
+        ua.optimize_for_inference(model, x[:1])
+    if function is not no_batch_of_one:
+        close(ua.optimize_for_inference(model, x[:1], dynamic_batch=False)(x[:1]), model, x[:1])
+
+
+def test_random_numbers_and_infinities_are_no_batch_of_one_apart():
+    x = torch.randn(3, 8)
+    noisy = ua.optimize_for_inference(Of(lambda layer, x: layer(x) + torch.rand_like(x)).eval(), x)
+    assert noisy(x[:1]).shape == (1, 8)
+    wild = Of(lambda layer, x: torch.stack([layer(x).log(), x / 0, x * 1e38 * 1e38])).eval()
+    close(ua.optimize_for_inference(wild, x)(x[:1]).nan_to_num(7), Of(lambda _, x: wild(x).nan_to_num(7)), x[:1])
+
+
+def test_a_batch_norm_without_variance_is_as_torch_has_it():
+    model = prune(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, eps=0.0), nn.ReLU()))
+    model[1].running_var[3], model[1].running_mean[3] = 0.0, 0.1
+    got, wanted = ua.optimize_for_inference(model, X)(X), model(X).detach()
+    assert not wanted.isfinite().all()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def test_control_flow_and_named_results(tmp_path):
+    x = torch.randn(3, 8)
+    branching = prune(Of(lambda layer, x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (layer(x),))))
+    optimized = ua.optimize_for_inference(branching, x)
+    for sign in (x.abs(), -x.abs(), -x[:1].abs()):
+        close(optimized(sign), branching, sign)
+    with pytest.raises(TypeError, match=r"holds torch's control flow \(as torch\.cond\), which a file cannot"):
+        optimized.save(tmp_path / "a")
+    named = prune(Of(lambda layer, x: layer(x).topk(2)))
+    optimized = ua.optimize_for_inference(named, x)
+    torch.testing.assert_close(copy.deepcopy(optimized)(x[:2]).values, named(x[:2]).values.detach())
+    with pytest.raises(TypeError, match=r"a structure that a file cannot hold; use tuples"):
+        optimized.save(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
 
 
 def test_threads_that_all_come_at_once_with_every_batch():

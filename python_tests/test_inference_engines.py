@@ -17,7 +17,7 @@ from torch import nn
 import uasparse_kernels as ua
 from uasparse_kernels import _library
 from uasparse_kernels.inference import run
-from uasparse_kernels.inference.graph import one_cudnn_precision
+from uasparse_kernels.inference.capture import one_cudnn_precision
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
 ROOT = pages.ROOT

@@ -26,10 +26,12 @@ UASPARSE_INLINE Vec<T> clamp_to(Vec<T> x, Vec<T> low, Vec<T> high) {
   return x > high ? high : x;
 }
 
-// exp for float: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7.
-UASPARSE_INLINE Vec<float> exponential(Vec<float> x) {
+// exp for float: 2^n times a polynomial of degree 6 on [-ln 2 / 2, ln 2 / 2]; relative error below 2e-7. Infinite above
+// 88.7, so that sigmoids end at zero, and NaN where x is.
+UASPARSE_INLINE Vec<float> exponential(Vec<float> given) {
   typedef Bits<float> Ints;
-  x = clamp_to<float>(x, broadcast<float>(-87.3f), broadcast<float>(88.7f));
+  const Vec<float> most = broadcast<float>(88.7f);
+  const Vec<float> x = clamp_to<float>(given, broadcast<float>(-87.3f), most);
   const Vec<float> magic = broadcast<float>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> rounded = x * 1.44269504f + magic;
   const Vec<float> n = rounded - magic;
@@ -41,7 +43,8 @@ UASPARSE_INLINE Vec<float> exponential(Vec<float> x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Ints exponent = (reinterpret_cast<Ints>(rounded) - reinterpret_cast<Ints>(magic)) << 23;
-  return reinterpret_cast<Vec<float>>(reinterpret_cast<Ints>(p) + exponent);
+  const Vec<float> y = reinterpret_cast<Vec<float>>(reinterpret_cast<Ints>(p) + exponent);
+  return given <= most ? y : given + __builtin_inff();
 }
 
 UASPARSE_INLINE Vec<double> exponential(Vec<double> x) {

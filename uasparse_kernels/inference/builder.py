@@ -30,7 +30,7 @@ ISAS = ("portable", "avx2", "avx512")
 
 @dataclasses.dataclass
 class Entry:
-    """What ``explain`` says of a layer, and the interpreter's steps that are its."""
+    """What ``explain`` says of a step."""
 
     layer: str
     kernel: str
@@ -56,7 +56,7 @@ class Call:
 
 @dataclasses.dataclass
 class _Program:
-    """A step of the interpreter before places are known."""
+    """A step of the interpreter, before the maps have their places in the arena."""
 
     entry: Entry
     emit: Callable[[Callable[[str], int], Callable[[str], int]], list[int]]
@@ -176,7 +176,7 @@ class Builder:
         self.tensors.add(name)
 
     def strided(self, name: str, view: View) -> None:
-        """Makes a view a tensor: the whole map as one, of which torch takes the view."""
+        """Makes a view a tensor: the whole map becomes one, and torch takes the view of it."""
         map = view.map
         base = f"map {self.all_maps.index(map)}"
         if base not in self.maps:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from uasparse_kernels._attention import as_dense_names, as_own_names
 from uasparse_kernels.inference.compact import Compact, Constant, compact, dense
@@ -237,6 +238,14 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
     fields = {f.name: getattr(graph, f.name) for f in dataclasses.fields(graph) if f.name != "constants"}
     fields["nodes"] = [[n.name, n.target, _encode(n.args), _encode(n.kwargs)] for n in graph.nodes]
     fields["outputs"], fields["input_dtypes"] = _encode(graph.outputs), _encode(graph.input_dtypes)
+    for name in ("in_spec", "out_spec"):
+        try:
+            fields[name] = pytree.treespec_dumps(fields[name])
+        except NotImplementedError as error:
+            raise TypeError(
+                "The model takes or returns a structure that a file cannot hold; use tuples, lists and dictionaries. "
+                f"{error}"
+            ) from error
     return fields
 
 
@@ -245,10 +254,14 @@ def graph_from_json(fields: dict[str, Any], constants: dict[str, Constant]) -> G
     fields = dict(fields)
     fields["nodes"] = [Node(n, t, _decode(a), _decode(k)) for n, t, a, k in fields["nodes"]]
     fields["outputs"], fields["input_dtypes"] = _decode(fields["outputs"]), _decode(fields["input_dtypes"])
+    for name in ("in_spec", "out_spec"):
+        fields[name] = pytree.treespec_loads(fields[name])
     graph = Graph(constants=constants, **fields)
     known = {*graph.inputs, *graph.constants}
     for node in graph.nodes:
         resolve(node.target)
+        if node.target.startswith("control."):
+            raise ValueError(f"{node.name} runs a graph that a file cannot hold")
         if unknown := set(node.refs()) - known:
             raise ValueError(f"{node.name} reads {sorted(unknown)}, which nothing makes")
         known.add(node.name)
@@ -269,7 +282,8 @@ def _encode(value: Any) -> Any:
         return {"device": str(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"The captured graph holds a {type(value).__name__}, which a file cannot.")
+    what = "torch's control flow (as torch.cond)" if isinstance(value, nn.Module) else f"a {type(value).__name__}"
+    raise TypeError(f"The captured graph holds {what}, which a file cannot.")
 
 
 def _decode(value: Any) -> Any:

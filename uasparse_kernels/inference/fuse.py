@@ -156,6 +156,8 @@ def fuse(graph: Graph) -> list[Step]:
             return None
         scale = (variance.double() + float(node.args[6])).rsqrt()
         scale = scale if weight is None else scale * weight.double()
+        if not scale.isfinite().all():  # folded into a zero weight it would be NaN
+            return None
         shift = -mean.double() * scale
         return rest[0].name, scale, shift if bias is None else shift + bias.double()
 

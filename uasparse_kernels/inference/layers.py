@@ -16,7 +16,7 @@ from uasparse_kernels.inference.maps import Map, up
 from uasparse_kernels.inference.pack import GROUP, WINDOW, pack_conv, pack_lookup, pack_rows
 from uasparse_kernels.inference.views import CHANNEL, View, plain
 
-FEW_ROWS = 8  # the kernel for a few rows of a linear layer serves so many
+FEW_ROWS = 8  # linear layers of up to so many rows have a kernel of their own
 # Densities below which the kernels beat torch's dense ones (benchmarks/bench_serve.py).
 LINEAR_CROSSOVER = 0.35
 MANY_ROWS = 32
@@ -36,7 +36,7 @@ def add_layer(b: Builder, layer: Layer) -> None:
     if not fits:
         return _dense(b, layer, entry, "its sizes or dtype")
     few = rows <= FEW_ROWS
-    # With rows enough the kernel for channels in fours serves dense weights too.
+    # With enough rows the kernel that takes channels in fours beats torch's on dense weights too.
     least = MANY_ROWS if b.lanes * b.dtype.itemsize > 16 else rows + 1
     if (density > LINEAR_CROSSOVER and rows < least) or (few and weight.shape[1] > 1 << 16):
         return _dense(b, layer, entry, f"density {density:.2f} above {LINEAR_CROSSOVER}, {rows} rows")
@@ -47,7 +47,7 @@ def add_layer(b: Builder, layer: Layer) -> None:
 
 
 def _dense(b: Builder, layer: Layer, entry: Entry, reason: str) -> None:
-    """Torch's own kernel, with what was folded."""
+    """Torch's own kernel, with what was folded into the weight."""
     entry.kernel, entry.reason = "torch", "dense: " + reason
     conv, weight = layer.conv, layer.kept_weight
 

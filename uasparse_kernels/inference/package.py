@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from uasparse_kernels._library import compiled, register_fake
 from uasparse_kernels.inference.builder import FORMAT, ISAS, MADE_FOR
-from uasparse_kernels.inference.graph import one_cudnn_precision
+from uasparse_kernels.inference.capture import one_cudnn_precision
 
 if TYPE_CHECKING:
     from uasparse_kernels.inference.run import OptimizedModel
@@ -38,7 +38,7 @@ class _Planned(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         (model,) = self._model
-        model._arenas.clear()  # one of another trace is no tensor
+        model._arenas.clear()  # one kept from another trace is no real tensor
         return model._run_parts(pytree.tree_leaves(args))
 
 
@@ -46,9 +46,9 @@ def package(model: OptimizedModel, path: str | os.PathLike[str], batch: int) -> 
     """See ``OptimizedModel.package``; ``model`` is one that nobody else calls."""
     if Path(path).suffix != ".pt2":
         raise ValueError(f"Expected a path that ends in .pt2, got {os.fspath(path)!r}.")
-    if batch < 1:
-        raise ValueError(f"Expected a batch of at least 1, got {batch}.")
     graph = model._graph
+    if batch < graph.least_batch:
+        raise ValueError(f"Expected a batch of at least {graph.least_batch}, got {batch}.")
     sizes = [[batch if size is None else size for size in shape] for shape in graph.input_shapes]
     inputs = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, graph.input_dtypes, strict=True)]
     isa = compiled.cpu_isa() if compiled is not None else "portable"
@@ -57,7 +57,7 @@ def package(model: OptimizedModel, path: str | os.PathLike[str], batch: int) -> 
         model._run_parts(inputs)  # makes the plans
         for call in (call for plan in model._plans.values() for call in plan.merged):
             call.program = None if call.program is None else torch.cat([made_for, call.program])
-        program = torch.export.export(_Planned(model), pytree.tree_unflatten(inputs, model._in_spec)[0], strict=False)
+        program = torch.export.export(_Planned(model), pytree.tree_unflatten(inputs, graph.in_spec)[0], strict=False)
         try:
             # Machine code for those machines that the plan is for, whichever of them this one is.
             settings: dict[str, Any] = {"aot_inductor.metadata": {"uasparse_isa": isa}}

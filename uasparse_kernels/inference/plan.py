@@ -81,7 +81,7 @@ def _value(size: ast.AST, sizes: dict[str, int]) -> int:
 
 
 def shapes_by_run(graph: Graph, inputs: list[Tensor]) -> dict[str, Any]:
-    """The same from a run of the graph on no device."""
+    """The same by running the graph on the meta device, which computes shapes alone."""
     known = {**graph.constants, **dict(zip(graph.inputs, inputs, strict=True))}
     env: dict[str, Any] = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in known.items()}
     for node in graph.nodes:

@@ -13,7 +13,7 @@ from uasparse_kernels.inference.views import View, parts_of, plain, view_of
 
 
 def add_node(b: Builder, node: Node) -> bool:
-    """Serves a node whose input lies in planes; False where it cannot."""
+    """Adds the steps of a node whose input lies in planes; False where there are none, and torch is to run it."""
     first = node.args[0] if node.args else None
     if node.target == "aten.cat.default":
         return _concatenate(b, node)
@@ -88,7 +88,7 @@ def add_node(b: Builder, node: Node) -> bool:
 
 
 def add_affine(b: Builder, step: Affine) -> None:
-    entry = Entry(step.label, "scale and shift", "no layer before it takes it in", None, (step.act.kind,))
+    entry = Entry(step.label, "scale and shift", "not folded: no layer right before it", None, (step.act.kind,))
     if step.input not in b.maps or b.maps[step.input].kind != "image":
         shape = [1, -1, *[1] * (len(b.shapes[step.input]) - 2)]
         dtype = b.dtype

@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from uasparse_kernels import _library
 from uasparse_kernels.inference import files
 from uasparse_kernels.inference.builder import LOAD, LOOKUP, ROWS, STORE, Call, Plan
+from uasparse_kernels.inference.capture import capture
 from uasparse_kernels.inference.compact import compact, dense
 from uasparse_kernels.inference.fuse import by_sample, fuse
-from uasparse_kernels.inference.graph import Graph, Ref, capture, fill, fill_all
+from uasparse_kernels.inference.graph import Graph, Ref, fill, fill_all
 from uasparse_kernels.inference.normal import normalise
 from uasparse_kernels.inference.package import package
 from uasparse_kernels.inference.plan import make_plan, shapes_of
@@ -55,20 +56,23 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
         model: in eval mode, on the CPU, float32 (or float64).
         example_inputs: a tensor, or a tuple of positional arguments, as ``torch.export`` takes them.
         dynamic_batch: the first dimension of every input that has the first input's batch may vary in calls. Where an
-            input's first dimension is 1 whatever the batch, give an example with a batch of 2 or more.
+            input's first dimension is 1 whatever the batch, give an example with a batch of 2 or more. Where the
+            model's own code treats a batch of 1 apart (as ``x.squeeze()`` does), such a batch is refused.
 
     Returns:
         A module that is called as the model is, with positional arguments. It computes in the dtype that it was
-        captured in, whatever autocast says. Its calls give no gradients, and refuse inputs that want some; they may
-        come from several threads at once.
+        captured in, whatever autocast says. It computes no gradients, and refuses inputs that require them. Several
+        threads may call it at once.
 
     Raises:
         ValueError: for a model in training mode or on another device, or that ``torch.export`` cannot capture.
-        TypeError: for parameters and inputs of other dtypes than float32, or float64.
+        TypeError: for what is no module, and for parameters and inputs of other dtypes than float32, or float64.
         RuntimeError: where the package was built without its compiled part.
     """
     if not _library.has_kernel_for("serve_run", "cpu"):
         raise RuntimeError("optimize_for_inference needs the compiled part of uasparse_kernels; build the package.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected an nn.Module, got a {type(model).__name__}.")
     if any(isinstance(module, OptimizedModel) for module in model.modules()):
         raise ValueError("Expected a model that is not optimised yet, got one with an optimised model in it.")
     training = [name or "the model" for name, module in model.named_modules() if module.training]
@@ -78,6 +82,9 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
     tensors = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor)]
     if not tensors:
         raise ValueError("Expected example inputs with at least one tensor.")
+    for tensor in tensors:
+        if 0 in tensor.shape:
+            raise ValueError(f"Expected example inputs with sizes and a batch of at least 1, got {list(tensor.shape)}.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers(), *(("an input", t) for t in tensors)]:
         if tensor.device.type != "cpu":
             raise ValueError(f"Expected everything on the CPU, got {name} on {tensor.device}; call model.cpu().")
@@ -101,11 +108,9 @@ class OptimizedModel(nn.Module):
         self._steps = fuse(graph)
         used = {name for step in self._steps for name in step.refs()} | set(graph.results())
         self._constants = {name: dense(graph.constants[name]) for name in used if name in graph.constants}
-        self._in_spec = pytree.treespec_loads(graph.in_spec)
-        self._out_spec = pytree.treespec_loads(graph.out_spec)
         dtypes = {t.dtype for t in graph.constants.values()}
         self._dtype = torch.float64 if torch.float64 in dtypes and torch.float32 not in dtypes else torch.float32
-        self._by_sample = by_sample(graph, self._steps)
+        self._by_sample = graph.least_batch == 1 and by_sample(graph, self._steps)
         self._plans: OrderedDict[Any, Plan] = OrderedDict()
         self._arenas: list[Tensor] = []
         self._lock = threading.Lock()
@@ -142,7 +147,7 @@ class OptimizedModel(nn.Module):
             some = [t[start : start + part] for t in inputs]
             results.append(pytree.tree_leaves(self._run(self._plan(some), some, None)))
         whole = [torch.cat(tensors) for tensors in zip(*results, strict=True)]
-        return pytree.tree_unflatten(whole, self._out_spec)
+        return pytree.tree_unflatten(whole, self._graph.out_spec)
 
     def _part(self, inputs: list[Tensor]) -> int | None:
         """Samples that run together where a batch can be parted: so many that their maps stay in a near cache."""
@@ -155,7 +160,7 @@ class OptimizedModel(nn.Module):
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         graph = self._graph
         try:
-            inputs = self._in_spec.flatten_up_to((args, kwargs))
+            inputs = self._graph.in_spec.flatten_up_to((args, kwargs))
         except ValueError as error:
             raise ValueError(
                 f"Expected {len(graph.inputs)} inputs, by position and nested as in the example that the model was "
@@ -168,20 +173,24 @@ class OptimizedModel(nn.Module):
                 raise ValueError(f"Expected {name} to be a dense tensor on the CPU, got {got}.")
             if _wants_derivatives(value):
                 raise ValueError(
-                    f"Expected {name} not to require gradients, of which an optimised model gives none: call it under "
-                    f"torch.no_grad(), or with {name}.detach(); derivatives are the original model's."
+                    f"Expected {name} not to require gradients, for an optimised model computes none: call it under "
+                    f"torch.no_grad() or with {name}.detach(); for derivatives call the original model."
                 )
             if value.dtype != dtype:
                 raise TypeError(f"Expected {name} of dtype {dtype}, got {value.dtype}; convert it with .to({dtype}).")
             same = len(shape) == value.dim() and all(s in (None, v) for s, v in zip(shape, value.shape, strict=True))
-            if not same or 0 in value.shape or (shape[:1] == [None] and batch not in (None, value.shape[0])):
+            varies = shape[:1] == [None]
+            wrong = varies and (batch not in (None, value.shape[0]) or value.shape[0] < graph.least_batch)
+            if not same or 0 in value.shape or wrong:
                 wanted = ", ".join("batch" if s is None else str(s) for s in shape)
-                one = "the batch is 1 or more, and one for all inputs; " if None in shape else ""
+                one = f"the batch is {graph.least_batch} or more, the same for all inputs; " if None in shape else ""
+                if varies and same and 0 < value.shape[0] < graph.least_batch:
+                    one += "the model's own code treats a batch of 1 apart; "
                 raise ValueError(
                     f"Expected {name} of shape [{wanted}], got {list(value.shape)}; {one}other sizes need a model "
                     "optimised with such an example."
                 )
-            if shape[:1] == [None]:
+            if varies:
                 batch = value.shape[0]
         return inputs
 
@@ -255,7 +264,7 @@ class OptimizedModel(nn.Module):
         with self._lock:
             self._arenas.append(arena)
         leaves = [env[leaf.name] if isinstance(leaf, Ref) else leaf for leaf in self._graph.outputs]
-        return pytree.tree_unflatten(leaves, self._out_spec)
+        return pytree.tree_unflatten(leaves, self._graph.out_spec)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model to a safetensors file: its graph and its weights, sparse ones by their nonzeros.
@@ -268,13 +277,13 @@ class OptimizedModel(nn.Module):
     def package(self, path: str | os.PathLike[str], batch: int = 1) -> None:
         """Compiles the model by AOTInductor to a ``.pt2`` package, which C++ programs run without Python.
 
-        It takes inputs of the captured sizes and this batch, contiguous ones, and gives the outputs as a flat list. It
-        needs this package's compiled part (``_C_torch*.abi3.so``) to be loaded, and serves machines that have this
-        one's instruction sets. Source of the format: torch.export and AOTInductor (examples/serve_cpp is a program
-        for it).
+        Its inputs have the captured sizes and this batch, and are contiguous; its outputs are a flat list. A program
+        loads this package's compiled part (``_C_torch*.abi3.so``) before it, as examples/serve_cpp does, on a machine
+        that has this one's instruction sets.
 
         Raises:
-            ValueError: for a path that does not end in ``.pt2``, or a batch below 1.
+            ValueError: for a path that does not end in ``.pt2``, or a batch below 1 (or below 2 where the model's own
+                code treats a batch of 1 apart).
             RuntimeError: where there is no C++ compiler.
         """
         package(OptimizedModel(self._graph), path, batch)

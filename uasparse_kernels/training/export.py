@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from uasparse_kernels.inference.graph import one_cudnn_precision
+from uasparse_kernels.inference.capture import one_cudnn_precision
 from uasparse_kernels.training.checkpoint import write_json
 from uasparse_kernels.training.errors import CheckpointError, TrainingError
 from uasparse_kernels.training.evaluate import load_run
