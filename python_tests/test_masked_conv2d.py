@@ -161,7 +161,7 @@ def test_one_tap(seed, dtype):
 
 @needs_kernel
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 17])
-@pytest.mark.parametrize("height,width", [(7, 7), (14, 9), (29, 5), (3, 40)])
+@pytest.mark.parametrize("height,width", [(7, 7), (14, 9), (29, 5), (3, 40), (31, 23)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_images(batch, height, width, dtype):
     """Fewer images than lanes are cut into strips of rows: kernels, strides, paddings whose rows end otherwise."""
@@ -278,11 +278,14 @@ def test_opcheck(packed, format):
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("batch,size,stride", [(70, 3, 1), (70, 1, 1), (3, 1, 1), (3, 3, 2), (3, 1, 2)])
-def test_threads_do_not_change_results(dtype, batch, size, stride):
+@pytest.mark.parametrize(
+    "batch,map_size,size,stride",
+    [(70, 12, 3, 1), (70, 12, 1, 1), (3, 12, 1, 1), (3, 12, 3, 2), (3, 12, 1, 2), (2, 40, 3, 1), (9, 31, 3, 2), (9, 7, 1, 1)],
+)
+def test_threads_do_not_change_results(dtype, batch, map_size, size, stride):
     threads = torch.get_num_threads()
     pattern = SparsityPattern.random((24, 10, size, size), 0.2)
-    x, weight = torch.randn(batch, 10, 12, 12).to(dtype), torch.randn(pattern.packed_shape).to(dtype)
+    x, weight = torch.randn(batch, 10, map_size, map_size).to(dtype), torch.randn(pattern.packed_shape).to(dtype)
     bias = torch.randn(24).to(dtype)
     try:
         torch.set_num_threads(1)

@@ -25,6 +25,17 @@ int64_t bf16_group_positions(const ConvWeight& w) {
   return std::clamp<int64_t>(kSums / std::max(w.in * w.groups, w.out), kGroupPositions, 4 * kGroupPositions);
 }
 
+// Bands of the rows of a tile, whose dot products are summed apart: so that threads need not all pack the whole tile. They
+// must not depend on the threads, as other bands make other sums; none where these are many beside what is packed.
+int64_t bands_of(const ConvWeight& w, int64_t tiles, int64_t positions, int64_t lanes) {
+  constexpr int64_t kBands = 4, kPositions = 28, kPacked = 16;
+  const int64_t packed = (w.in * w.groups + w.out) * positions * lanes;
+  int64_t bands = 1;
+  while (tiles * bands < kBands && positions >= 2 * bands * kPositions && packed >= bands * kPacked * w.nonzeros())
+    bands *= 2;
+  return bands;
+}
+
 // How a product cuts a group of rows into register tiles.
 struct Tiling {
   int64_t rows, vectors;  // of a tile
@@ -155,7 +166,8 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
   const Lanes held(g.batch, std::max(pass.y.destination.length, g.out_height), pass.y.reach, lanes);
   const int64_t rows = std::min(held.rows, pass.y.destination.length), width = pass.x.destination.length;
   const int64_t out_rows = std::min(held.rows, g.out_height);
-  const int64_t length = std::max(rows + pass.y.reach, out_rows + pass.y.lead);
+  // Row y of grad_input reads packed rows from y on, row y of grad_output is packed row y + lead.
+  const int64_t ahead = std::max(pass.y.reach, pass.y.lead), height = std::max(rows, out_rows);
   const Tiling tiling(rows, width, Lists::max_vectors(kernels), kernels.max_rows, group_positions<P>(w));
   check_offsets(pass, tiling.group);
   check_offsets(forward_pass, tiling.group);
@@ -183,29 +195,35 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
   const Places places(w_weight, forward_pass.conv_taps(lanes), weight_block);
 
   const int64_t tiles = held.tiles(g.batch);
-  PartialSums<T> sums(tiles, w_weight.nonzeros(), g.out);
+  const int64_t bands = wants_weight ? bands_of(w, tiles, height * width, lanes) : 1, pieces = tiles * bands;
+  PartialSums<T> sums(pieces, w_weight.nonzeros(), g.out);
   const int64_t chunks = sums.chunks, parts = sums.parts(g);
   at::parallel_for(0, chunks * parts, 1, [&](int64_t first, int64_t last) {
     Window<Kernels, P, S> grads(kernels, pass.y, pass.x, pass.source, held, images_of<const S>(grad_output),
-                       tiling.group + pass.y.reach, length);
+                                tiling.group + ahead, height + ahead);
     Window<Kernels, P, S> inputs(kernels, forward_pass.y, forward_pass.x, forward_pass.source, held,
-                        images_of<const S>(input), tiling.group + forward_pass.y.reach,
-                        out_rows + forward_pass.y.reach);
+                                 images_of<const S>(input), tiling.group + forward_pass.y.reach,
+                                 out_rows + forward_pass.y.reach);
     RowMover<Kernels, T, S> mover(kernels, pass.y.destination, pass.x.destination, pass.destination, held,
                          wants_input ? images_of<S>(gradients.input) : Images<S>{});
     const Workspace result(wants_input ? sizeof(T) * tiling.group * pass.destination.row : 0);
+    int64_t next = -1;  // the piece below the one before
     for (int64_t task = first; task < last; ++task) {
       const int64_t chunk = task / parts, part = task % parts;
       const int64_t phases = pass.destination_phases();
       const auto [in_begin, in_end] = share(g.in, Lists::kTogether, part, parts);
       const auto [out_begin, out_end] = share(g.out, quads ? 4 : 1, part, parts);
-      for (int64_t tile = tiles * chunk / chunks; tile < tiles * (chunk + 1) / chunks; ++tile) {
-        const int64_t image = tile * held.images;
-        grads.restart(image, 0);
-        if (wants_weight) inputs.restart(image, 0);
-        for (int64_t y = 0; y < length; y += tiling.group) {
-          const int64_t stop = std::min(length, y + tiling.group);
-          const P* packed = grads.rows(y, std::min(length, stop + pass.y.reach));
+      for (int64_t at = pieces * chunk / chunks; at < pieces * (chunk + 1) / chunks; ++at) {
+        const int64_t image = at / bands * held.images, band = at % bands;
+        const int64_t top = height * band / bands, bottom = height * (band + 1) / bands;
+        // The band below goes on with the rows that are there.
+        const bool fresh = band == 0 || at != next;
+        next = at + 1;
+        if (fresh) grads.restart(image, top);
+        if (fresh && wants_weight) inputs.restart(image, top);
+        for (int64_t y = top; y < bottom; y += tiling.group) {
+          const int64_t stop = std::min(bottom, y + tiling.group);
+          const P* packed = grads.rows(y, stop + ahead);
           if (wants_input && y < rows) {
             const int64_t count = std::min(stop, rows) - y;
             run_product(kernels, pass, lists, tiling, packed, result.as<T>(), count, in_begin / Lists::kTogether * phases,
@@ -213,10 +231,9 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
             mover.move_channels(image, y, y + count, in_begin, in_end, result.as<T>(),
                                 [](const auto& k, const ConvMove<T>& m, S* const* i) { unpack_rows(k, m, i); });
           }
-          // Rows of grad_output among the packed ones: row i is packed row i + lead.
-          const int64_t begin = std::max<int64_t>(0, y - pass.y.lead), end = std::min(out_rows, stop - pass.y.lead);
+          const int64_t begin = y, end = std::min(out_rows, stop);
           if (begin >= end) continue;
-          const P* grad_rows = packed + (begin + pass.y.lead - y) * pass.source.row;
+          const P* grad_rows = packed + pass.y.lead * pass.source.row;
           if (wants_weight) {
             const P* input_rows = inputs.rows(begin, end + forward_pass.y.reach);
             for (int64_t r = 0; r < end - begin; r += piece_rows)

@@ -39,13 +39,14 @@ struct Side {
   int64_t positions, images, tiles, pitch;
 
   Side(const Geometry& g, int64_t lanes) : positions(g.out_height * g.out_width), images(1) {
-    // Side by side where a plane is less than eight vectors, so that the fewest are met; results must then be copied too.
+    // Side by side where a plane is less than eight vectors, so that few are met; results must then be copied too. No more
+    // images than come within 5 % of the fewest: threads that have images of their own read what they wrote.
     constexpr int64_t kVectors = 8, kMost = 32;
-    int64_t best = ceil_div(positions, lanes) * g.batch;
-    for (int64_t n = 2; n <= g.batch && positions < kVectors * lanes && n * positions <= kMost * lanes; ++n) {
-      const int64_t vectors = ceil_div(g.batch, n) * ceil_div(n * positions, lanes);
-      if (vectors < best) best = vectors, images = n;
-    }
+    const auto vectors = [&](int64_t n) { return ceil_div(g.batch, n) * ceil_div(n * positions, lanes); };
+    const int64_t most = positions < kVectors * lanes ? std::min(g.batch, kMost * lanes / std::max<int64_t>(1, positions)) : 1;
+    int64_t fewest = vectors(1);
+    for (int64_t n = 2; n <= most; ++n) fewest = std::min(fewest, vectors(n));
+    while (20 * vectors(images) > 21 * fewest) ++images;
     tiles = ceil_div(g.batch, images);
     pitch = ceil_div(images * positions, lanes) * lanes;
   }
