@@ -280,7 +280,16 @@ def test_opcheck(packed, format):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "batch,map_size,size,stride",
-    [(70, 12, 3, 1), (70, 12, 1, 1), (3, 12, 1, 1), (3, 12, 3, 2), (3, 12, 1, 2), (2, 40, 3, 1), (9, 31, 3, 2), (9, 7, 1, 1)],
+    [
+        (70, 12, 3, 1),
+        (70, 12, 1, 1),
+        (3, 12, 1, 1),
+        (3, 12, 3, 2),
+        (3, 12, 1, 2),
+        (2, 40, 3, 1),
+        (9, 31, 3, 2),
+        (9, 7, 1, 1),
+    ],
 )
 def test_threads_do_not_change_results(dtype, batch, map_size, size, stride):
     threads = torch.get_num_threads()

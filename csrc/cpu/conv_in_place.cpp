@@ -123,7 +123,32 @@ bool input_gradient_with(const Geometry& g, const ConvWeight& w, const at::Tenso
   return true;
 }
 
-// Dot products of quads. A task has a range of quads, so that each number is the sum of one task.
+// Chunks of images whose dot products are summed apart, so that threads need not all read the whole map. They must not depend
+// on the threads, as other chunks make other sums; one where these are many beside the numbers that are read.
+int64_t chunks_of(const Geometry& g, const ConvWeight& w, const Tile& tile) {
+  constexpr int64_t kChunks = 8, kRead = 16;
+  const int64_t tiles = ceil_div(g.batch, tile.images), read = (g.in + g.out) * tile.positions * g.batch;
+  int64_t chunks = 1;
+  while (2 * chunks <= std::min(kChunks, tiles) && read >= chunks * kRead * w.nonzeros()) chunks *= 2;
+  return chunks;
+}
+
+// Calls visit(first image of a tile, its images, chunk, [begin, end) of the channels) for all tiles: each chunk of images and
+// part of the channels by one thread, tiles in order.
+template <typename Visit>
+void for_each_tile(int64_t batch, const Tile& tile, int64_t chunks, int64_t channels, Visit visit) {
+  const int64_t tiles = ceil_div(batch, tile.images), parts = even_parts(chunks, channels);
+  at::parallel_for(0, chunks * parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t chunk = task / parts, part = task % parts;
+      for (int64_t t = tiles * chunk / chunks; t < tiles * (chunk + 1) / chunks; ++t)
+        visit(t * tile.images, std::min(tile.images, batch - t * tile.images), chunk, channels * part / parts,
+              channels * (part + 1) / parts);
+    }
+  });
+}
+
+// Dot products of quads.
 template <typename T>
 void quad_weight_gradient(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
                           const at::Tensor& grad_weight) {
@@ -131,18 +156,18 @@ void quad_weight_gradient(const Geometry& g, const ConvWeight& w, const at::Tens
   constexpr int64_t kVectors = 32;
   const Tile tile(g.height * g.width, kernels.lanes, kVectors, g.batch);
   const ConvQuadPlaces places(w, taps_of(input), source_block(kernels, tile, input, w.density(), w.in));
-  PartialSums<T> sums(1, w.nonzeros(), 0);
-  const int64_t quads = g.out / 4;
-  at::parallel_for(0, quads, ceil_div(quads, at::get_num_threads()), [&](int64_t first, int64_t last) {
-    for (int64_t image = 0; image < g.batch; image += tile.images)
-      for (int64_t v = 0; v < tile.plane; v += tile.piece)
-        for (int64_t b = 0; b < places.blocks; ++b)
-          kernels.quad_sddmm({places.offset(), places.first() + b, places.blocks, first, last,
-                              input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes, input.stride(0),
-                              grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes,
-                              grad_output.stride(0), grad_output.stride(1), std::min(tile.images, g.batch - image),
-                              tile.vectors_at(v), tile.last_at(v), tile.known_at(v), sums.weight(0)});
-  });
+  PartialSums<T> sums(chunks_of(g, w, tile), w.nonzeros(), 0);
+  for_each_tile(g.batch, tile, sums.chunks, g.out / 4,
+                [&](int64_t image, int64_t images, int64_t chunk, int64_t first, int64_t last) {
+                  for (int64_t v = 0; v < tile.plane; v += tile.piece)
+                    for (int64_t b = 0; b < places.blocks; ++b)
+                      kernels.quad_sddmm(
+                          {places.offset(), places.first() + b, places.blocks, first, last,
+                           input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes, input.stride(0),
+                           grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes,
+                           grad_output.stride(0), grad_output.stride(1), images, tile.vectors_at(v), tile.last_at(v),
+                           tile.known_at(v), sums.weight(chunk)});
+                });
   sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
 }
 
@@ -165,8 +190,7 @@ bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::T
 }
 
 // With many registers, and where a plane has a rest, pieces of grad_output are held while the nonzeros of their channel
-// pass; else eight nonzeros go along 32 vectors together. A task has a range of output channels, so that each number is the
-// sum of one task.
+// pass; else eight nonzeros go along 32 vectors together.
 template <typename T>
 bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
@@ -182,28 +206,28 @@ bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::
                   std::min<int64_t>(kernels.max_rows, g.batch));
   const int64_t piece_bytes = int64_t(sizeof(T)) * tile.vectors() * kernels.lanes;
   const ConvPlaces places(w, taps_of(input), holds ? source_block(kernels, tile, input, w.density(), w.in) : w.in);
-  const int64_t chunk = holds ? std::max<int64_t>(1, kL2Bytes / piece_bytes) : g.out;
-  // Where the sums are in the order of the gradient they are taken there.
-  const bool direct = w.unstructured() && w.packed;
-  PartialSums<T> sums(direct ? 0 : 1, w.nonzeros(), 0);
-  T* const grad = direct ? grad_weight.mutable_data_ptr<T>() : sums.weight(0);
-  if (direct) std::fill_n(grad, w.nonzeros(), T(0));
-  at::parallel_for(0, g.out, ceil_div(g.out, at::get_num_threads()), [&](int64_t first, int64_t last) {
-    for (int64_t image = 0; image < g.batch; image += tile.images)
-      for (int64_t v = 0; v < tile.plane; v += tile.piece)
-        for (int64_t o = first; o < last; o += chunk)
-          for (int64_t b = 0; b < places.blocks; ++b) {
-            const T* const from = input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes;
-            const T* const to = grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes;
-            const int64_t images = std::min(tile.images, g.batch - image), end = std::min(o + chunk, last);
-            if (holds)
-              kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
-                                   grad_output.stride(0), grad_output.stride(1), int(images), int(tile.vectors_at(v)),
-                                   tile.last_at(v), tile.known_at(v), grad});
-            else
-              kernels.sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
-                             grad_output.stride(0), grad_output.stride(1), images, tile.vectors_at(v), grad});
-          }
+  const int64_t held = holds ? std::max<int64_t>(1, kL2Bytes / piece_bytes) : g.out;  // channels
+  // Where there is one chunk, whose sums are in the order of the gradient, they are taken there.
+  const int64_t chunks = chunks_of(g, w, tile);
+  const bool direct = chunks == 1 && w.unstructured() && w.packed;
+  PartialSums<T> sums(direct ? 0 : chunks, w.nonzeros(), 0);
+  if (direct) std::fill_n(grad_weight.mutable_data_ptr<T>(), w.nonzeros(), T(0));
+  for_each_tile(g.batch, tile, chunks, g.out, [&](int64_t image, int64_t images, int64_t chunk, int64_t first, int64_t last) {
+    T* const grad = direct ? grad_weight.mutable_data_ptr<T>() : sums.weight(chunk);
+    for (int64_t v = 0; v < tile.plane; v += tile.piece)
+      for (int64_t o = first; o < last; o += held)
+        for (int64_t b = 0; b < places.blocks; ++b) {
+          const T* const from = input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes;
+          const T* const to = grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes;
+          const int64_t end = std::min(o + held, last);
+          if (holds)
+            kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
+                                 grad_output.stride(0), grad_output.stride(1), int(images), int(tile.vectors_at(v)),
+                                 tile.last_at(v), tile.known_at(v), grad});
+          else
+            kernels.sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
+                           grad_output.stride(0), grad_output.stride(1), images, tile.vectors_at(v), grad});
+        }
   });
   if (!direct) sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
   return true;
