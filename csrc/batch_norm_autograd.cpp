@@ -5,6 +5,7 @@
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/hardtanh.h>
 #include <ATen/ops/relu.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
@@ -49,21 +50,22 @@ std::tuple<Tensor, Tensor, Tensor> call_relu_forward(const Tensor& input, const 
 std::tuple<Tensor, Tensor, Tensor, Tensor> call_relu_backward(const Tensor& grad_output, const Tensor& input,
                                                               const std::optional<Tensor>& weight,
                                                               const std::optional<Tensor>& output, const Tensor& saved,
-                                                              std::array<bool, 4> output_mask) {
+                                                              std::array<bool, 4> output_mask,
+                                                              std::optional<double> ceiling) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("uasparse::batch_norm_relu_backward", "")
                              .typed<decltype(call_relu_backward)>();
-  return op.call(grad_output, input, weight, output, saved, output_mask);
+  return op.call(grad_output, input, weight, output, saved, output_mask, ceiling);
 }
 
 std::tuple<Tensor, Tensor, Tensor> call_backward_(const Tensor& grad_output, const Tensor& input,
                                                   const std::optional<Tensor>& weight,
                                                   const std::optional<Tensor>& output, const Tensor& saved, bool relu,
-                                                  std::array<bool, 4> output_mask) {
+                                                  std::array<bool, 4> output_mask, std::optional<double> ceiling) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("uasparse::batch_norm_backward_", "")
                              .typed<decltype(call_backward_)>();
-  return op.call(grad_output, input, weight, output, saved, relu, output_mask);
+  return op.call(grad_output, input, weight, output, saved, relu, output_mask, ceiling);
 }
 
 std::optional<Tensor> if_defined(const Tensor& tensor) {
@@ -80,15 +82,15 @@ bool is_ours(const Tensor& grad) {
 // The gradients of input, weight, bias and residual, of one batch norm with a ReLU or without.
 std::array<Tensor, 4> gradients(const Tensor& grad, const Tensor& input, const std::optional<Tensor>& weight,
                                 const std::optional<Tensor>& output, const Tensor& saved, bool relu,
-                                std::array<bool, 4> mask) {
+                                std::array<bool, 4> mask, std::optional<double> ceiling = std::nullopt) {
   std::array<Tensor, 4> found;
   if ((mask[0] || mask[3]) && is_ours(grad)) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    std::tie(found[0], found[1], found[2]) = call_backward_(grad, input, weight, output, saved, relu, mask);
+    std::tie(found[0], found[1], found[2]) = call_backward_(grad, input, weight, output, saved, relu, mask, ceiling);
     found[mask[3] ? 3 : 0] = grad;
   } else if (relu) {
     std::tie(found[0], found[1], found[2], found[3]) =
-        recorded_if_asked([&] { return call_relu_backward(grad, input, weight, output, saved, mask); });
+        recorded_if_asked([&] { return call_relu_backward(grad, input, weight, output, saved, mask, ceiling); });
   } else {
     std::tie(found[0], found[1], found[2]) =
         recorded_if_asked([&] { return call_backward(grad, input, weight, saved, {mask[0], mask[1], mask[2]}); });
@@ -202,13 +204,18 @@ std::optional<Source> source_of(const Tensor& y) {
   return source;
 }
 
+Tensor& relu_below(Tensor& y, std::optional<double> ceiling) {
+  return ceiling.has_value() ? at::hardtanh_(y, 0, *ceiling) : at::relu_(y);
+}
+
 // A ReLU, the addition before it if there is one, and the batch norm before that, as one in the backward. Its gate is the
 // ReLU's output, as torch's is: a write that autograd does not see (y.data, no_grad) may have changed what the batch norm gave.
 struct ReluAfterBatchNorm : torch::autograd::Function<ReluAfterBatchNorm> {
   static Tensor forward(AutogradContext* ctx, Tensor y, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                        const Source& source) {
+                        const Source& source, std::optional<double> ceiling) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    at::relu_(y);
+    relu_below(y, ceiling);
+    ctx->saved_data["ceiling"] = ceiling;
     ctx->mark_dirty({y});
     ctx->save_for_backward({source.saved[0], source.saved[1], y, source.saved[2]});
     ctx->set_materialize_grads(false);
@@ -216,31 +223,30 @@ struct ReluAfterBatchNorm : torch::autograd::Function<ReluAfterBatchNorm> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list results(6);
+    variable_list results(7);
     if (!grads[0].defined()) return results;
     const variable_list saved = ctx->get_saved_variables();
     std::array<bool, 4> mask;
     for (int i = 0; i < 4; ++i) mask[i] = ctx->needs_input_grad(1 + i);
-    auto found = gradients(grads[0], saved[0], if_defined(saved[1]), if_defined(saved[2]), saved[3], true, mask);
+    auto found = gradients(grads[0], saved[0], if_defined(saved[1]), if_defined(saved[2]), saved[3], true, mask,
+                           ctx->saved_data["ceiling"].toOptional<double>());
     std::move(found.begin(), found.end(), results.begin() + 1);
     return results;
   }
 };
 
-Tensor& relu_autograd_(Tensor& y) {
+Tensor& relu_autograd_(Tensor& y, std::optional<double> ceiling) {
   const std::optional<Source> source = source_of(y);
-  if (!source.has_value()) return at::relu_(y);
+  if (!source.has_value()) return relu_below(y, ceiling);
   std::array<Tensor, 4> ends;  // with the edges of input, weight, bias and residual
   for (int i = 0; i < 4; ++i) {
     ends[i] = at::empty({0}, y.options());
     if (source->edges[i].is_valid()) torch::autograd::impl::set_gradient_edge(ends[i], source->edges[i]);
   }
   y.detach_();
-  ReluAfterBatchNorm::apply(y, ends[0], ends[1], ends[2], ends[3], *source);
+  ReluAfterBatchNorm::apply(y, ends[0], ends[1], ends[2], ends[3], *source, ceiling);
   return y;
 }
-
-Tensor& relu_below(Tensor& y) { return at::relu_(y); }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_autograd(const Tensor& input, const std::optional<Tensor>& weight,
                                                        const std::optional<Tensor>& bias, double eps) {

@@ -79,17 +79,17 @@ TORCH_LIBRARY(uasparse, m) {
         "-> (Tensor, Tensor, Tensor)");
 
   // relu(batch_norm(input) + residual). The backward tells from `output` where a gradient passes, or, without a residual,
-  // from input, weight and what was saved.
+  // from input, weight and what was saved. ceiling: of a ReLU that has one, which needs `output`.
   m.def("batch_norm_relu(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, float eps) "
         "-> (Tensor, Tensor, Tensor)");
   m.def("batch_norm_relu_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? output, Tensor saved, "
-        "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool[4] output_mask, float? ceiling=None) -> (Tensor, Tensor, Tensor, Tensor)");
   // Both backwards, with a ReLU or without, into grad_output: the residual's gradient where it is asked for, else the
   // input's. -> gradients of the input (empty where it is there), the weight and the bias.
   m.def("batch_norm_backward_(Tensor(a!) grad_output, Tensor input, Tensor? weight, Tensor? output, Tensor saved, bool relu, "
-        "bool[4] output_mask) -> (Tensor, Tensor, Tensor)");
-  // torch.relu_. After a batch_norm, or the addition of a residual to one, its gradient is taken in that one's backward.
-  m.def("relu_(Tensor(a!) input) -> Tensor(a!)");
+        "bool[4] output_mask, float? ceiling=None) -> (Tensor, Tensor, Tensor)");
+  // torch.relu_, or with a ceiling hardtanh_ from zero to it. After a batch_norm, or the addition of a residual to one, its gradient is taken in that one's backward.
+  m.def("relu_(Tensor(a!) input, float? ceiling=None) -> Tensor(a!)");
 
   // -> output, indices into each plane, as torch's max_pool2d_with_indices.
   m.def("max_pool2d(Tensor input, int[2] kernel, int[2] stride, int[2] padding) -> (Tensor, Tensor)");

@@ -33,21 +33,23 @@ def batch_norm_relu_reference(input, weight, bias, residual, eps):
 
 def make_batch_norm_relu_backward(rng):
     dy, x, weight, saved, mask = make_batch_norm_backward(rng)
-    output = laid_out(rng, torch.randn(x.shape).relu()) if rng.random() < 0.5 else None
-    return [dy, x, weight, output, saved, [*mask, rng.random() < 0.7]]
+    ceiling = 0.75 if rng.random() < 0.5 else None
+    output = laid_out(rng, torch.randn(x.shape).clamp(0, ceiling)) if rng.random() < 0.7 else None
+    return [dy, x, weight, output, saved, [*mask, rng.random() < 0.7], None if output is None else ceiling]
 
 
-def batch_norm_relu_backward_reference(grad, input, weight, output, saved, mask):
+def batch_norm_relu_backward_reference(grad, input, weight, output, saved, mask, ceiling=None):
     refuse(len(mask) != 4 or any(t.dtype != torch.float32 for t in (grad, input)) or input.dim() < 2, "dtype")
     refuse(grad.shape != input.shape or list(saved.shape) != [3, input.shape[1]], "shapes")
     refuse(saved.dtype != torch.float64, "saved")
     refuse(weight is not None and (weight.dtype != torch.float32 or list(weight.shape) != [input.shape[1]]), "weight")
     refuse(output is not None and (output.dtype != torch.float32 or output.shape != input.shape), "output")
+    refuse(ceiling is not None and (output is None or not ceiling > 0), "ceiling")
     dims, shape = [d for d in range(input.dim()) if d != 1], [1, -1] + [1] * (input.dim() - 2)
     x, (mean, rstd, bias) = input.double(), saved
     unsure = torch.zeros(x.shape, dtype=torch.bool)
     if output is not None:
-        gate = ~(output <= 0)
+        gate = ~(output <= 0) if ceiling is None else ~((output <= 0) | (output >= ceiling))
     else:  # from x, rounded: near zero either will do
         w = (rstd if weight is None else weight.double() * rstd).view(shape)
         z = (x - mean.view(shape)) * w + bias.view(shape)
@@ -67,17 +69,17 @@ def batch_norm_relu_backward_reference(grad, input, weight, output, saved, mask)
 
 
 def make_batch_norm_backward_(rng):
-    dy, x, weight, output, saved, mask = make_batch_norm_relu_backward(rng)
+    dy, x, weight, output, saved, mask, ceiling = make_batch_norm_relu_backward(rng)
     relu = rng.random() < 0.7
-    return [dy.contiguous(), x, weight, output, saved, relu, [*mask[:3], mask[3] and relu]]
+    return [dy.contiguous(), x, weight, output, saved, relu, [*mask[:3], mask[3] and relu], ceiling]
 
 
-def batch_norm_backward_reference_(grad, input, weight, output, saved, relu, mask):
+def batch_norm_backward_reference_(grad, input, weight, output, saved, relu, mask, ceiling=None):
     """What is written: the other results are those of the ops that write nothing."""
     refuse(len(mask) != 4 or not grad.is_contiguous() or (mask[3] and not relu), "mask, layout")
     refuse(output is not None and (output.dtype != torch.float32 or output.shape != input.shape), "output")
     if relu:
-        found = batch_norm_relu_backward_reference(grad, input, weight, output, saved, mask)
+        found = batch_norm_relu_backward_reference(grad, input, weight, output, saved, mask, ceiling)
     else:
         found = batch_norm_backward_reference(grad, input, weight, saved, mask[:3])
     return [found[3] if mask[3] else found[0] if mask[0] else grad]

@@ -1,4 +1,4 @@
-"""nn.ReLU after a batch norm: one backward for both where nobody can see between them; gradients in place."""
+"""nn.ReLU or nn.ReLU6 after a batch norm: one backward for both where nobody can see between them; gradients in place."""
 
 import copy
 import pickle
@@ -15,6 +15,26 @@ from uasparse_kernels import _library
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("batch_norm", "cpu"), reason="no compiled kernel")
 FUSED = "ReluAfterBatchNorm"
+KINDS = {ua.nn.ReLU: nn.ReLU, ua.nn.ReLU6: nn.ReLU6}
+KIND: type[nn.Module] = ua.nn.ReLU  # of the test that runs
+CEILING = 1.0  # of a ReLU6 here, so that many meet it
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__, autouse=True)
+def relu_kind(request, monkeypatch):
+    monkeypatch.setitem(globals(), "KIND", request.param)
+
+
+def make_relu():
+    relu = KIND(inplace=True)
+    if isinstance(relu, nn.ReLU6):
+        relu.max_val = CEILING
+    return relu
+
+
+def passes(y):
+    """Where the ReLU with output ``y`` lets a gradient pass."""
+    return (y > 0) & (y < CEILING) if KIND is ua.nn.ReLU6 else y > 0
 
 
 class Net(nn.Module):
@@ -22,7 +42,7 @@ class Net(nn.Module):
 
     def __init__(self, channels, affine=True, kind="add", alpha=1.0):
         super().__init__()
-        self.norm, self.relu = ua.nn.BatchNorm2d(channels, affine=affine), ua.nn.ReLU(inplace=True)
+        self.norm, self.relu = ua.nn.BatchNorm2d(channels, affine=affine), make_relu()
         self.kind, self.alpha = kind, alpha
 
     def forward(self, x, residual=None):
@@ -44,7 +64,7 @@ def torchs(model):
     """The same network with torch's own layers."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        for ours, other in ((ua.nn.ReLU, nn.ReLU), (ua.nn.BatchNorm2d, nn.BatchNorm2d)):
+        for ours, other in (*KINDS.items(), (ua.nn.BatchNorm2d, nn.BatchNorm2d)):
             if type(module) is ours:
                 module.__class__ = other
     return model
@@ -87,7 +107,8 @@ def test_gradients_are_those_of_float64(seed):
     inputs = [x] if kind == "none" else [x, residual]
     near = copy.deepcopy(model)
     near.relu = nn.Identity()
-    dy = torch.where(near(*inputs).abs() < 1e-4, 0, dy)
+    near = near(*inputs)
+    dy = torch.where((near.abs() < 1e-4) | ((near - CEILING).abs() < 1e-4), 0, dy)
     assert_equal_gradients(model, inputs, dy)
 
 
@@ -125,7 +146,7 @@ def test_a_sum_in_another_dtype():
     assert is_fused(y)
     first, second = torch.autograd.grad(y, leaves, dy)
     assert (first.dtype, second.dtype) == (torch.float32, torch.bfloat16)
-    torch.testing.assert_close(second, torch.where(y > 0, dy, 0).bfloat16())
+    torch.testing.assert_close(second, torch.where(passes(y), dy, 0).bfloat16())
 
 
 @pytest.mark.parametrize("kind", ["none", "add", "add_"])
@@ -173,7 +194,7 @@ def test_the_sum_of_two_batch_norms():
     class Down(nn.Module):
         def __init__(self):
             super().__init__()
-            self.one, self.other, self.relu = ua.nn.BatchNorm2d(5), ua.nn.BatchNorm2d(5), ua.nn.ReLU(inplace=True)
+            self.one, self.other, self.relu = ua.nn.BatchNorm2d(5), ua.nn.BatchNorm2d(5), make_relu()
 
         def forward(self, x, z):
             out = self.one(x)
@@ -248,7 +269,7 @@ def test_whoever_looks_between_sees_what_he_saw(how):
     for model in (Net(6), torchs(Net(6))):
         leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
         y, kept = seen(model, *leaves, how)
-        if isinstance(model.relu, ua.nn.ReLU):
+        if type(model.relu) in KINDS:
             assert is_fused(y) == (how in UNSEEN)
         loss = (y * dy[:, : y.shape[1]]).sum()
         if how == "reader before":
@@ -330,7 +351,7 @@ def test_what_is_not_served_is_torchs():
 
 def test_in_place_is_seen_by_all():
     x = torch.randn(4, 6, 5, 7, requires_grad=True)
-    norm, relu = ua.nn.BatchNorm2d(6), ua.nn.ReLU(inplace=True)
+    norm, relu = ua.nn.BatchNorm2d(6), make_relu()
     out = norm(x)
     version = out._version
     y = relu(out)
@@ -407,12 +428,14 @@ def test_gradients_of_others_are_not_written():
 @pytest.mark.parametrize(
     "shape", [(5, 3, 1, 3), (9, 70, 2, 2), (4, 17, 7, 7), (3, 2, 65, 64), (2, 3, 91, 97), (6, 5, 8, 8)]
 )
-@pytest.mark.parametrize("relu,by_output", [(False, False), (True, False), (True, True)])
-def test_in_place_is_the_same(shape, relu, by_output):
+@pytest.mark.parametrize(
+    "relu,by_output,ceiling", [(False, False, None), (True, False, None), (True, True, None), (True, True, 0.5)]
+)
+def test_in_place_is_the_same(shape, relu, by_output, ceiling):
     x, y, dy = draw(shape, sum(shape))
     weight, bias = torch.randn(shape[1]), torch.randn(shape[1])
     saved = torch.ops.uasparse.batch_norm(x, weight, bias, 1e-5)[2]
-    output = y.relu() if by_output else None
+    output = y.clamp(0, ceiling) if by_output else None
     for mask in (
         [True, True, True, False],
         [True, False, True, relu],
@@ -420,11 +443,11 @@ def test_in_place_is_the_same(shape, relu, by_output):
         [False, True, True, False],
     ):
         if relu:
-            expected = list(torch.ops.uasparse.batch_norm_relu_backward(dy, x, weight, output, saved, mask))
+            expected = list(torch.ops.uasparse.batch_norm_relu_backward(dy, x, weight, output, saved, mask, ceiling))
         else:
             expected = [*torch.ops.uasparse.batch_norm_backward(dy, x, weight, saved, mask[:3]), torch.empty(0)]
         over = dy.clone()
-        found = list(torch.ops.uasparse.batch_norm_backward_(over, x, weight, output, saved, relu, mask))
+        found = list(torch.ops.uasparse.batch_norm_backward_(over, x, weight, output, saved, relu, mask, ceiling))
         place = 3 if mask[3] else 0
         assert torch.equal(over, expected[place] if mask[place] else dy)
         if place == 0:
@@ -434,30 +457,33 @@ def test_in_place_is_the_same(shape, relu, by_output):
     with pytest.raises(ValueError, match="contiguous gradient"):
         torch.ops.uasparse.batch_norm_backward_(dy.transpose(0, 1).contiguous().transpose(0, 1), x, weight, output,
                                                 saved, relu, [True] * 3 + [False])  # fmt: skip
+    with pytest.raises(ValueError, match="a positive ceiling, and an output"):
+        torch.ops.uasparse.batch_norm_relu_backward(dy, x, weight, None, saved, [True] * 4, 6.0)
     if not relu:
         with pytest.raises(ValueError, match="without a ReLU"):
             torch.ops.uasparse.batch_norm_backward_(dy, x, weight, None, saved, False, [True] * 4)
 
 
 def test_sparsify_puts_it_in_and_densify_takes_it_out():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3), nn.ReLU())
+    torchs = KINDS[KIND]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), torchs(inplace=True), nn.Conv2d(8, 8, 3), torchs())
     relu, names = model[2], list(model.state_dict())
     calls = []
     relu.register_forward_hook(lambda *_: calls.append(1))
     ua.sparsify(model, 0.5, exempt=["0"])
-    assert model[2] is relu and type(relu) is type(model[4]) is ua.nn.ReLU
+    assert model[2] is relu and type(relu) is type(model[4]) is KIND
     assert set(names) <= set(model.state_dict())
     y = model[:3](torch.randn(2, 3, 9, 9))
     assert calls == [1] and is_fused(y)
-    assert type(pickle.loads(pickle.dumps(model[4]))) is ua.nn.ReLU
+    assert type(pickle.loads(pickle.dumps(model[4]))) is KIND
     traced = torch.fx.symbolic_trace(model)
     torch.testing.assert_close(traced.eval()(x := torch.randn(2, 3, 9, 9)), model.eval()(x))
     ua.densify(model)
-    assert model[2] is relu and type(relu) is type(model[4]) is nn.ReLU
+    assert model[2] is relu and type(relu) is type(model[4]) is KINDS[KIND]
 
 
 def test_compiled():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), ua.nn.BatchNorm2d(4), ua.nn.ReLU(inplace=True), nn.Conv2d(4, 2, 3))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), ua.nn.BatchNorm2d(4), make_relu(), nn.Conv2d(4, 2, 3))
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
     x = torch.randn(4, 3, 9, 9)
@@ -468,14 +494,17 @@ def test_compiled():
 
 
 def test_transforms():
-    relu = ua.nn.ReLU(inplace=True)
+    relu = make_relu()
 
     def loss(module, x):
         return module(F.batch_norm(x, None, None, training=True)).square().sum()
 
+    def plain(y):
+        return y.clamp(0, CEILING if KIND is ua.nn.ReLU6 else None)
+
     x = torch.randn(3, 2, 4, 4)
     torch.testing.assert_close(
-        torch.func.grad(lambda x: loss(relu, x))(x), torch.func.grad(lambda x: loss(F.relu, x))(x)
+        torch.func.grad(lambda x: loss(relu, x))(x), torch.func.grad(lambda x: loss(plain, x))(x)
     )
 
 

@@ -25,7 +25,7 @@ from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
-from uasparse_kernels.nn.norm import BatchNorm2d, ReLU
+from uasparse_kernels.nn.norm import BatchNorm2d, ReLU, ReLU6
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import kind_of, make_sparse, why_not
 from uasparse_kernels.topology.distribution import layer_densities
@@ -38,6 +38,7 @@ _BETWEEN: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.MaxPool2d: MaxPool2d,
     nn.ReLU: ReLU,
+    nn.ReLU6: ReLU6,
 }
 
 
@@ -88,8 +89,8 @@ def sparsify(
     **Other modules.** ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`; it
     stays the same object, with projections that are layers called ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``)
     and ``out_proj``. Its own name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` may use its
-    dense names. ``nn.BatchNorm2d``, ``nn.ReLU`` and ``nn.MaxPool2d`` stay the same objects and get faster kernels for
-    contiguous maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads weights. Hooks and
+    dense names. ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.ReLU6`` and ``nn.MaxPool2d`` stay the same objects and get
+    faster kernels for contiguous maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads weights. Hooks and
     attributes of a layer move to the new one.
 
     Args:

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <tuple>
 
@@ -118,7 +119,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> run_forward(const at::Tensor& inp
 // back empty.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& output,
-    bool relu, const at::Tensor& saved, std::array<bool, 4> output_mask, bool in_place) {
+    bool relu, const at::Tensor& saved, std::array<bool, 4> output_mask, std::optional<double> ceiling, bool in_place) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  TORCH_CHECK_VALUE(!ceiling.has_value() || (output.has_value() && *ceiling > 0), "Expected a positive ceiling, and an output "
+                    "to tell where it was met, got a ceiling of ", ceiling.value_or(0), output.has_value() ? "." : " and no output.");
+  const float most = ceiling.has_value() ? std::nextafter(static_cast<float>(*ceiling), 0.0f) : kInfinity;
   check_storage(input, "input");
   check_storage(grad_output, "grad_output");
   check_storage(saved, "saved");
@@ -142,7 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_backward(
   const auto wanted = [&](const at::Tensor& t, int i) { return output_mask[i] ? t.mutable_data_ptr<float>() : nullptr; };
   float* const to = wanted(in_place && !output_mask[3] ? dy : dx, 0);
   problem.streams = streams(problem) && to != dy.const_data_ptr<float>() && is_aligned(to);
-  run_all(BatchNormBackward{problem, dy.const_data_ptr<float>(), saved.const_data_ptr<double>(), relu, data_or_null(y), to,
+  run_all(BatchNormBackward{problem, dy.const_data_ptr<float>(), saved.const_data_ptr<double>(), relu, data_or_null(y), most, to,
                             wanted(dweight, 1), wanted(dbias, 2), wanted(in_place ? dy : dresidual, 3)});
   return {dx, dweight, dbias, dresidual};
 }
@@ -156,7 +161,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_o
                                                         const OptionalTensor& weight, const at::Tensor& saved,
                                                         std::array<bool, 3> output_mask) {
   auto [dx, dweight, dbias, none] = run_backward(grad_output, input, weight, std::nullopt, false, saved,
-                                                 {output_mask[0], output_mask[1], output_mask[2], false}, false);
+                                                 {output_mask[0], output_mask[1], output_mask[2], false}, std::nullopt, false);
   return {dx, dweight, dbias};
 }
 
@@ -168,16 +173,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> relu_forward(const at::Tensor& in
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> relu_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const OptionalTensor& output,
-    const at::Tensor& saved, std::array<bool, 4> output_mask) {
-  return run_backward(grad_output, input, weight, output, true, saved, output_mask, false);
+    const at::Tensor& saved, std::array<bool, 4> output_mask, std::optional<double> ceiling) {
+  return run_backward(grad_output, input, weight, output, true, saved, output_mask, ceiling, false);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_(const at::Tensor& grad_output, const at::Tensor& input,
                                                          const OptionalTensor& weight, const OptionalTensor& output,
                                                          const at::Tensor& saved, bool relu,
-                                                         std::array<bool, 4> output_mask) {
+                                                         std::array<bool, 4> output_mask, std::optional<double> ceiling) {
   TORCH_CHECK_VALUE(relu || !output_mask[3], "Expected no gradient of a residual to be asked for without a ReLU.");
-  auto [dx, dweight, dbias, none] = run_backward(grad_output, input, weight, output, relu, saved, output_mask, true);
+  auto [dx, dweight, dbias, none] = run_backward(grad_output, input, weight, output, relu, saved, output_mask, ceiling, true);
   return {dx, dweight, dbias};
 }
 

@@ -39,6 +39,7 @@ struct BatchNormBackward : BatchNormProblem {
   // Of a ReLU: where the output is not above zero no gradient passes. That is known from y where it is given, else from x.
   bool relu;
   const float* y;
+  float most;        // nor where y is above this: infinity, but for a ReLU with a ceiling
   float* dx;         // these, or null
   float* dweight;
   float* dbias;

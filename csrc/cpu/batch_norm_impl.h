@@ -107,13 +107,17 @@ struct Affine {
 
 UASPARSE_INLINE Vec<float> apply(Affine a, Vec<float> x) { return (x - a.center) * a.scale + a.shift; }
 
-// What a ReLU lets pass of dy: all (none), that where y (by_y), or what `forward` makes of x (by_x), is not <= 0.
+// What a ReLU lets pass of dy: all (none), that where y is neither <= 0 nor > most (by_y), or where what `forward` makes of x
+// is not <= 0 (by_x).
 enum class Gate { none, by_y, by_x };
 
 template <Gate gate>
-UASPARSE_INLINE Vec<float> gradient(const float* dy, const float* y, Vec<float> x, Affine forward, int64_t at) {
+UASPARSE_INLINE Vec<float> gradient(const float* dy, const float* y, Vec<float> x, Affine forward, float most, int64_t at) {
   const Vec<float> g = load(dy + at), zero = {};
-  if constexpr (gate == Gate::by_y) return load(y + at) <= zero ? zero : g;
+  if constexpr (gate == Gate::by_y) {
+    const Vec<float> v = load(y + at);
+    return (v <= zero) | (v > zero + most) ? zero : g;
+  }
   if constexpr (gate == Gate::by_x) return apply(forward, x) <= zero ? zero : g;
   return g;
 }
@@ -121,8 +125,8 @@ UASPARSE_INLINE Vec<float> gradient(const float* dy, const float* y, Vec<float> 
 // sum += dz, product += dz * (x - center) over rows, dz being what the gate lets pass of dy; kept where `dz` is given, which
 // may be dy.
 template <Gate gate>
-UASPARSE_INLINE void add_products(const float* x, const float* dy, const float* y, Affine forward, Rows rows, float center,
-                                  float* dz, double* sum, double* product) {
+UASPARSE_INLINE void add_products(const float* x, const float* dy, const float* y, Affine forward, float most, Rows rows,
+                                  float center, float* dz, double* sum, double* product) {
   Vec<float> plain[kUnroll] = {}, mixed[kUnroll] = {};
   const auto add = [&](int u, Vec<float> g, Vec<float> g_times_x) UASPARSE_LAMBDA {
     plain[u] += g;
@@ -133,12 +137,12 @@ UASPARSE_INLINE void add_products(const float* x, const float* dy, const float* 
     const int64_t begin = i * rows.stride, end = begin + rows.length, last = end - kVector;
     Vec<float> last_g = {};
     if (rest != 0) {  // first, for it overlaps what is written before
-      last_g = gradient<gate>(dy, y, load(x + last), forward, last);
+      last_g = gradient<gate>(dy, y, load(x + last), forward, most, last);
       add(0, without_first(last_g, kVector - rest),
           without_first(last_g * (load(x + last) - center), kVector - rest));
     }
     const auto visit = [&](int u, int64_t at) UASPARSE_LAMBDA {
-      const Vec<float> v = load(x + at), g = gradient<gate>(dy, y, v, forward, at);
+      const Vec<float> v = load(x + at), g = gradient<gate>(dy, y, v, forward, most, at);
       if (gate != Gate::none && dz != nullptr) store(dz + at, g);
       add(u, g, g * (v - center));
     };
@@ -215,13 +219,13 @@ UASPARSE_INLINE void write_output(const float* x, const float* added, int64_t le
 // next: where the gradient that comes next is read first.
 template <Gate gate, bool streams>
 UASPARSE_INLINE void write_gradient(const float* x, const float* dy, const float* y, const float* next, Affine forward,
-                                    int64_t length, Affine a, float* dx, int64_t ahead) {
+                                    float most, int64_t length, Affine a, float* dx, int64_t ahead) {
   write_row<streams>(length, dx, [&](int64_t at) UASPARSE_LAMBDA {
     ask(x + at, ahead);
     ask(next + at, ahead);
     if (y != nullptr) ask(y + at, ahead);
     const Vec<float> v = load(x + at);
-    return gradient<gate>(dy, y, v, forward, at) * a.of_dy + apply(a, v);
+    return gradient<gate>(dy, y, v, forward, most, at) * a.of_dy + apply(a, v);
   });
 }
 
@@ -361,7 +365,7 @@ UASPARSE_INLINE void gate_row(const BatchNormBackward& p, int64_t c, const float
     gather(p, p.y, c, y);
   else
     write_output<false, false, false>(x, nullptr, count, forward, y, 0);
-  for (int64_t i = 0; i < count; ++i) dy[i] = y[i] <= 0 ? 0 : dy[i];
+  for (int64_t i = 0; i < count; ++i) dy[i] = y[i] <= 0 || y[i] > p.most ? 0 : dy[i];
 }
 
 template <Gate gate, bool streams>
@@ -373,10 +377,10 @@ UASPARSE_INLINE void write_gradients(const BatchNormBackward& p, int64_t first, 
       const int64_t at = (n * p.channels + c) * p.pixels;
       const float* const y = p.y != nullptr ? p.y + at : nullptr;
       if (gate != Gate::none && p.dresidual != nullptr)
-        write_gradient<Gate::none, streams>(p.x + at, p.dresidual + at, y, p.dy + at, Affine{}, p.pixels,
+        write_gradient<Gate::none, streams>(p.x + at, p.dresidual + at, y, p.dy + at, Affine{}, p.most, p.pixels,
                                             affine[c - first], p.dx + at, ahead);
       else
-        write_gradient<gate, streams>(p.x + at, p.dy + at, y, p.dy + at, forward[c - first], p.pixels,
+        write_gradient<gate, streams>(p.x + at, p.dy + at, y, p.dy + at, forward[c - first], p.most, p.pixels,
                                       affine[c - first], p.dx + at, ahead);
     }
   }
@@ -390,8 +394,8 @@ UASPARSE_INLINE void backward_rows(const BatchNormBackward& p, int64_t first, in
     for (int64_t c = first; c < last; ++c) forward[c - first] = forward_affine(p, c, p.saved);
   const auto from = [](auto* t, int64_t at) UASPARSE_LAMBDA { return t != nullptr ? t + at : t; };
   for_each_chunk(p, first, last, [&](int64_t c, int64_t at, Rows rows) UASPARSE_LAMBDA {
-    add_products<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c], rows, static_cast<float>(p.saved[first + c]),
-                       from(p.dresidual, at), &sum[c], &product[c]);
+    add_products<gate>(p.x + at, p.dy + at, from(p.y, at), forward[c], p.most, rows,
+                       static_cast<float>(p.saved[first + c]), from(p.dresidual, at), &sum[c], &product[c]);
   });
   for (int64_t c = first; c < last; ++c) affine[c - first] = finish(p, c, sum[c - first], product[c - first]);
   if (p.dx == nullptr) return;
@@ -411,12 +415,12 @@ void batch_norm_backward(const BatchNormBackward& p, int64_t first, int64_t last
       if (p.dresidual != nullptr) scatter(p, dy, c, p.dresidual);
       double sum = 0, product = 0;
       for_each_chunk(gathered, 0, 1, [&](int64_t, int64_t at, Rows rows) UASPARSE_LAMBDA {
-        add_products<Gate::none>(x + at, dy + at, nullptr, Affine{}, rows, static_cast<float>(p.saved[c]), nullptr, &sum,
+        add_products<Gate::none>(x + at, dy + at, nullptr, Affine{}, p.most, rows, static_cast<float>(p.saved[c]), nullptr, &sum,
                                  &product);
       });
       const Affine affine = finish(p, c, sum, product);
       if (p.dx == nullptr) continue;
-      write_gradient<Gate::none, false>(x, dy, nullptr, dy, Affine{}, gathered.pixels, affine, dx, 0);
+      write_gradient<Gate::none, false>(x, dy, nullptr, dy, Affine{}, p.most, gathered.pixels, affine, dx, 0);
       scatter(p, dx, c, p.dx);
     }
     return;

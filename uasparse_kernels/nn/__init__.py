@@ -7,7 +7,7 @@ from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.nn.loss import UnknownAwareLoss
-from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d, ReLU
+from uasparse_kernels.nn.norm import BatchNorm2d, BatchNormReLU2d, ReLU, ReLU6
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import register_layer
 from uasparse_kernels.nn.transposed import SparseTransposedLinear
@@ -17,6 +17,7 @@ __all__ = [
     "BatchNormReLU2d",
     "MaxPool2d",
     "ReLU",
+    "ReLU6",
     "SparseConv1d",
     "SparseConv2d",
     "SparseDelta",

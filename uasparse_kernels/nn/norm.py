@@ -1,4 +1,4 @@
-"""Batch norm, and a ReLU after it, that are served by our kernels where they are faster than torch's."""
+"""Batch norm, and a ReLU or ReLU6 after it, that are served by our kernels where they are faster than torch's."""
 
 from __future__ import annotations
 
@@ -81,12 +81,28 @@ class ReLU(nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
             return as_leaf(self, input)
-        ours = (
-            self.inplace
-            and input.requires_grad
-            and type(input) is Tensor
-            and not torch.compiler.is_compiling()
-            and transformed() is None
-            and _library.has_kernel("batch_norm", input)
-        )
-        return torch.ops.uasparse.relu_.default(input) if ours else super().forward(input)
+        if self.inplace and _sees_batch_norm(input):
+            return torch.ops.uasparse.relu_.default(input)
+        return super().forward(input)
+
+
+class ReLU6(nn.ReLU6):
+    """``nn.ReLU6``, as :class:`ReLU` is; torch's own in-place one copies its input for the backward besides."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
+        if self.inplace and self.min_val == 0 < self.max_val and _sees_batch_norm(input):
+            return torch.ops.uasparse.relu_.default(input, self.max_val)
+        return super().forward(input)
+
+
+def _sees_batch_norm(input: Tensor) -> bool:
+    """Whether the op may look for a batch norm behind ``input``."""
+    return (
+        input.requires_grad
+        and type(input) is Tensor
+        and not torch.compiler.is_compiling()
+        and transformed() is None
+        and _library.has_kernel("batch_norm", input)
+    )

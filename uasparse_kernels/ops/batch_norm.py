@@ -170,13 +170,13 @@ def _relu_fake(input, weight, bias, residual, eps):
 
 
 @_library.register_fake("batch_norm_relu_backward")
-def _relu_backward_fake(grad_output, input, weight, output, saved, output_mask):
+def _relu_backward_fake(grad_output, input, weight, output, saved, output_mask, ceiling=None):
     sizes = (input.shape, input.shape[1:2], input.shape[1:2], input.shape)
     return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, output_mask, strict=True))
 
 
 @_library.register_fake("batch_norm_backward_")
-def _backward_in_place_fake(grad_output, input, weight, output, saved, relu, output_mask):
+def _backward_in_place_fake(grad_output, input, weight, output, saved, relu, output_mask, ceiling=None):
     sizes = (input.shape, input.shape[1:2], input.shape[1:2])
     asked = (output_mask[0] and output_mask[3], *output_mask[1:3])
     return tuple(input.new_empty(s if wanted else (0,)) for s, wanted in zip(sizes, asked, strict=True))
@@ -187,7 +187,7 @@ def _gradients(grad_output, input, weight, saved, output_mask):
     return _gradients_of(grad_output.double(), input, weight, saved)[:3]
 
 
-def _relu_gradients(grad_output, input, weight, output, saved, output_mask):
+def _relu_gradients(grad_output, input, weight, output, saved, output_mask, ceiling=None):
     """What batch_norm_relu_backward gives. Where a gradient passes does not depend on anything, up to a set of measure
     zero."""
     with torch.no_grad():
@@ -196,7 +196,8 @@ def _relu_gradients(grad_output, input, weight, output, saved, output_mask):
             shape = [1, -1] + [1] * (input.dim() - 2)
             output = output if weight is None else output * weight.view(shape)
             output = output + saved[2].view(shape)
-    gated = torch.where(output > 0, grad_output.double(), 0)
+    closed = output <= 0 if ceiling is None else (output <= 0) | (output >= ceiling)
+    gated = torch.where(closed, 0, grad_output.double())
     return *_gradients_of(gated, input, weight, saved)[:3], gated.to(input.dtype)
 
 
