@@ -1,4 +1,4 @@
-"""nn.ReLU or nn.ReLU6 after a batch norm: one backward for both where nobody can see between them; gradients in place."""
+"""nn.ReLU or nn.ReLU6 after a batch norm: one backward for both where nobody sees between them; gradients in place."""
 
 import copy
 import pickle

@@ -90,8 +90,8 @@ def sparsify(
     stays the same object, with projections that are layers called ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``)
     and ``out_proj``. Its own name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` may use its
     dense names. ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.ReLU6`` and ``nn.MaxPool2d`` stay the same objects and get
-    faster kernels for contiguous maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads weights. Hooks and
-    attributes of a layer move to the new one.
+    faster kernels for contiguous maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads
+    weights. Hooks and attributes of a layer move to the new one.
 
     Args:
         model: changed in place; if it is itself a layer, its sparse form is returned and it is not changed.
