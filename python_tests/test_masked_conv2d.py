@@ -123,7 +123,7 @@ def test_stride_one(batch, size, shape, padding, dilation, dtype):
 
 @needs_kernel
 @pytest.mark.parametrize("seed", range(24))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_one_tap(seed, dtype):
     """Pieces of planes, one, several, too few to fill a register tile, with and without a rest; with strides too."""
     r = random.Random(seed)

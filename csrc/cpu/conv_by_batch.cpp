@@ -44,15 +44,6 @@ int64_t group_positions(const ConvWeight& w) {
   return std::is_same_v<P, BFloat16> ? bf16_group_positions(w) : kGroupPositions;
 }
 
-// The kernels of sums of type T over packed numbers of type P.
-template <typename T, typename P>
-const auto& kernels_of() {
-  if constexpr (std::is_same_v<P, BFloat16>)
-    return *conv_bf16_kernels();
-  else
-    return conv_kernels<T>();
-}
-
 template <typename P>
 int64_t source_block(const Pass& pass, int64_t rows, int64_t vectors, int64_t lanes, double nonzeros_a_channel,
                      int64_t channels) {
