@@ -147,14 +147,16 @@ void product(const Product& p) {
 
 // --- dot products
 
-// The v-th vector of a piece; of the last one, the words that were not in the vector before: what is no number must not meet
-// a zero.
-UASPARSE_INLINE __m512i load_piece(Packed from, int v, int vectors, int64_t last, __mmask32 fresh) {
-  return v + 1 < vectors ? load_words(from + v * kLanesOfWords) : _mm512_maskz_loadu_epi16(fresh, from + last);
+// The v-th vector of a piece. Of the last one of those that are not whole, the words that were not in the vector before: what
+// is no number must not meet a zero.
+template <bool kWhole, int kVectors>
+UASPARSE_INLINE __m512i load_piece(Packed from, int v, int64_t last, __mmask32 fresh) {
+  if (kWhole || v + 1 < kVectors) return load_words(from + v * kLanesOfWords);
+  return _mm512_maskz_loadu_epi16(fresh, from + last);
 }
 
 // grad[k] += dot product of the piece with the input at offset[k], k < count <= kCount.
-template <int kRows, int kVectors, int kCount>
+template <bool kWhole, int kRows, int kVectors, int kCount>
 UASPARSE_INLINE void dots(const ConvPieceSddmm<float, BFloat16>& p, const __m512i (&piece)[kRows][kVectors],
                           __mmask32 fresh, const int32_t* offset, float* grad, int count) {
   Packed input[kCount];
@@ -170,14 +172,15 @@ UASPARSE_INLINE void dots(const ConvPieceSddmm<float, BFloat16>& p, const __m512
     for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
       for (int k = 0; k < kCount; ++k)
-        sum[k] = add_pairs(sum[k], piece[r][v], load_piece(input[k] + r * p.input_image, v, kVectors, p.last, fresh));
+        sum[k] = add_pairs(sum[k], piece[r][v],
+                           load_piece<kWhole, kVectors>(input[k] + r * p.input_image, v, p.last, fresh));
   Vec<float> sums[kGroup] = {};
 #pragma GCC unroll 8
   for (int k = 0; k < kCount; ++k) sums[k] = reinterpret_cast<Vec<float>>(sum[k]);
   add_lane_sums<float>(sums, grad, count);
 }
 
-template <int kRows, int kVectors>
+template <bool kWhole, int kRows, int kVectors>
 void piece_sddmm_of(const ConvPieceSddmm<float, BFloat16>& p) {
   const __mmask32 fresh = ~0u << p.known;
   for (int64_t c = p.begin; c < p.end; ++c) {
@@ -195,16 +198,18 @@ void piece_sddmm_of(const ConvPieceSddmm<float, BFloat16>& p) {
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
       for (int v = 0; v < kVectors; ++v)
-        piece[r][v] = load_piece(grad_output + r * p.grad_image, v, kVectors, p.last, fresh);
+        piece[r][v] = load_piece<kWhole, kVectors>(grad_output + r * p.grad_image, v, p.last, fresh);
     for (; i + kGroup <= end; i += kGroup)
-      dots<kRows, kVectors, kGroup>(p, piece, fresh, p.offset + i, p.grad + i, kGroup);
+      dots<kWhole, kRows, kVectors, kGroup>(p, piece, fresh, p.offset + i, p.grad + i, kGroup);
     for (; i < end; i += 4)
-      dots<kRows, kVectors, 4>(p, piece, fresh, p.offset + i, p.grad + i, int(end - i < 4 ? end - i : 4));
+      dots<kWhole, kRows, kVectors, 4>(p, piece, fresh, p.offset + i, p.grad + i, int(end - i < 4 ? end - i : 4));
   }
 }
 
 void piece_sddmm(const ConvPieceSddmm<float, BFloat16>& p) {
-  with_tile<kMaxPiece>(p.images, p.vectors, [&]<int kRows, int kVectors>() { piece_sddmm_of<kRows, kVectors>(p); });
+  with_tile<kMaxPiece>(p.images, p.vectors, [&]<int kRows, int kVectors>() {
+    p.known == 0 ? piece_sddmm_of<true, kRows, kVectors>(p) : piece_sddmm_of<false, kRows, kVectors>(p);
+  });
 }
 
 // --- moves
