@@ -65,8 +65,11 @@ def test_what_is_no_number_stays_where_it_is(size, batch, stride):
     """bfloat16, in the map and in its gradient: at the ends of planes, where vectors overlap, and beside numbers."""
     pattern = SparsityPattern.random((11, 9, 1, 1), 0.4)
     x = torch.randn(batch, 9, *size)
-    x[0, 2, -1, -1], x[-1, 5, 0, 0], x[0, 7, size[0] // 2 // 2 * 2, 2] = torch.inf, torch.nan, -torch.inf
-    grad = torch.randn(batch, 11, *(-(-n // stride) for n in size))
+    height, width = (-(-n // stride) for n in size)
+    overlap = max(0, height * width - 25)
+    x[0, 2, -1, -1], x[-1, 5, 0, 0] = torch.inf, torch.nan
+    x[0, 7, overlap // width * stride, overlap % width * stride] = -torch.inf
+    grad = torch.randn(batch, 11, height, width)
     grad[0, 4, -1, -1], grad[-1, 8, 1, 1] = torch.inf, torch.nan
     x, grad = x.bfloat16(), grad.bfloat16()
     leaves = x.requires_grad_(), pattern.pack(torch.randn(pattern.shape)).bfloat16().requires_grad_()
