@@ -21,7 +21,7 @@ namespace {
 // long as the sums of all channels stay few: 16 positions of a plane are half a cache line, and planes are pages apart.
 template <typename P>
 int64_t group_positions(const ConvWeight& w, const Lanes& held) {
-  constexpr int64_t kLeast = 16, kMost = 256, kSums = 1 << 14;
+  constexpr int64_t kLeast = 16, kMost = 256, kSums = 1 << 15;
   if (!std::is_same_v<P, BFloat16> || held.strips > 1) return kLeast;
   return std::clamp(kSums / std::max(w.in * w.groups, w.out), kLeast, kMost);
 }

@@ -32,7 +32,7 @@ _AVX512: _crossovers.Table = {
             "blocks": {"one tap, 256": 0.72, "one tap, 1024": 0.48, "taps": 0.61},
         },
         "bfloat16": {
-            "1x1": {"one tap, 256": 0.54, "one tap, 1024": 0.27, "taps": 0.42},
+            "1x1": {"one tap, 256": 0.54, "one tap, 1024": 0.27, "taps": 0.4},
             "blocks": {"one tap, 256": 0.3, "one tap, 1024": 0.3, "taps": 0.3},
         },
     },
