@@ -153,6 +153,7 @@ bool can(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const 
   if (g.batch == 0 || g.kernel_h * g.kernel_w != 1 || g.padding[0] != 0 || g.padding[1] != 0 ||
       !has_plain_planes(input) || !has_plain_planes(output) || side.positions * side.images < lanes)
     return false;
+  if (std::is_same_v<S, BFloat16> && ConvQuads<T>::can_forward(w)) return false;  // nor has in place
   if (is_strided(g)) return true;
   return lanes * int64_t(sizeof(S)) == 64 && side.positions % lanes != 0 &&
          3 * side.pitch >= 2 * kernels.max_vectors * lanes && w.nonzeros() >= kReads * std::max(g.in, g.out);
