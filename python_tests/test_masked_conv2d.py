@@ -123,7 +123,7 @@ def test_stride_one(batch, size, shape, padding, dilation, dtype):
 
 @needs_kernel
 @pytest.mark.parametrize("seed", range(24))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_one_tap(seed, dtype):
     """Pieces of planes, one, several, too few to fill a register tile, with and without a rest; with strides too."""
     r = random.Random(seed)
@@ -232,16 +232,17 @@ def test_edge_sizes(batch, height, width, density):
 
 
 @needs_kernel
-def test_gradients_that_are_not_asked_for():
-    pattern = SparsityPattern.random((4, 3, 3, 3), 0.5)
-    full = results(kernel, torch.randn(5, 3, 6, 6), torch.randn(pattern.packed_shape), torch.randn(4), pattern)
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(5, 3, 6, 6), torch.randn(pattern.packed_shape), torch.randn(4)
-    full = results(kernel, x, weight, bias, pattern)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size,stride", [(3, 1), (1, 1), (1, 2)])
+def test_gradients_that_are_not_asked_for(size, stride, dtype):
+    pattern = SparsityPattern.random((4, 3, size, size), 0.5)
+    x, weight, bias = torch.randn(5, 3, 13, 14), torch.randn(pattern.packed_shape), torch.randn(4)
+    x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
+    full = results(kernel, x, weight, bias, pattern, (stride, stride))
     for wanted in range(3):
         leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, weight, bias))]
-        output = kernel(leaves[0], leaves[1], pattern, leaves[2])
-        grad = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).float()
+        output = kernel(leaves[0], leaves[1], pattern, leaves[2], (stride, stride))
+        grad = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7)).to(dtype)
         output.backward(grad)
         assert torch.equal(leaves[wanted].grad, full[1 + wanted])
         assert all(t.grad is None for i, t in enumerate(leaves) if i != wanted)

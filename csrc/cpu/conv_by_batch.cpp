@@ -17,12 +17,13 @@
 namespace uasparse {
 namespace {
 
-constexpr int64_t kGroupPositions = 16;  // positions a group of rows has at least, for long dot products
-
-// Of packed bfloat16 as many as leave the sums of all channels in L2: a group reads 64 bytes of a plane's 32 positions.
-int64_t bf16_group_positions(const ConvWeight& w) {
-  constexpr int64_t kSums = 4096;
-  return std::clamp<int64_t>(kSums / std::max(w.in * w.groups, w.out), kGroupPositions, 4 * kGroupPositions);
+// Positions that a group of rows has at least, for long dot products. Packed bfloat16 has more where lanes are whole images, as
+// long as the sums of all channels stay few: 16 positions of a plane are half a cache line, and planes are pages apart.
+template <typename P>
+int64_t group_positions(const ConvWeight& w, const Lanes& held) {
+  constexpr int64_t kLeast = 16, kMost = 256, kSums = 1 << 15;
+  if (!std::is_same_v<P, BFloat16> || held.strips > 1) return kLeast;
+  return std::clamp(kSums / std::max(w.in * w.groups, w.out), kLeast, kMost);
 }
 
 // Bands of the rows of a tile, whose dot products are summed apart: so that threads need not all pack the whole tile. They
@@ -49,20 +50,6 @@ struct Tiling {
     group = std::min(height, ceil_div(std::max(rows, ceil_div(positions, width)), rows) * rows);
   }
 };
-
-template <typename P>
-int64_t group_positions(const ConvWeight& w) {
-  return std::is_same_v<P, BFloat16> ? bf16_group_positions(w) : kGroupPositions;
-}
-
-// The kernels of sums of type T over packed numbers of type P.
-template <typename T, typename P>
-const auto& kernels_of() {
-  if constexpr (std::is_same_v<P, BFloat16>)
-    return *conv_bf16_kernels();
-  else
-    return conv_kernels<T>();
-}
 
 template <typename P>
 int64_t source_block(const Pass& pass, int64_t rows, int64_t vectors, int64_t lanes, double nonzeros_a_channel,
@@ -122,7 +109,7 @@ void forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& inpu
   const int64_t lanes = kernels.lanes;
   const Pass pass = g.forward(lanes);
   const Lanes held(g.batch, g.out_height, pass.y.reach, lanes);
-  Tiling tiling(held.rows, g.out_width, Lists::max_vectors(kernels), kernels.max_rows, group_positions<P>(w));
+  Tiling tiling(held.rows, g.out_width, Lists::max_vectors(kernels), kernels.max_rows, group_positions<P>(w, held));
   if (held.tiles(g.batch) * ceil_div(held.rows, tiling.group) < at::get_num_threads()) tiling.group = tiling.rows;
   check_offsets(pass, tiling.group);
   const int64_t block =
@@ -168,7 +155,7 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
   const int64_t out_rows = std::min(held.rows, g.out_height);
   // Row y of grad_input reads packed rows from y on, row y of grad_output is packed row y + lead.
   const int64_t ahead = std::max(pass.y.reach, pass.y.lead), height = std::max(rows, out_rows);
-  const Tiling tiling(rows, width, Lists::max_vectors(kernels), kernels.max_rows, group_positions<P>(w));
+  const Tiling tiling(rows, width, Lists::max_vectors(kernels), kernels.max_rows, group_positions<P>(w, held));
   check_offsets(pass, tiling.group);
   check_offsets(forward_pass, tiling.group);
   const double density = w.density();

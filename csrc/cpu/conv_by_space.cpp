@@ -339,17 +339,18 @@ bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::
   return true;
 }
 
-template <typename T>
+template <typename T, typename S>
 bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias) {
   if (!has_plain_planes(grad_output)) return false;
-  const T* const from = grad_output.const_data_ptr<T>();
-  T* const to = grad_bias.mutable_data_ptr<T>();
+  const S* const from = numbers_of<S>(grad_output);
+  S* const to = mutable_numbers_of<S>(grad_bias);
   const int64_t positions = grad_output.size(2) * grad_output.size(3);
   at::parallel_for(0, grad_output.size(1), 1, [&](int64_t first, int64_t last) {
     for (int64_t o = first; o < last; ++o) {
-      to[o] = 0;
+      T total = 0;
       for (int64_t n = 0; n < grad_output.size(0); ++n)
-        to[o] += sum_of<T>(from + n * grad_output.stride(0) + o * grad_output.stride(1), positions);
+        total += sum_of<T>(from + n * grad_output.stride(0) + o * grad_output.stride(1), positions);
+      from_number(total, to + o);
     }
   });
   return true;
@@ -362,9 +363,10 @@ bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& gra
                                            const at::Tensor&);                                                       \
   template bool weight_gradient_by_space<T>(const Geometry&, const ConvWeight&, const at::Tensor&,                   \
                                             const at::Tensor&, const at::Tensor&);                                   \
-  template bool bias_gradient_by_space<T>(const at::Tensor&, const at::Tensor&);
+  template bool bias_gradient_by_space<T, T>(const at::Tensor&, const at::Tensor&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE
+template bool bias_gradient_by_space<float, BFloat16>(const at::Tensor&, const at::Tensor&);
 
 }  // namespace uasparse

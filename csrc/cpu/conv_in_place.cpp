@@ -2,7 +2,10 @@
 //
 // Such a kernel meets every position once, and where it is. So a vector holds neighbouring positions of a plane, whatever
 // its rows, and a register tile is a piece of a plane, or several small planes. Packing the source, which 3x3 kernels pay
-// for by nine taps, would cost as much as the products (docs/cpu-kernels.md, "What was tried").
+// for by nine taps, would cost as much as the products (docs/cpu-kernels.md, "What was tried"). bfloat16 goes so too where
+// there are kernels for it and the weight is not in quads.
+//
+// T: the type of sums; S: of maps and weights.
 
 #include <limits>
 #include <numeric>
@@ -33,8 +36,8 @@ struct Tile {
 };
 
 // Vectors of a piece at most: what registers hold, or several times that, so that a channel's visits to memory are few.
-template <typename T>
-int64_t max_piece(const ConvKernels<T>& kernels, const ConvEntries<T>*) {
+template <typename Kernels, typename T>
+int64_t max_piece(const Kernels& kernels, const ConvEntries<T>*) {
   return kernels.max_vectors;
 }
 template <typename T>
@@ -44,21 +47,24 @@ int64_t max_piece(const ConvKernels<T>& kernels, const ConvQuads<T>*) {
   return std::max<int64_t>(1, kBytes / registers) * kernels.max_quad_vectors;
 }
 
-template <typename Lists, typename T>
-Tile product_tile(const Geometry& g, const ConvKernels<T>& kernels) {
+template <typename Lists, typename Kernels>
+Tile product_tile(const Geometry& g, const Kernels& kernels) {
   return Tile(g.height * g.width, kernels.lanes, max_piece(kernels, static_cast<const Lists*>(nullptr)),
               std::min<int64_t>(kernels.max_rows, g.batch));
 }
 
-template <typename T>
-bool can(const Geometry& g, const ConvKernels<T>& kernels, const at::Tensor& source, const at::Tensor& other) {
-  return g.batch > 0 && g.is_one_tap() && g.height * g.width >= kernels.lanes && has_plain_planes(source) &&
-         has_plain_planes(other) && source.size(1) * source.stride(1) <= std::numeric_limits<int32_t>::max();
+template <typename T, typename S>
+bool can(const Geometry& g, const at::Tensor& source, const at::Tensor& other) {
+  return has_kernels<S>() && g.batch > 0 && g.is_one_tap() && g.height * g.width >= kernels_of<T, S>().lanes &&
+         has_plain_planes(source) && has_plain_planes(other) &&
+         source.size(1) * source.stride(1) <= std::numeric_limits<int32_t>::max();
 }
 
 // Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker; where one
-// with a rest leaves a third of them idle, conv_by_batch.cpp.
+// with a rest leaves a third of them idle, conv_by_batch.cpp. bfloat16 has no other way than that, whose packing is dearer.
+template <typename S>
 bool is_filled(const Tile& tile, int64_t max_vectors) {
+  if (std::is_same_v<S, BFloat16>) return true;
   if (tile.positions % tile.lanes != 0) return 3 * tile.piece >= 2 * max_vectors;
   return 2 * tile.vectors() >= max_vectors;
 }
@@ -68,58 +74,64 @@ ConvTaps taps_of(const at::Tensor& source) { return {source.stride(1), {0}, {0},
 
 // Source channels a block: a channel takes what a tile reads of it, but no fewer cache lines than lie between the sets of
 // L1 at which channels can begin.
-template <typename T>
-int64_t source_block(const ConvKernels<T>& kernels, const Tile& tile, const at::Tensor& source, double nonzeros,
-                     int64_t channels) {
+template <typename S>
+int64_t source_block(const Tile& tile, const at::Tensor& source, double nonzeros, int64_t channels) {
   constexpr int64_t kLine = 64, kSets = 64;
-  const int64_t sets = std::gcd(ceil_div(int64_t(sizeof(T)) * source.stride(1), kLine), kSets);
-  const int64_t read = int64_t(sizeof(T)) * tile.vectors() * kernels.lanes;
+  const int64_t sets = std::gcd(ceil_div(int64_t(sizeof(S)) * source.stride(1), kLine), kSets);
+  const int64_t read = int64_t(sizeof(S)) * tile.vectors() * tile.lanes;
   return channels_a_block(std::max(read, sets * kLine), nonzeros, channels);
+}
+// The same of a product. bfloat16 takes all of them at once, from L2: sums would be float32 between blocks, and are so
+// rounded into the map.
+template <typename S>
+int64_t product_block(const Tile& tile, const at::Tensor& source, double nonzeros, int64_t channels) {
+  return std::is_same_v<S, BFloat16> ? channels : source_block<S>(tile, source, nonzeros, channels);
 }
 
 // destination = product of the source with the weights of the lists.
-template <typename T, typename Lists>
-void run_products(const ConvKernels<T>& kernels, const Tile& tile, const Lists& lists, const at::Tensor& source,
-                  const at::Tensor& destination, const T* bias) {
+template <typename T, typename S, typename Lists>
+void run_products(const Tile& tile, const Lists& lists, const at::Tensor& source, const at::Tensor& destination,
+                  const T* bias) {
+  const auto& kernels = kernels_of<T, S>();
   const int64_t batch = source.size(0), channels = lists.channels, tiles = ceil_div(batch, tile.images);
   const int64_t parts = even_parts(tiles, channels);
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t image = task / parts * tile.images, part = task % parts;
-      const T* const from = source.const_data_ptr<T>() + image * source.stride(0);
-      T* const to = destination.mutable_data_ptr<T>() + image * destination.stride(0);
+      const S* const from = numbers_of<S>(source) + image * source.stride(0);
+      S* const to = mutable_numbers_of<S>(destination) + image * destination.stride(0);
       for (int64_t v = 0; v < tile.plane; v += tile.piece)
         for (int64_t b = 0; b < lists.blocks; ++b)
-          multiply(kernels, typename Lists::Product{
+          multiply(kernels, ConvProductOf<T, typename Lists::Entry, S, S>{
                                 lists.entries(), lists.first(b), channels * part / parts, channels * (part + 1) / parts,
-                                from + v * kernels.lanes, source.stride(0), to + v * kernels.lanes,
-                                destination.stride(0), destination.stride(1), b == 0, bias,
-                                int(std::min(tile.images, batch - image)), int(tile.vectors_at(v)), tile.last_at(v), 1});
+                                from + v * tile.lanes, source.stride(0), to + v * tile.lanes, destination.stride(0),
+                                destination.stride(1), b == 0, bias, int(std::min(tile.images, batch - image)),
+                                int(tile.vectors_at(v)), tile.last_at(v), 1});
     }
   });
 }
 
-template <typename T, typename Lists>
+template <typename T, typename S, typename Lists>
 bool forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                   const std::vector<T>& bias, const at::Tensor& output) {
-  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const auto& kernels = kernels_of<T, S>();
   const Tile tile = product_tile<Lists>(g, kernels);
-  if (!is_filled(tile, Lists::max_vectors(kernels))) return false;
-  const int64_t block = source_block(kernels, tile, input, w.density(), w.in);
-  const auto lists = Lists::forward(w, taps_of(input), block, weight.const_data_ptr<T>());
-  run_products(kernels, tile, lists, input, output, bias.empty() ? nullptr : bias.data());
+  if (!is_filled<S>(tile, Lists::max_vectors(kernels))) return false;
+  const int64_t block = product_block<S>(tile, input, w.density(), w.in);
+  const auto lists = Lists::forward(w, taps_of(input), block, numbers_of<S>(weight));
+  run_products<T, S>(tile, lists, input, output, bias.empty() ? nullptr : bias.data());
   return true;
 }
 
-template <typename T, typename Lists>
+template <typename T, typename S, typename Lists>
 bool input_gradient_with(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input) {
-  const ConvKernels<T>& kernels = conv_kernels<T>();
+  const auto& kernels = kernels_of<T, S>();
   const Tile tile = product_tile<Lists>(g, kernels);
-  if (!is_filled(tile, Lists::max_vectors(kernels))) return false;
-  const int64_t block = source_block(kernels, tile, grad_output, w.density(), w.out / w.groups);
-  const auto lists = Lists::backward(w, taps_of(grad_output), block, weight.const_data_ptr<T>());
-  run_products(kernels, tile, lists, grad_output, grad_input, static_cast<const T*>(nullptr));
+  if (!is_filled<S>(tile, Lists::max_vectors(kernels))) return false;
+  const int64_t block = product_block<S>(tile, grad_output, w.density(), w.out / w.groups);
+  const auto lists = Lists::backward(w, taps_of(grad_output), block, numbers_of<S>(weight));
+  run_products<T, S>(tile, lists, grad_output, grad_input, static_cast<const T*>(nullptr));
   return true;
 }
 
@@ -156,7 +168,7 @@ void quad_weight_gradient(const Geometry& g, const ConvWeight& w, const at::Tens
   const ConvKernels<T>& kernels = conv_kernels<T>();
   constexpr int64_t kVectors = 32;
   const Tile tile(g.height * g.width, kernels.lanes, kVectors, g.batch);
-  const ConvQuadPlaces places(w, taps_of(input), source_block(kernels, tile, input, w.density(), w.in));
+  const ConvQuadPlaces places(w, taps_of(input), source_block<T>(tile, input, w.density(), w.in));
   PartialSums<T> sums(chunks_of(g, w, tile), w.nonzeros(), 0);
   for_each_tile(g.batch, tile, sums.chunks, g.out / 4,
                 [&](int64_t image, int64_t images, int64_t chunk, int64_t first, int64_t last) {
@@ -174,75 +186,81 @@ void quad_weight_gradient(const Geometry& g, const ConvWeight& w, const at::Tens
 
 }  // namespace
 
-template <typename T>
+template <typename T, typename S>
 bool forward_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
-  if (!can(g, conv_kernels<T>(), input, output)) return false;
-  return ConvQuads<T>::can_forward(w) ? forward_with<T, ConvQuads<T>>(g, w, input, weight, bias, output)
-                                      : forward_with<T, ConvEntries<T>>(g, w, input, weight, bias, output);
+  if (!can<T, S>(g, input, output)) return false;
+  if (!ConvQuads<T>::can_forward(w)) return forward_with<T, S, ConvEntries<T>>(g, w, input, weight, bias, output);
+  if constexpr (std::is_same_v<T, S>) return forward_with<T, S, ConvQuads<T>>(g, w, input, weight, bias, output);
+  return false;
 }
 
-template <typename T>
+template <typename T, typename S>
 bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                              const at::Tensor& weight, const at::Tensor& grad_input) {
-  if (!can(g, conv_kernels<T>(), grad_output, grad_input)) return false;
-  return ConvQuads<T>::can_backward(w) ? input_gradient_with<T, ConvQuads<T>>(g, w, grad_output, weight, grad_input)
-                                       : input_gradient_with<T, ConvEntries<T>>(g, w, grad_output, weight, grad_input);
+  if (!can<T, S>(g, grad_output, grad_input)) return false;
+  if (!ConvQuads<T>::can_backward(w))
+    return input_gradient_with<T, S, ConvEntries<T>>(g, w, grad_output, weight, grad_input);
+  if constexpr (std::is_same_v<T, S>)
+    return input_gradient_with<T, S, ConvQuads<T>>(g, w, grad_output, weight, grad_input);
+  return false;
 }
 
 // With many registers, and where a plane has a rest, pieces of grad_output are held while the nonzeros of their channel
 // pass; else eight nonzeros go along 32 vectors together.
-template <typename T>
+template <typename T, typename S>
 bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
-  const ConvKernels<T>& kernels = conv_kernels<T>();
-  if (!can(g, kernels, input, grad_output)) return false;
+  if (!can<T, S>(g, input, grad_output)) return false;
+  constexpr bool pairs = std::is_same_v<S, BFloat16>;
   if (ConvQuads<T>::can_forward(w)) {
-    quad_weight_gradient<T>(g, w, grad_output, input, grad_weight);
-    return true;
+    if constexpr (!pairs) quad_weight_gradient<T>(g, w, grad_output, input, grad_weight);
+    return !pairs;
   }
+  const auto& kernels = kernels_of<T, S>();
   constexpr int64_t kL2Bytes = 384 << 10;  // of it grad_output
   const bool holds = kernels.max_piece >= 16 || g.height * g.width % kernels.lanes != 0;
   const Tile tile(g.height * g.width, kernels.lanes, holds ? piece_vectors(kernels, w) : 32,
                   std::min<int64_t>(kernels.max_rows, g.batch));
-  const int64_t piece_bytes = int64_t(sizeof(T)) * tile.vectors() * kernels.lanes;
-  const ConvPlaces places(w, taps_of(input), holds ? source_block(kernels, tile, input, w.density(), w.in) : w.in);
+  const int64_t piece_bytes = int64_t(sizeof(S)) * tile.vectors() * kernels.lanes;
+  const ConvPlaces places(w, taps_of(input), holds ? source_block<S>(tile, input, w.density(), w.in) : w.in);
   const int64_t held = holds ? std::max<int64_t>(1, kL2Bytes / piece_bytes) : g.out;  // channels
-  // Where there is one chunk, whose sums are in the order of the gradient, they are taken there.
+  // Where there is one chunk, whose sums are in the order and of the type of the gradient, they are taken there.
   const int64_t chunks = chunks_of(g, w, tile);
-  const bool direct = chunks == 1 && w.unstructured() && w.packed;
+  const bool direct = !pairs && chunks == 1 && w.unstructured() && w.packed;
   PartialSums<T> sums(direct ? 0 : chunks, w.nonzeros(), 0);
-  if (direct) std::fill_n(grad_weight.mutable_data_ptr<T>(), w.nonzeros(), T(0));
+  if (direct) std::fill_n(mutable_numbers_of<T>(grad_weight), w.nonzeros(), T(0));
   for_each_tile(g.batch, tile, chunks, g.out, [&](int64_t image, int64_t images, int64_t chunk, int64_t first, int64_t last) {
-    T* const grad = direct ? grad_weight.mutable_data_ptr<T>() : sums.weight(chunk);
+    T* const grad = direct ? mutable_numbers_of<T>(grad_weight) : sums.weight(chunk);
     for (int64_t v = 0; v < tile.plane; v += tile.piece)
       for (int64_t o = first; o < last; o += held)
         for (int64_t b = 0; b < places.blocks; ++b) {
-          const T* const from = input.const_data_ptr<T>() + image * input.stride(0) + v * kernels.lanes;
-          const T* const to = grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + v * kernels.lanes;
+          const S* const from = numbers_of<S>(input) + image * input.stride(0) + v * kernels.lanes;
+          const S* const to = numbers_of<S>(grad_output) + image * grad_output.stride(0) + v * kernels.lanes;
           const int64_t end = std::min(o + held, last);
-          if (holds)
+          if (pairs || holds)
             kernels.piece_sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
                                  grad_output.stride(0), grad_output.stride(1), int(images), int(tile.vectors_at(v)),
                                  tile.last_at(v), tile.known_at(v), grad});
-          else
+          else if constexpr (!pairs)
             kernels.sddmm({places.offset(), places.first() + b, places.blocks, o, end, from, input.stride(0), to,
                            grad_output.stride(0), grad_output.stride(1), images, tile.vectors_at(v), grad});
         }
   });
-  if (!direct) sums.template finish<T>(places, {at::Tensor(), grad_weight, at::Tensor()});
+  if (!direct) sums.template finish<S>(places, {at::Tensor(), grad_weight, at::Tensor()});
   return true;
 }
 
-#define INSTANTIATE(T)                                                                                                \
-  template bool forward_in_place<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,         \
-                                    const std::vector<T>&, const at::Tensor&);                                        \
-  template bool input_gradient_in_place<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,  \
-                                           const at::Tensor&);                                                        \
-  template bool weight_gradient_in_place<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&, \
-                                            const at::Tensor&);
-INSTANTIATE(float)
-INSTANTIATE(double)
+#define INSTANTIATE(T, S)                                                                                              \
+  template bool forward_in_place<T, S>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,         \
+                                       const std::vector<T>&, const at::Tensor&);                                        \
+  template bool input_gradient_in_place<T, S>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,  \
+                                              const at::Tensor&);                                                        \
+  template bool weight_gradient_in_place<T, S>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&, \
+                                               const at::Tensor&);
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(float, BFloat16)
 #undef INSTANTIATE
 
 }  // namespace uasparse

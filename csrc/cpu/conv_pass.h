@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <numeric>
+#include <type_traits>
 
 #include "cpu/conv_geometry.h"
 #include "cpu/conv_lists.h"
@@ -46,9 +47,23 @@ inline const ConvBf16Kernels* conv_bf16_kernels() {
   return nullptr;
 }
 
+// The kernels of sums of type T over numbers of type S, and whether there are any.
+template <typename T, typename S>
+const auto& kernels_of() {
+  if constexpr (std::is_same_v<S, BFloat16>)
+    return *conv_bf16_kernels();
+  else
+    return conv_kernels<T>();
+}
+template <typename S>
+bool has_kernels() {
+  return !std::is_same_v<S, BFloat16> || conv_bf16_kernels() != nullptr;
+}
+
 inline void multiply(const ConvBf16Kernels& kernels, const ConvProduct<float, BFloat16>& product) {
   kernels.product(product);
 }
+inline void multiply(const ConvBf16Kernels& kernels, const ConvBf16Product& product) { kernels.plane_product(product); }
 template <typename T>
 void multiply(const ConvKernels<T>& kernels, const ConvProduct<T>& product) {
   kernels.product(product);
@@ -109,6 +124,16 @@ inline void from_number(float x, BFloat16* to) {
   to->bits = x != x ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+
+// Numbers of a tensor of type S, as which BFloat16 is not torch's.
+template <typename S>
+const S* numbers_of(const at::Tensor& t) {
+  return static_cast<const S*>(t.const_data_ptr());
+}
+template <typename S>
+S* mutable_numbers_of(const at::Tensor& t) {
+  return static_cast<S*>(t.mutable_data_ptr());
+}
 
 inline bool has_plain_planes(const at::Tensor& t) { return t.stride(3) == 1 && t.stride(2) == t.size(3); }
 
@@ -197,13 +222,13 @@ void backward_by_batch(const Geometry& g, const ConvWeight& w, const at::Tensor&
                        const at::Tensor& weight, const ConvGradients& gradients);
 
 // These return false, and do nothing, where they cannot do it, or another way is quicker.
-template <typename T>
+template <typename T, typename S>
 bool forward_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output);
-template <typename T>
+template <typename T, typename S>
 bool input_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                              const at::Tensor& weight, const at::Tensor& grad_input);
-template <typename T>
+template <typename T, typename S>
 bool weight_gradient_in_place(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight);
 template <typename T>
@@ -215,15 +240,15 @@ bool input_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::T
 template <typename T>
 bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight);
-template <typename T>
+template <typename T, typename S>
 bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias);
 
 // Over copies of the positions that a kernel of one tap takes (conv_taken.cpp). The backward pass clears the gradients that
 // it has written.
-template <typename T>
+template <typename T, typename S>
 bool forward_taken(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                    const std::vector<T>& bias, const at::Tensor& output);
-template <typename T>
+template <typename T, typename S>
 void backward_taken(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
                     const at::Tensor& weight, ConvGradients* gradients);
 

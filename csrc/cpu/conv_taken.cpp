@@ -3,6 +3,7 @@
 //                       products run over a quarter of it.
 //   planes that are not whole vectors    each copied plane begins with a cache line: a vector that crosses two costs two
 //                       loads, and a source is read once a nonzero. Small planes lie side by side, images together.
+// T: the type of sums; S: of maps and weights.
 
 #include <algorithm>
 
@@ -11,25 +12,38 @@
 namespace uasparse {
 namespace {
 
-template <typename T, int64_t kStride>
-void take_row(const T* from, int64_t stride, int64_t width, T* to) {
+// A stride of 2 in bfloat16 goes by pairs of words, as numbers of 32 bits: compilers make twice as fast loops of that.
+template <typename S, int64_t kStride>
+void take_row(const S* from, int64_t stride, int64_t width, S* to) {
   const int64_t step = kStride ? kStride : stride;
-  for (int64_t x = 0; x < width; ++x) to[x] = from[x * step];
+  int64_t x = 0;
+  if constexpr (kStride == 2 && std::is_same_v<S, BFloat16>)
+    for (; x + 1 < width; ++x) {  // the last may have no other
+      uint32_t pair;
+      std::memcpy(&pair, from + 2 * x, sizeof pair);
+      to[x].bits = uint16_t(pair);
+    }
+  for (; x < width; ++x) to[x] = from[x * step];
 }
 
 // A row of `extent` numbers, zero where nothing was taken.
-template <typename T>
-void put_row(const T* from, int64_t stride, int64_t width, int64_t extent, T* to) {
+template <typename S>
+void put_row(const S* from, int64_t stride, int64_t width, int64_t extent, S* to) {
   if (stride == 2) {
     const int64_t pairs = std::min(width, extent / 2);
     for (int64_t x = 0; x < pairs; ++x) {
-      to[2 * x] = from[x];
-      to[2 * x + 1] = 0;
+      if constexpr (std::is_same_v<S, BFloat16>) {
+        const uint32_t pair = from[x].bits;
+        std::memcpy(to + 2 * x, &pair, sizeof pair);
+      } else {
+        to[2 * x] = from[x];
+        to[2 * x + 1] = 0;
+      }
     }
     if (pairs < width) to[2 * pairs] = from[pairs];
-    std::fill(to + std::min(extent, 2 * width), to + extent, T(0));
+    std::fill(to + std::min(extent, 2 * width), to + extent, S{});
   } else {
-    std::fill_n(to, extent, T(0));
+    std::fill_n(to, extent, S{});
     for (int64_t x = 0; x < width; ++x) to[x * stride] = from[x];
   }
 }
@@ -64,45 +78,45 @@ struct Side {
 };
 
 // Copies of the positions of a map of some channels that the strides take.
-template <typename T>
+template <typename S>
 class Copies {
  public:
   Copies(const Geometry& g, const Side& side, int64_t channels, at::IntArrayRef stride)
       : side_(side), channels_(channels), batch_(g.batch), height_(g.out_height), width_(g.out_width), stride_(stride),
-        memory_(sizeof(T) * side.tiles * channels * side.pitch) {}
+        memory_(sizeof(S) * side.tiles * channels * side.pitch) {}
 
   // As maps of side.geometry(), which live no longer than this.
   at::Tensor maps(const at::TensorOptions& options) const {
     const int64_t height = side_.images == 1 ? height_ : 1, width = side_.images == 1 ? width_ : side_.images * side_.positions;
-    return at::from_blob(memory_.template as<T>(), {side_.tiles, channels_, height, width},
+    return at::from_blob(memory_.template as<S>(), {side_.tiles, channels_, height, width},
                          {channels_ * side_.pitch, side_.pitch, width, 1}, options);
   }
 
   at::Tensor take(const at::Tensor& map) const {
-    const T* const data = map.const_data_ptr<T>();
-    for_each_plane(side_.tiles * side_.images, [&](int64_t image, int64_t channel, T* to) {
-      if (image >= batch_) return std::fill_n(to, side_.positions, T(0)), void();
-      const T* from = data + image * map.stride(0) + channel * map.stride(1);
+    const S* const data = numbers_of<S>(map);
+    for_each_plane(side_.tiles * side_.images, [&](int64_t image, int64_t channel, S* to) {
+      if (image >= batch_) return std::fill_n(to, side_.positions, S{}), void();
+      const S* from = data + image * map.stride(0) + channel * map.stride(1);
       if (is_whole()) return std::copy_n(from, side_.positions, to), void();
       for (int64_t y = 0; y < height_; ++y, from += stride_[0] * map.stride(2), to += width_)
-        stride_[1] == 2 ? take_row<T, 2>(from, 2, width_, to) : take_row<T, 0>(from, stride_[1], width_, to);
+        stride_[1] == 2 ? take_row<S, 2>(from, 2, width_, to) : take_row<S, 0>(from, stride_[1], width_, to);
     });
     return maps(map.options());
   }
 
   // Writes them to their place, and zeros to all others.
   void put(const at::Tensor& map) const {
-    T* const data = map.mutable_data_ptr<T>();
-    for_each_plane(batch_, [&](int64_t image, int64_t channel, const T* from) {
-      T* const plane = data + image * map.stride(0) + channel * map.stride(1);
+    S* const data = mutable_numbers_of<S>(map);
+    for_each_plane(batch_, [&](int64_t image, int64_t channel, const S* from) {
+      S* const plane = data + image * map.stride(0) + channel * map.stride(1);
       if (is_whole()) return std::copy_n(from, side_.positions, plane), void();
       const int64_t extent = map.size(3);
       for (int64_t y = 0; y < map.size(2); ++y) {
-        T* const row = plane + y * map.stride(2);
+        S* const row = plane + y * map.stride(2);
         if (y % stride_[0] == 0 && y / stride_[0] < height_)
           put_row(from + y / stride_[0] * width_, stride_[1], width_, extent, row);
         else
-          std::fill_n(row, extent, T(0));
+          std::fill_n(row, extent, S{});
       }
     });
   }
@@ -116,7 +130,7 @@ class Copies {
       for (int64_t i = first; i < last; ++i) {
         const int64_t image = i / channels_, channel = i % channels_;
         visit(image, channel,
-              memory_.template as<T>() + (image / side_.images * channels_ + channel) * side_.pitch +
+              memory_.template as<S>() + (image / side_.images * channels_ + channel) * side_.pitch +
                   image % side_.images * side_.positions);
       }
     });
@@ -132,16 +146,18 @@ bool is_strided(const Geometry& g) { return g.stride[0] * g.stride[1] > 1; }
 
 // Whether copies can serve, and serve maps that no stride asks to copy: where a vector is a cache line that planes do not
 // keep to.
-template <typename T>
+template <typename T, typename S>
 bool can(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& output, const Side& side) {
   constexpr int64_t kReads = 8;
-  const int64_t lanes = conv_kernels<T>().lanes;
+  const auto& kernels = kernels_of<T, S>();
+  const int64_t lanes = kernels.lanes;
   if (g.batch == 0 || g.kernel_h * g.kernel_w != 1 || g.padding[0] != 0 || g.padding[1] != 0 ||
       !has_plain_planes(input) || !has_plain_planes(output) || side.positions * side.images < lanes)
     return false;
+  if (std::is_same_v<S, BFloat16> && ConvQuads<T>::can_forward(w)) return false;  // nor has in place
   if (is_strided(g)) return true;
-  return lanes * int64_t(sizeof(T)) == 64 && side.positions % lanes != 0 &&
-         3 * side.pitch >= 2 * conv_kernels<T>().max_vectors * lanes && w.nonzeros() >= kReads * std::max(g.in, g.out);
+  return lanes * int64_t(sizeof(S)) == 64 && side.positions % lanes != 0 &&
+         3 * side.pitch >= 2 * kernels.max_vectors * lanes && w.nonzeros() >= kReads * std::max(g.in, g.out);
 }
 
 // Whether a product gains by a copy of its source that serves alignment alone: where enough nonzeros read it (14 x 14, 256
@@ -156,56 +172,59 @@ const at::IntArrayRef kUnitStride(kUnit, 2);
 
 }  // namespace
 
-template <typename T>
+template <typename T, typename S>
 bool forward_taken(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                    const std::vector<T>& bias, const at::Tensor& output) {
-  const Side side(g, conv_kernels<T>().lanes);
-  if (!can<T>(g, w, input, output, side) || !pays(g, w, side, g.in)) return false;
-  const Copies<T> from(g, side, g.in, g.stride);
+  if (!has_kernels<S>()) return false;
+  const Side side(g, kernels_of<T, S>().lanes);
+  if (!can<T, S>(g, w, input, output, side) || !pays(g, w, side, g.in)) return false;
+  const Copies<S> from(g, side, g.in, g.stride);
   const at::Tensor source = from.take(input);
-  if (side.images == 1) return forward_in_place<T>(side.geometry(g), w, source, weight, bias, output);
-  const Copies<T> to(g, side, g.out, kUnitStride);
-  if (!forward_in_place<T>(side.geometry(g), w, source, weight, bias, to.maps(output.options()))) return false;
+  if (side.images == 1) return forward_in_place<T, S>(side.geometry(g), w, source, weight, bias, output);
+  const Copies<S> to(g, side, g.out, kUnitStride);
+  if (!forward_in_place<T, S>(side.geometry(g), w, source, weight, bias, to.maps(output.options()))) return false;
   to.put(output);
   return true;
 }
 
-template <typename T>
+template <typename T, typename S>
 void backward_taken(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output, const at::Tensor& input,
                     const at::Tensor& weight, ConvGradients* gradients) {
-  const int64_t lanes = conv_kernels<T>().lanes;
+  if (!has_kernels<S>()) return;
+  const int64_t lanes = kernels_of<T, S>().lanes;
   const Side side(g, lanes);
-  if (!can<T>(g, w, input, grad_output, side)) return;
+  if (!can<T, S>(g, w, input, grad_output, side)) return;
   const Geometry copies = side.geometry(g);
   // For alignment alone grad_output is copied, and for grad_input: dot products hold it in registers, and read of the input
   // too little to gain.
   if (side.images == 1 && !is_strided(g)) {
     if (!gradients->input.defined() || !has_plain_planes(gradients->input) || !pays(g, w, side, g.out)) return;
-    const Copies<T> outputs(g, side, g.out, kUnitStride);
-    if (input_gradient_in_place<T>(copies, w, outputs.take(grad_output), weight, gradients->input))
+    const Copies<S> outputs(g, side, g.out, kUnitStride);
+    if (input_gradient_in_place<T, S>(copies, w, outputs.take(grad_output), weight, gradients->input))
       gradients->input = at::Tensor();
     return;
   }
   const bool aligned = side.images == 1 && side.positions % lanes == 0;
-  const Copies<T> inputs(g, side, g.in, g.stride), outputs(g, side, aligned ? 0 : g.out, kUnitStride);
+  const Copies<S> inputs(g, side, g.in, g.stride), outputs(g, side, aligned ? 0 : g.out, kUnitStride);
   const at::Tensor grads = aligned ? grad_output : outputs.take(grad_output);
   if (gradients->weight.defined() &&
-      weight_gradient_in_place<T>(copies, w, grads, inputs.take(input), gradients->weight))
+      weight_gradient_in_place<T, S>(copies, w, grads, inputs.take(input), gradients->weight))
     gradients->weight = at::Tensor();
   if (gradients->input.defined() && has_plain_planes(gradients->input) &&
-      input_gradient_in_place<T>(copies, w, grads, weight, inputs.maps(input.options()))) {
+      input_gradient_in_place<T, S>(copies, w, grads, weight, inputs.maps(input.options()))) {
     inputs.put(gradients->input);
     gradients->input = at::Tensor();
   }
 }
 
-#define INSTANTIATE(T)                                                                                                \
-  template bool forward_taken<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,            \
-                                 const std::vector<T>&, const at::Tensor&);                                           \
-  template void backward_taken<T>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,           \
-                                  const at::Tensor&, ConvGradients*);
-INSTANTIATE(float)
-INSTANTIATE(double)
+#define INSTANTIATE(T, S)                                                                                          \
+  template bool forward_taken<T, S>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,        \
+                                    const std::vector<T>&, const at::Tensor&);                                       \
+  template void backward_taken<T, S>(const Geometry&, const ConvWeight&, const at::Tensor&, const at::Tensor&,       \
+                                     const at::Tensor&, ConvGradients*);
+INSTANTIATE(float, float)
+INSTANTIATE(double, double)
+INSTANTIATE(float, BFloat16)
 #undef INSTANTIATE
 
 }  // namespace uasparse

@@ -5,7 +5,8 @@
 //   by batch   (conv_by_batch.cpp)  all else: one position of several images, or strips of them, transposed
 //
 // Every output is summed in the order of the entries, and grad weight in the order of fixed chunks of the batch, so
-// results do not depend on the number of threads. bfloat16 goes by batch, with float32 sums.
+// results do not depend on the number of threads. bfloat16 has float32 sums, and goes by batch unless it
+// has one tap and AVX512-BF16.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -116,12 +117,11 @@ at::Tensor masked_conv2d(const at::Tensor& input, const at::Tensor& weight, cons
     if (bias_values.defined())
       for (int64_t o = 0; o < g.out; ++o)
         biases.push_back(to_number(static_cast<const S*>(bias_values.const_data_ptr())[o]));
-    if constexpr (std::is_same_v<T, S>) {
-      if (forward_taken<T>(g, w, input, values, biases, output) ||
-          forward_in_place<T>(g, w, input, values, biases, output) ||
-          forward_by_space<T>(g, w, input, values, biases, output))
-        return;
-    }
+    if (forward_taken<T, S>(g, w, input, values, biases, output) ||
+        forward_in_place<T, S>(g, w, input, values, biases, output))
+      return;
+    if constexpr (std::is_same_v<T, S>)
+      if (forward_by_space<T>(g, w, input, values, biases, output)) return;
     forward_by_batch<T, S>(g, w, input, values, biases, output);
   });
   return output;
@@ -153,15 +153,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> masked_conv2d_backward(
   dispatch(input.scalar_type(), [&]<typename T, typename S>() {
     // What is not asked for has no say in how the rest is computed.
     ConvGradients rest = gradients;
+    backward_taken<T, S>(g, w, grad_output, input, values, &rest);
+    if (rest.input.defined() && input_gradient_in_place<T, S>(g, w, grad_output, values, gradients.input))
+      rest.input = at::Tensor();
+    if (rest.weight.defined() && weight_gradient_in_place<T, S>(g, w, grad_output, input, gradients.weight))
+      rest.weight = at::Tensor();
+    if (rest.bias.defined() && bias_gradient_by_space<T, S>(grad_output, gradients.bias)) rest.bias = at::Tensor();
     if constexpr (std::is_same_v<T, S>) {
-      backward_taken<T>(g, w, grad_output, input, values, &rest);
-      if (rest.input.defined() && (input_gradient_in_place<T>(g, w, grad_output, values, gradients.input) ||
-                                   input_gradient_by_space<T>(g, w, grad_output, values, gradients.input)))
+      if (rest.input.defined() && input_gradient_by_space<T>(g, w, grad_output, values, gradients.input))
         rest.input = at::Tensor();
-      if (rest.weight.defined() && (weight_gradient_in_place<T>(g, w, grad_output, input, gradients.weight) ||
-                                    weight_gradient_by_space<T>(g, w, grad_output, input, gradients.weight)))
+      if (rest.weight.defined() && weight_gradient_by_space<T>(g, w, grad_output, input, gradients.weight))
         rest.weight = at::Tensor();
-      if (rest.bias.defined() && bias_gradient_by_space<T>(grad_output, gradients.bias)) rest.bias = at::Tensor();
     }
     if (rest.input.defined() || rest.weight.defined() || rest.bias.defined())
       backward_by_batch<T, S>(g, w, grad_output, input, values, rest);

@@ -38,14 +38,14 @@ struct ConvQuadEntry {
 
 // out[r][c][x][lane] (+)= sum over the entries of channel c of value * source[r][x][lane + offset], for a tile of
 // rows x vectors positions and the channels [begin, end).
-template <typename T, typename Entry, typename Packed = T>
+template <typename T, typename Entry, typename Packed = T, typename Out = T>
 struct ConvProductOf {
   const Entry* entries;
   const int32_t* first;  // entries of channel c: [first[c], first[c + 1])
   int64_t begin, end;
   const Packed* source;
   int64_t source_row;
-  T* out;
+  Out* out;
   int64_t out_row, out_channel;
   bool start;     // begin with the bias (or zero) instead of what `out` holds
   const T* bias;  // of each channel, or null
@@ -55,6 +55,8 @@ struct ConvProductOf {
 };
 template <typename T, typename Packed = T>
 using ConvProduct = ConvProductOf<T, ConvEntry<T>, Packed>;
+// Of bfloat16 where it lies: sums are float32 and rounded once, so that `start` is always true.
+using ConvBf16Product = ConvProductOf<float, ConvEntry<float>, BFloat16, BFloat16>;
 // For quads of channels: `begin`, `end` and `first` are of quad * phases + phase, whose sums begin at channel 4 * quad *
 // phases + phase of `out` and lie `phases` channels apart.
 template <typename T>
@@ -177,12 +179,13 @@ struct ConvKernels {
   void (*unpack_bf16)(const ConvMove<T>&, BFloat16* const* images);
 };
 
-// The kernels of by_batch on packed bfloat16 with float32 sums, of which `value` of an entry is one of bfloat16 too. Vectors
-// have 32 lanes, in an order that `pack` and `product` share, and `unpack` takes sums in order.
+// The kernels on bfloat16 with float32 sums, of which `value` of an entry is one of bfloat16 too, in vectors of 32 words. Those
+// of by_batch are packed in an order that `pack` and `product` share, and `unpack` takes sums in order.
 struct ConvBf16Kernels {
   int lanes;
   int max_vectors, max_rows;
   void (*product)(const ConvProduct<float, BFloat16>&);
+  void (*plane_product)(const ConvBf16Product&);
   int max_piece;
   void (*piece_sddmm)(const ConvPieceSddmm<float, BFloat16>&);
   void (*pack)(const ConvMove<BFloat16>&, const BFloat16* const* images);

@@ -1,10 +1,12 @@
-// The kernels of masked_conv2d on packed bfloat16, with float32 sums (contracts: masked_conv2d.h).
+// The kernels of masked_conv2d on bfloat16, with float32 sums (contracts: masked_conv2d.h).
 //
 // A packed vector is one position of 32 images (or strips). Its words are in this order: the first 16 images in the lower
 // halves of the vector's 128-bit parts, the others in the upper halves.
 //   product       two entries an instruction: unpacking the vectors of two sources pairs their words, and puts the sums of
 //                 the first 16 images, and of the others, in order. Two loads, two shuffles and two products for what takes
 //                 four loads and four multiply-adds in float32.
+//   plane_product the same of 32 neighbouring positions: the sums are of the lower and of the upper halves of the 128-bit
+//                 parts, which one permutation of the rounded words puts in order.
 //   piece_sddmm   the words of grad_output and of the input are pairs as they lie: half of the loads and products.
 //   pack, unpack  16 x 16 transposes of double words, two neighbouring positions each.
 
@@ -50,19 +52,19 @@ UASPARSE_INLINE __m512i one_value(const ConvEntry<float>* entry) {
 
 // --- product
 
-template <int kRows, int kVectors>
+// Rows are `row` words apart, and at(v) leads to a row's v-th vector.
+template <int kRows, int kVectors, typename At>
 UASPARSE_INLINE void add_entries(const ConvEntry<float>* entry, const ConvEntry<float>* end, Packed source, int64_t row,
-                                 __m512 (&sum)[kRows][2 * kVectors]) {
+                                 At at, __m512 (&sum)[kRows][2 * kVectors]) {
   const auto add = [&]<bool kTwo>(std::bool_constant<kTwo>, __m512i values, Packed first, Packed second) UASPARSE_LAMBDA {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 12
       for (int v = 0; v < kVectors; ++v) {
-        const int64_t at = r * row + v * kLanesOfWords;
-        const __m512i a = load_words(first + at);
+        const __m512i a = load_words(first + r * row + at(v));
         __m512i b = _mm512_setzero_si512();
         if constexpr (kTwo) {
-          b = load_words(second + at);
+          b = load_words(second + r * row + at(v));
           asm("" : "+v"(b));  // loaded once: as an operand of both shuffles it would be loaded twice, and loads bound the loop
         }
         sum[r][2 * v] = add_pairs(sum[r][2 * v], _mm512_unpacklo_epi16(a, b), values);
@@ -87,7 +89,8 @@ void product_tile(const ConvProduct<float, BFloat16>& p) {
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 24
       for (int v = 0; v < 2 * kVectors; ++v) sum[r][v] = p.start ? bias : _mm512_loadu_ps(out + r * p.out_row + 16 * v);
-    add_entries<kRows, kVectors>(entry, end, p.source, p.source_row, sum);
+    const auto at = [](int v) UASPARSE_LAMBDA { return int64_t(v * kLanesOfWords); };
+    add_entries<kRows, kVectors>(entry, end, p.source, p.source_row, at, sum);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 24
@@ -95,29 +98,67 @@ void product_tile(const ConvProduct<float, BFloat16>& p) {
   }
 }
 
-template <int kRows, int kVectors = kMaxVectors / kRows>
-void product_rows(const ConvProduct<float, BFloat16>& p) {
-  if constexpr (kVectors > 0) {
-    if (p.vectors == kVectors) return product_tile<kRows, kVectors>(p);
-    product_rows<kRows, kVectors - 1>(p);
+template <int kRows, int kVectors>
+void product_tile(const ConvBf16Product& p) {
+  const int64_t last = p.last;
+  const auto at = [last](int v) UASPARSE_LAMBDA { return v + 1 < kVectors ? int64_t(v * kLanesOfWords) : last; };
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // of four words each
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    __m512 sum[kRows][2 * kVectors];
+    const __m512 bias = _mm512_set1_ps(p.bias ? p.bias[c] : 0);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 24
+      for (int v = 0; v < 2 * kVectors; ++v) sum[r][v] = bias;
+    add_entries<kRows, kVectors>(p.entries + p.first[c], p.entries + p.first[c + 1], p.source, p.source_row, at, sum);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 12
+      for (int v = 0; v < kVectors; ++v) {
+        const auto words = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sum[r][2 * v + 1], sum[r][2 * v]));
+        _mm512_storeu_si512(p.out + c * p.out_channel + r * p.out_row + at(v),
+                            _mm512_maskz_permutexvar_epi64(0xff, order, words));  // masked, as above
+      }
   }
 }
 
-void product(const ConvProduct<float, BFloat16>& p) {
-  switch (p.rows) {
-    case 1: return product_rows<1>(p);
-    case 2: return product_rows<2>(p);
-    case 3: return product_rows<3>(p);
-    default: return product_rows<kMaxRows>(p);
+// Calls call.operator()<rows, vectors>(), of which `kMost` are in a tile.
+template <int kRows, int kVectors, typename Call>
+void with_vectors(int vectors, Call call) {
+  if constexpr (kVectors > 0) {
+    if (vectors == kVectors) return call.template operator()<kRows, kVectors>();
+    with_vectors<kRows, kVectors - 1>(vectors, call);
   }
+}
+template <int kMost, typename Call>
+void with_tile(int rows, int vectors, Call call) {
+  switch (rows) {
+    case 1: return with_vectors<1, kMost>(vectors, call);
+    case 2: return with_vectors<2, kMost / 2>(vectors, call);
+    case 3: return with_vectors<3, kMost / 3>(vectors, call);
+    default: return with_vectors<kMaxRows, kMost / kMaxRows>(vectors, call);
+  }
+}
+
+template <typename Product>
+void product(const Product& p) {
+  with_tile<kMaxVectors>(p.rows, p.vectors, [&]<int kRows, int kVectors>() { product_tile<kRows, kVectors>(p); });
 }
 
 // --- dot products
 
+// The v-th vector of a piece. Of the last one of those that are not whole, the words that were not in the vector before: what
+// is no number must not meet a zero.
+template <bool kWhole, int kVectors>
+UASPARSE_INLINE __m512i load_piece(Packed from, int v, int64_t last, __mmask32 fresh) {
+  if (kWhole || v + 1 < kVectors) return load_words(from + v * kLanesOfWords);
+  return _mm512_maskz_loadu_epi16(fresh, from + last);
+}
+
 // grad[k] += dot product of the piece with the input at offset[k], k < count <= kCount.
-template <int kRows, int kVectors, int kCount>
+template <bool kWhole, int kRows, int kVectors, int kCount>
 UASPARSE_INLINE void dots(const ConvPieceSddmm<float, BFloat16>& p, const __m512i (&piece)[kRows][kVectors],
-                          const int32_t* offset, float* grad, int count) {
+                          __mmask32 fresh, const int32_t* offset, float* grad, int count) {
   Packed input[kCount];
   __m512 sum[kCount];
 #pragma GCC unroll 8
@@ -131,15 +172,17 @@ UASPARSE_INLINE void dots(const ConvPieceSddmm<float, BFloat16>& p, const __m512
     for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 8
       for (int k = 0; k < kCount; ++k)
-        sum[k] = add_pairs(sum[k], piece[r][v], load_words(input[k] + r * p.input_image + v * kLanesOfWords));
+        sum[k] = add_pairs(sum[k], piece[r][v],
+                           load_piece<kWhole, kVectors>(input[k] + r * p.input_image, v, p.last, fresh));
   Vec<float> sums[kGroup] = {};
 #pragma GCC unroll 8
   for (int k = 0; k < kCount; ++k) sums[k] = reinterpret_cast<Vec<float>>(sum[k]);
   add_lane_sums<float>(sums, grad, count);
 }
 
-template <int kRows, int kVectors>
+template <bool kWhole, int kRows, int kVectors>
 void piece_sddmm_of(const ConvPieceSddmm<float, BFloat16>& p) {
+  const __mmask32 fresh = ~0u << p.known;
   for (int64_t c = p.begin; c < p.end; ++c) {
     int64_t i = p.first[c * p.first_stride];
     const int64_t end = p.first[c * p.first_stride + 1];
@@ -154,28 +197,19 @@ void piece_sddmm_of(const ConvPieceSddmm<float, BFloat16>& p) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) piece[r][v] = load_words(grad_output + r * p.grad_image + v * kLanesOfWords);
-    for (; i + kGroup <= end; i += kGroup) dots<kRows, kVectors, kGroup>(p, piece, p.offset + i, p.grad + i, kGroup);
+      for (int v = 0; v < kVectors; ++v)
+        piece[r][v] = load_piece<kWhole, kVectors>(grad_output + r * p.grad_image, v, p.last, fresh);
+    for (; i + kGroup <= end; i += kGroup)
+      dots<kWhole, kRows, kVectors, kGroup>(p, piece, fresh, p.offset + i, p.grad + i, kGroup);
     for (; i < end; i += 4)
-      dots<kRows, kVectors, 4>(p, piece, p.offset + i, p.grad + i, int(end - i < 4 ? end - i : 4));
-  }
-}
-
-template <int kRows, int kVectors = kMaxPiece / kRows>
-void piece_sddmm_rows(const ConvPieceSddmm<float, BFloat16>& p) {
-  if constexpr (kVectors > 0) {
-    if (p.vectors == kVectors) return piece_sddmm_of<kRows, kVectors>(p);
-    piece_sddmm_rows<kRows, kVectors - 1>(p);
+      dots<kWhole, kRows, kVectors, 4>(p, piece, fresh, p.offset + i, p.grad + i, int(end - i < 4 ? end - i : 4));
   }
 }
 
 void piece_sddmm(const ConvPieceSddmm<float, BFloat16>& p) {
-  switch (p.images) {
-    case 1: return piece_sddmm_rows<1>(p);
-    case 2: return piece_sddmm_rows<2>(p);
-    case 3: return piece_sddmm_rows<3>(p);
-    default: return piece_sddmm_rows<kMaxRows>(p);
-  }
+  with_tile<kMaxPiece>(p.images, p.vectors, [&]<int kRows, int kVectors>() {
+    p.known == 0 ? piece_sddmm_of<true, kRows, kVectors>(p) : piece_sddmm_of<false, kRows, kVectors>(p);
+  });
 }
 
 // --- moves
@@ -289,7 +323,10 @@ void unpack(const ConvMove<float>& m, BFloat16* const* images) {
 
 }  // namespace
 
-const ConvBf16Kernels conv = {kLanesOfWords, kMaxVectors, kMaxRows, &product, kMaxPiece, &piece_sddmm, &pack, &unpack};
+const ConvBf16Kernels conv = {
+    kLanesOfWords, kMaxVectors,  kMaxRows, &product<ConvProduct<float, BFloat16>>, &product<ConvBf16Product>,
+    kMaxPiece,     &piece_sddmm, &pack,    &unpack,
+};
 
 }  // namespace uasparse::avx512bf16
 

@@ -19,8 +19,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # training step), of a convolution, whether it has one tap, and then its channels (see _of_one_tap).
 # Measured by uasparse_kernels.tune(), one thread, on AMD EPYCs: Zen 4 (AVX-512, bfloat16 arithmetic) and Zen 3 (AVX2);
 # on a Zen 5 float32 linear layers of training beside oneDNN (AVX-512), and float32 convolutions of one tap by steps of
-# 17 layers, at batch 8 with either instruction set and at 32 with AVX-512 (docs/cpu-kernels.md); those in blocks are
-# not measured, and no higher.
+# 17 layers, at batch 8 with either instruction set and at 32 with AVX-512, and those in bfloat16 by steps of 19 layers
+# (docs/cpu-kernels.md); those in blocks are not measured, and no higher.
 _AVX512: _crossovers.Table = {
     "masked_linear": {
         "float32": {"1x1": {"1": 0.98, "2-16": 0.89, ">16": 0.45}, "blocks": {"1": 1.0, "2-16": 1.0, ">16": 0.6}},
@@ -32,7 +32,7 @@ _AVX512: _crossovers.Table = {
             "blocks": {"one tap, 256": 0.72, "one tap, 1024": 0.48, "taps": 0.61},
         },
         "bfloat16": {
-            "1x1": {"one tap, 256": 0.33, "one tap, 1024": 0.33, "taps": 0.33},
+            "1x1": {"one tap, 256": 0.54, "one tap, 1024": 0.27, "taps": 0.4},
             "blocks": {"one tap, 256": 0.3, "one tap, 1024": 0.3, "taps": 0.3},
         },
     },
