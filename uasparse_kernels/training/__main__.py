@@ -111,9 +111,9 @@ def fit_command(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Train one network, evaluate it, and draw the figures. On several processes:
+    """Train one network, evaluate it, and draw the figures.
 
-    torchrun --nproc-per-node N -m training fit ...
+    On several processes: torchrun --nproc-per-node N -m training fit ...
     """
     _set_threads(threads)
     with joined(device) as device:
