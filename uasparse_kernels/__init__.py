@@ -6,6 +6,7 @@ from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.deltas import add_sparse_deltas
 from uasparse_kernels.explain import backend_info, explain
 from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
+from uasparse_kernels.like import sparsify_like
 from uasparse_kernels.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -52,6 +53,7 @@ __all__ = [
     "repack",
     "save_sparse",
     "sparsify",
+    "sparsify_like",
     "summary",
     "topology",
     "tune",

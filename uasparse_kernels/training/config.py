@@ -164,7 +164,7 @@ class FitConfig:
         if self.loss in ("moon", "reweight") and not 0 < self.warmup_epochs < self.epochs:
             raise TrainingError(
                 f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
-                "alpha rises only after the warm-up."
+                "alpha rises only after the warm-up. Give more epochs or fewer warmup_epochs."
             )
         rows, columns = self.block_size
         if min(rows, columns) < 1 or columns not in (1, rows):
