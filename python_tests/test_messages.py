@@ -214,5 +214,11 @@ def test_benchmarks_without_a_suite_measure_nothing(monkeypatch, capsys):
     assert stop.value.code != 0 and "Usage" in "".join(capsys.readouterr())
 
 
+def test_the_version_is_where_it_is_looked_for():
+    assert ua.__version__ == ua.backend_info()["uasparse_kernels"]
+    with pytest.raises(AttributeError, match="no attribute 'sparsity'"):
+        _ = ua.sparsity
+
+
 def test_log_level_is_the_users():
     assert logging.getLogger("uasparse_kernels").level == logging.NOTSET

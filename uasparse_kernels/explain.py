@@ -113,7 +113,7 @@ def backend_info() -> dict[str, Any]:
         triton_version = None
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
-        "uasparse_kernels": _version(),
+        "uasparse_kernels": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
@@ -138,7 +138,8 @@ def _backend(op: str, device: str) -> str:
     return "torch" if op == "batch_norm" else "reference (eager torch)"
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the installed package."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
