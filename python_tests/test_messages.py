@@ -29,6 +29,7 @@ def network():
         ({"block": 4}, ValueError, r"\(r, 1\) or \(b, b\), got 4"),
         ({"structure": "2:4"}, ValueError, "the sparsity 0.5 for structure '2:4', got 0.9"),
         ({"overrides": {"2": {"density": 0.5}}}, TypeError, "2: expected a sparsity, .*, got 'density'"),
+        ({"overrides": {"2": 60}}, ValueError, r"2: expected a sparsity in \[0, 1\), got 60"),
         ({"overrides": {"2": torch.ones(8, 32) > 0}}, TypeError, r"SparsityPattern.from_mask\(mask\)"),
         ({"overrides": {"2": {"pattern": torch.ones(8, 32) > 0}}}, TypeError, "from_mask"),
         (
@@ -212,6 +213,11 @@ def test_benchmarks_without_a_suite_measure_nothing(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("benchmarks", run_name="__main__")
     assert stop.value.code != 0 and "Usage" in "".join(capsys.readouterr())
+
+
+def test_a_mask_may_be_numpys():
+    mask = torch.rand(8, 16) > 0.5
+    assert torch.equal(ua.SparsityPattern.from_mask(mask.numpy()).to_mask(), mask)
 
 
 def test_the_version_is_where_it_is_looked_for():

@@ -255,12 +255,14 @@ def _options_of(name: str, override: Any, layer: Any) -> dict[str, Any]:
         f"{name or type(layer).__name__}: expected a sparsity, or a mapping of sparsity or pattern, block and storage"
     )
     if isinstance(override, numbers.Real):
-        return {"sparsity": override}
+        override = {"sparsity": override}
     if not isinstance(override, Mapping):
         mask = '; for a mask give {"pattern": SparsityPattern.from_mask(mask)}' if isinstance(override, Tensor) else ""
         raise TypeError(f"{said}, got a {type(override).__name__}{mask}.")
     if unknown := override.keys() - {"sparsity", "pattern", "block", "storage"}:
         raise TypeError(f"{said}, got {', '.join(map(repr, sorted(unknown)))}.")
+    if not 0 <= (sparsity := override.get("sparsity", 0.0)) < 1:
+        raise ValueError(f"{name or type(layer).__name__}: expected a sparsity in [0, 1), got {sparsity}.")
     pattern = override.get("pattern")
     if pattern is not None and not isinstance(pattern, SparsityPattern):
         raise TypeError(
