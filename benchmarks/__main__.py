@@ -1,7 +1,7 @@
 """Runs suites of benchmarks: prints a table of each, and writes its JSON and its plot.
 
-python -m benchmarks                    all suites of the CPU but models
-python -m benchmarks linear conv        some of them
+python -m benchmarks linear conv        these two
+python -m benchmarks all                all suites of the CPU but models: some hours
 python -m benchmarks linear --folder benchmarks/results/avx2    kept, and shown, apart from those of another machine
 """
 
@@ -40,20 +40,30 @@ SUITES = {
     "models": "bench_models",
 }
 ON_DEMAND = {"models"}  # no speeds
+HELP = (
+    "Measures suites, prints a table of each, and writes its JSON and its plot. A suite takes minutes (networks half "
+    "an hour): the machine should do nothing else meanwhile."
+)
 
 
 def main(
-    suites: Annotated[list[str] | None, typer.Argument(help="Of: " + ", ".join(SUITES))] = None,
+    suites: Annotated[
+        list[str], typer.Argument(help=f"Of: {', '.join(SUITES)}; all: these but {', '.join(ON_DEMAND)}, some hours.")
+    ],
     seconds: Annotated[float, typer.Option(help="Time for each variant of a row, about.")] = 1.0,
     threads: Annotated[int, typer.Option(help="Threads, except in the suite of that name.")] = 1,
-    folder: Annotated[Path, typer.Option(help="Where JSON and plots go.")] = harness.RESULTS,
+    folder: Annotated[
+        Path, typer.Option(help="Where JSON and plots go. Into the default, a checkout's stored figures are replaced.")
+    ] = harness.RESULTS,
 ) -> None:
-    unknown = sorted(set(suites or ()) - SUITES.keys())
+    unknown = sorted(set(suites) - SUITES.keys() - {"all"})
     if unknown:
-        raise typer.BadParameter(f"Expected suites of {', '.join(SUITES)}, got {', '.join(unknown)}.")
+        raise typer.BadParameter(f"Expected suites of {', '.join(SUITES)}, or all, got {', '.join(unknown)}.")
+    if "all" in suites:
+        suites = [name for name in SUITES if name not in ON_DEMAND]
     # As `python -m training` does, for the rivals too: else new pages can cost as much as a kernel.
     ua.keep_freed_memory()
-    for suite in suites or [name for name in SUITES if name not in ON_DEMAND]:
+    for suite in suites:
         harness.pin(None if suite in ("threads", "networks") else threads)  # these use both cores
         torch.set_num_threads(threads)
         print(f"\n{suite}, {threads} thread{'s' if threads > 1 else ''}", flush=True)
@@ -77,4 +87,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command(help=HELP, no_args_is_help=True)(main)
+    app()

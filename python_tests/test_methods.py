@@ -554,7 +554,7 @@ def test_a_compiled_model_follows(name):
         (lambda: train(network(), "srigl"), "fan-in"),
         (lambda: train(network(), "2:4"), "2:4"),
         (lambda: train(network("granet"), "granet", delta_t=50), "gradual pruning"),
-        (lambda: ua.sparsify(nn.Linear(8, 8), 0.6, structure="2:4"), "density 0.5"),
+        (lambda: ua.sparsify(nn.Linear(8, 8), 0.6, structure="2:4"), "the sparsity 0.5"),
         (lambda: ua.sparsify(nn.Linear(8, 8), 0.5, structure="2-4"), "N:M"),
         (lambda: topology.structured_pattern((8, 6), 0.5, "2:4"), "divides"),
     ],

@@ -44,6 +44,7 @@ def test_fit_then_evaluate(monkeypatch, capsys, tmp_path):
     assert call(monkeypatch, "fit", *SMALL, "--ood", "noise", "--score", "msp", "--out", run, "--device", "cpu") == 0
     printed = capsys.readouterr().out
     assert "epoch 2/2" in printed and "AUROC" in printed and str(run) in printed
+    assert "parameters are active (" in printed and "indices; dense" in printed
     judged = tmp_path / "judged"
     assert call(monkeypatch, "evaluate", run, "--ood", "blobs", "--ood", "inverted", "--out", judged) == 0
     assert "inverted" in capsys.readouterr().out

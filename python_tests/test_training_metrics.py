@@ -16,6 +16,7 @@ import uasparse_kernels as ua
 from uasparse_kernels.training.batches import Normalise
 from uasparse_kernels.training.errors import TrainingError
 from uasparse_kernels.training.metrics import classification_metrics, detection_metrics, reliability, scaled_metrics
+from uasparse_kernels.unknowns import UnknownsError
 from uasparse_kernels.unknowns.scores import SCORES, Judge, Outputs, collect, moon_score, unknown_log_odds
 
 
@@ -250,6 +251,18 @@ def test_what_combined_scores_share_is_computed_once(monkeypatch):
     monkeypatch.undo()
     torch.testing.assert_close(alone, SCORES["knn"].make(judge)(outputs))
     torch.testing.assert_close(joined, SCORES["combined-all"].make(judge)(outputs))
+
+
+def test_a_score_says_what_it_takes():
+    judge, images = _judge(num_outputs=3, num_classes=3)
+    with pytest.raises(UnknownsError, match=r"Expected a score of moon, u, .*, got 'mps'"):
+        judge.scorer("mps")
+    with pytest.raises(UnknownsError, match=r"a network with 4 outputs for the score u, got 3: add_unknown_output\(\)"):
+        judge.scorer("u")
+    with pytest.raises(UnknownsError, match="odin is called with images, got a Outputs"):
+        judge.scorer("odin")(judge.outputs(images))
+    with pytest.raises(UnknownsError, match=r"msp is called with judge.outputs\(images\), got a Tensor"):
+        judge.scorer("msp")(images)
 
 
 def test_collect_gives_the_input_of_the_last_layer():

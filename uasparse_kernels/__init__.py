@@ -1,11 +1,14 @@
 """Fast dynamic sparse training for PyTorch, with networks that say when an input is of a kind that they never saw."""
 
+from typing import Any
+
 from uasparse_kernels import nn, ops, topology
 from uasparse_kernels._library import free_workspaces, keep_freed_memory
 from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.deltas import add_sparse_deltas
-from uasparse_kernels.explain import backend_info, explain
+from uasparse_kernels.explain import backend_info, explain, version
 from uasparse_kernels.inference import load_optimized, load_sparse, optimize_for_inference, save_sparse
+from uasparse_kernels.like import sparsify_like
 from uasparse_kernels.nn import (
     SparseConv1d,
     SparseConv2d,
@@ -52,7 +55,14 @@ __all__ = [
     "repack",
     "save_sparse",
     "sparsify",
+    "sparsify_like",
     "summary",
     "topology",
     "tune",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":  # only when asked: reading the metadata takes a while
+        return version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 
 from uasparse_kernels._coverage import DENSE_BECAUSE
 from uasparse_kernels._readers import read_weights
@@ -32,12 +33,15 @@ def with_open_attention(function: Function) -> Function:
     """For a function of a model that makes layers sparse, or raises an error and leaves the model as it is.
 
     Every ``nn.MultiheadAttention`` that can be is open meanwhile, and stays so where a projection became sparse; the
-    others are what they were, to the parameter. In ``exempt`` and ``overrides`` the attention's own name stands for all
-    of its projections, and in ``scores`` weights go by the dense module's names.
+    others are what they were, to the parameter. In ``scores`` weights go by the dense module's names.
     """
 
     @functools.wraps(function)
     def wrapped(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Expected a model (nn.Module), got a {type(model).__name__}.")
+        if any(is_lazy(parameter) for parameter in model.parameters()):
+            raise ValueError("The model has parameters without sizes (lazy layers); run it once first.")
         reasons = why_closed(model)
         opened = _open(model, [name for name, reason in reasons.items() if not reason])
         try:
@@ -108,24 +112,16 @@ def why_closed(model: nn.Module) -> dict[str, str]:
 
 
 def _renamed(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of sparsify that name an attention, or its weights as the dense module has them."""
-    options = dict(options)
-    exempt, overrides, scores = (options.get(key) or {} for key in ("exempt", "overrides", "scores"))
-    exempt, overrides, scores = set(exempt), dict(overrides), dict(scores)
+    """Arguments of sparsify with the scores of an attention by the names of its layers."""
+    if options.get("scores") is None:
+        return options
+    scores = dict(options["scores"])
     for name, module in model.named_modules():
         if not isinstance(module, SparseMultiheadAttention):
             continue
         prefix = f"{name}." if name else ""
-        names = [prefix + child for child in module.projections()]
-        if name in exempt:
-            exempt |= set(names)
-        if name in overrides:
-            overrides = dict.fromkeys(names, overrides.pop(name)) | overrides
         scores |= projections_state(module, scores, prefix)
-    for key, value in (("exempt", exempt), ("overrides", overrides), ("scores", scores)):
-        if options.get(key) is not None:
-            options[key] = value
-    return options
+    return options | {"scores": scores}
 
 
 def join_attention(model: nn.Module) -> None:

@@ -6,11 +6,12 @@ import logging
 import math
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.registry import kind_of
@@ -41,7 +42,7 @@ def matrices(model: nn.Module) -> Iterator[Matrix]:
     seen = set()
     for layer, module in model.named_modules():
         for name, tensor in module._parameters.items():
-            if tensor is None or id(tensor) in seen:
+            if tensor is None or is_lazy(tensor) or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             shape = dense_shape(module) if name == "weight" and isinstance(module, SparseLayer) else tuple(tensor.shape)
@@ -63,6 +64,27 @@ def pattern_view(layer: Any, weight: Tensor) -> Tensor:
     """A tensor of the shape of a dense layer's weight, in the pattern's."""
     kind = kind_of(type(layer))
     return weight if kind is None else kind.pattern_view(weight)
+
+
+def check_names(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Names of modules as a set.
+
+    Raises:
+        TypeError: for one string, which would be taken letter by letter.
+        ValueError: for names that no module of the model has.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"Expected a list of names, got a string; pass [{names!r}].")
+    names = set(names)
+    if unknown := names - {name for name, _ in model.named_modules()}:
+        listed = ", ".join(sorted(map(repr, unknown)))
+        raise ValueError(f"No layer of the model is named {listed}; see model.named_modules().")
+    return names
+
+
+def is_in(layer: str, names: Collection[str]) -> bool:
+    """Whether a layer has one of these names, or is in a module that has."""
+    return layer in names or any(name and layer.startswith(f"{name}.") for name in names)
 
 
 def warn_of_the_rest(model: nn.Module, covered: Collection[str]) -> None:

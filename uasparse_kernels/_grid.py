@@ -21,6 +21,8 @@ SIGNATURE = 8  # numbers of a signature; 4 bits of the hash each
 
 def check_block(block: Sequence[int]) -> None:
     """Raises ValueError for a block that is not (1, 1), (r, 1) or (b, b)."""
+    if not isinstance(block, Sequence):
+        raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {block!r}.")
     if len(block) != 2 or min(block) < 1 or (block[1] != 1 and block[0] != block[1]):
         raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {tuple(block)}.")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,8 +14,10 @@ from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import (
     DENSE_BECAUSE,
+    check_names,
     dense_shape,
     describe_outputs,
+    is_in,
     outputs_without_weights,
     pattern_shape,
     warn_of_the_rest,
@@ -28,6 +32,7 @@ from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d, ReLU, ReLU6
 from uasparse_kernels.nn.pool import MaxPool2d
 from uasparse_kernels.nn.registry import kind_of, make_sparse, why_not
+from uasparse_kernels.pattern import SparsityPattern
 from uasparse_kernels.topology.distribution import layer_densities
 from uasparse_kernels.topology.structure import parse_n_of_m
 
@@ -42,6 +47,8 @@ _BETWEEN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+DISTRIBUTIONS = ("erk", "er", "uniform", "global")
+_ALL_WEIGHTS = "the distribution keeps all its weights"  # said of a layer
 _CONVOLUTIONS = nn.Conv2d | nn.Conv1d | SparseConv2d | SparseConv1d
 
 
@@ -88,10 +95,9 @@ def sparsify(
 
     **Other modules.** ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`; it
     stays the same object, with projections that are layers called ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``)
-    and ``out_proj``. Its own name stands for all of them in ``exempt`` and ``overrides``, and ``scores`` may use its
-    dense names. ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.ReLU6`` and ``nn.MaxPool2d`` stay the same objects and get
-    faster kernels for contiguous maps. ``nn.TransformerEncoderLayer`` no longer uses its fused evaluation, which reads
-    weights. Hooks and attributes of a layer move to the new one.
+    and ``out_proj``. ``scores`` may use its dense names. ``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.ReLU6`` and
+    ``nn.MaxPool2d`` stay the same objects and get faster kernels for contiguous maps. ``nn.TransformerEncoderLayer`` no
+    longer uses its fused evaluation, which reads weights. Hooks and attributes of a layer move to the new one.
 
     Args:
         model: changed in place; if it is itself a layer, its sparse form is returned and it is not changed.
@@ -113,21 +119,30 @@ def sparsify(
             ``sparsity`` must be 1 - N / M. See ``topology.structured_pattern``.
         include_dense: also replaces layers that the distribution makes fully dense, for methods that prune gradually:
             GMP starts from ``sparsify(model, 0.0, include_dense=True)``.
-        exempt: fully qualified names of layers that stay dense (or as they are).
+        exempt: fully qualified names of layers that stay dense (or as they are); that of a module stands for all
+            layers in it.
         overrides: by fully qualified name, a layer's own sparsity, or a mapping of ``sparsity`` or ``pattern``,
-            ``block`` and ``storage``; what the mapping leaves out is as for the model.
+            ``block`` and ``storage``; what the mapping leaves out is as for the model. The name of a module stands for
+            all layers in it, and the longer of two names has the last word.
         filter: called with name and layer; False leaves a layer dense (or as it is).
 
     Returns:
         The model.
 
     Raises:
+        TypeError: for what is no module, a string as ``exempt``, and overrides of other kinds.
         ValueError: for unknown names, arguments out of range, scores that are missing, not finite or of another shape,
             a model without any layer of these classes or wrapped for several processes, sparse layers that a
             DynamicSparsity holds, and sparse deltas. The model is then unchanged.
     """
     if not 0 <= sparsity < 1:
-        raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
+        percent = f"; {sparsity:g} % is {sparsity / 100:g}" if 1 < sparsity < 100 else ""
+        raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}{percent}.")
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(
+            f"Expected a distribution of {', '.join(map(repr, DISTRIBUTIONS))}, got {distribution!r}; overrides= gives "
+            "single layers densities of their own."
+        )
     check_block(block)
     check_not_wrapped(model)
     if any(isinstance(module, SparseDelta) for module in model.modules()):
@@ -139,14 +154,13 @@ def sparsify(
             "the scores of all layers says how many weights each keeps."
         )
     if structure not in (None, "fan-in"):
-        parse_n_of_m(structure)
+        n, m = parse_n_of_m(structure)
+        if not math.isclose(1 - sparsity, n / m):
+            raise ValueError(f"Expected the sparsity {1 - n / m:g} for structure {structure!r}, got {sparsity:g}.")
         if tuple(block) != (1, 1):
             raise ValueError(f"Expected block (1, 1) for structure {structure!r}, got {tuple(block)}.")
-    overrides, exempt = dict(overrides or {}), set(exempt)
-    names = {name for name, _ in model.named_modules()}
-    unknown = sorted((exempt | overrides.keys()) - names)
-    if unknown:
-        raise ValueError(f"No layer of the model is named {', '.join(map(repr, unknown))}; see model.named_modules().")
+    exempt, overrides = check_names(model, exempt), dict(overrides or {})
+    check_names(model, overrides)
 
     candidates, skipped = _candidates(model)
     for name, reason in skipped.items():
@@ -155,12 +169,10 @@ def sparsify(
     if not candidates and not skipped and not held:
         raise ValueError("Expected a model with an nn.Linear, nn.Conv2d or nn.Conv1d, got one without.")
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if n in candidates or n in held}
-    for name in overrides:
-        if name not in layers:
-            raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'its class has no sparse form')}.")
+    overrides = _by_layer(overrides, layers, skipped)
     uncovered = set(skipped)
-    for name in exempt & layers.keys():
-        skipped[name] = "exempt"
+    exempt = {name for name in layers if is_in(name, exempt)}
+    skipped |= dict.fromkeys(exempt, "exempt")
     if structure is not None and ":" in structure:
         distribution = "uniform"
     first = next((name for name, module in layers.items() if isinstance(module, _CONVOLUTIONS)), None)
@@ -193,7 +205,7 @@ def sparsify(
         for name, density in densities.items()
     }
     for name, override in overrides.items():
-        options = dict(override) if isinstance(override, Mapping) else {"sparsity": override}
+        options = _options_of(name, override, layers[name])
         own = {} if "pattern" in options else {"sparsity": sparsity}
         plans[name] = own | {"block": blocks[name], "storage": storage} | options
 
@@ -204,7 +216,7 @@ def sparsify(
         if name in held:
             changes.append(_change(name, held[name], plan, structure, chooser))
         elif "pattern" not in plan and plan["sparsity"] <= 0 and not (include_dense and name in densities):
-            skipped[name] = "fully dense"
+            skipped[name] = "an override keeps all its weights" if name in overrides else _ALL_WEIGHTS
         else:
             made[name] = _made_sparse(name, candidates[name], plan, structure, chooser)
     for name, reason in skipped.items():
@@ -213,8 +225,7 @@ def sparsify(
     if made or changes:
         warn_of_the_rest(model, layers.keys() - (uncovered - exempt))
     else:
-        reasons = "; ".join(f"{name or 'the layer'}: {reason}" for name, reason in skipped.items())
-        logger.warning("No layer was made sparse: %s", reasons)
+        logger.warning("No layer was made sparse: %s", _by_reason(skipped))
     _turn(model, _BETWEEN)
     warn_of_resized(change.layer.weight for change in changes if change.apply())
     model = _replace(model, made)
@@ -227,6 +238,54 @@ def sparsify(
             describe_outputs(few),
         )
     return model
+
+
+def _by_layer(overrides: Mapping[str, Any], layers: Iterable[str], skipped: Mapping[str, str]) -> dict[str, Any]:
+    """Overrides of modules as those of all layers in them; the longer name has the last word."""
+    found: dict[str, Any] = {}
+    for name in sorted(overrides, key=len):
+        if not (inside := [layer for layer in layers if is_in(layer, {name})]):
+            raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'its class has no sparse form')}.")
+        found |= dict.fromkeys(inside, overrides[name])
+    return found
+
+
+def _options_of(name: str, override: Any, layer: Any) -> dict[str, Any]:
+    """What an override says, checked."""
+    said = (
+        f"{name or type(layer).__name__}: expected a sparsity, or a mapping of sparsity or pattern, block and storage"
+    )
+    if isinstance(override, numbers.Real):
+        override = {"sparsity": override}
+    if not isinstance(override, Mapping):
+        mask = '; for a mask give {"pattern": SparsityPattern.from_mask(mask)}' if isinstance(override, Tensor) else ""
+        raise TypeError(f"{said}, got a {type(override).__name__}{mask}.")
+    if unknown := override.keys() - {"sparsity", "pattern", "block", "storage"}:
+        raise TypeError(f"{said}, got {', '.join(map(repr, sorted(unknown)))}.")
+    if not 0 <= (sparsity := override.get("sparsity", 0.0)) < 1:
+        raise ValueError(f"{name or type(layer).__name__}: expected a sparsity in [0, 1), got {sparsity}.")
+    pattern = override.get("pattern")
+    if pattern is not None and not isinstance(pattern, SparsityPattern):
+        raise TypeError(
+            f"{said}, got a {type(pattern).__name__} as pattern: SparsityPattern.from_mask(mask) makes one."
+        )
+    if pattern is not None and pattern.shape != pattern_shape(layer):
+        raise ValueError(f"{name}: expected a pattern of shape {pattern_shape(layer)}, got {pattern.shape}.")
+    return dict(override)
+
+
+def _by_reason(skipped: Mapping[str, str]) -> str:
+    """Every reason once, with the layers that it is of."""
+    names: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        names.setdefault(reason, []).append(name or "the layer")
+    said = [
+        f"{reason}: {', '.join(of[:4])}{f' and {len(of) - 4} more' if len(of) > 4 else ''}"
+        for reason, of in names.items()
+    ]
+    if _ALL_WEIGHTS in names:
+        said.append("for gradual pruning pass include_dense=True")
+    return "; ".join(said)
 
 
 def _made_sparse(
@@ -249,8 +308,6 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
     """What happens to a layer that is sparse already."""
     pattern, block, storage = plan.pop("pattern", None), tuple(plan.pop("block")), plan.pop("storage")
     density = 1 - plan.pop("sparsity", 0.0)
-    if plan:
-        raise TypeError(f"Expected overrides of sparsity or pattern, block and storage, got {sorted(plan)}.")
     if block != layer.pattern.block or not 0 < density <= 1:
         raise ValueError(
             f"{name or type(layer).__name__}: expected a sparsity in [0, 1) and the block {layer.pattern.block} that "

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from uasparse_kernels._coverage import check_names, is_in
 from uasparse_kernels._grid import check_block
 from uasparse_kernels._keep import Keep, check_not_wrapped
 from uasparse_kernels.convert import _candidates, logger
@@ -36,7 +37,7 @@ def add_sparse_deltas(
         scores: a tensor for each weight, keyed by its name in ``model.named_parameters()`` and of its shape. Each layer
             trains where its scores are largest, such as gradients (RoSA, arXiv 2401.04679). Without, patterns are
             random.
-        exempt: fully qualified names of layers that get no delta.
+        exempt: fully qualified names of layers that get no delta, or of modules whose layers do not.
         filter: called with name and layer; a layer for which it returns False gets no delta.
 
     Returns:
@@ -53,10 +54,7 @@ def add_sparse_deltas(
         if isinstance(module, SparseDelta | SparseLayer):
             raise ValueError(f"{name or 'The model'} is a {type(module).__name__} already; merge or densify it first.")
     check_not_wrapped(model)
-    exempt = set(exempt)
-    unknown = sorted(exempt - {name for name, _ in model.named_modules()})
-    if unknown:
-        raise ValueError(f"No layer of the model is named {', '.join(map(repr, unknown))}; see model.named_modules().")
+    exempt = check_names(model, exempt)
     chooser = Keep(model, "random", scores)
     candidates, skipped = _candidates(model)
     chosen = {}
@@ -66,7 +64,7 @@ def add_sparse_deltas(
             skipped[name] = f"sparse deltas serve nn.Linear and nn.Conv2d, not {type(module).__name__}"
             continue
         rows = module.weight.shape[0] // getattr(module, "groups", 1)
-        if name in exempt or (filter is not None and not filter(name, module)):
+        if is_in(name, exempt) or (filter is not None and not filter(name, module)):
             continue
         if rows % block[0] or module.weight.shape[1] % block[1]:
             skipped[name] = f"its weight {tuple(module.weight.shape)} is not made of {block[0]}x{block[1]} blocks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -51,7 +52,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     """Runs a module, or an op, on the given arguments and says which kernel served each of its sparse ops.
 
     ``explain(model, x)`` or ``explain(ops.masked_linear, x, weight, pattern)``. The call runs without gradients, and a
-    module is in eval mode meanwhile, so that nothing changes. Only calls of this thread are recorded: other threads may
+    module is in eval mode meanwhile, so that nothing changes. What ``torch.compile`` compiled runs uncompiled for it,
+    other threads' calls too. Only calls of this thread are recorded: other threads may
     use the module at the same time, but see it in eval mode too (copy a module that they train).
 
     Returns:
@@ -72,12 +74,19 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     for module in training:
         module.training = False
     try:
-        with _common.listening(listener), torch.no_grad():
+        with _uncompiled(), _common.listening(listener), torch.no_grad():
             target(*args, **kwargs)
     finally:
         for module in training:
             module.training = True
     return found
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Has what is compiled run as it was written: its graphs may be of other sizes, and say less."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled; the import takes a second
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _innermost(names: dict[int, str]) -> str | None:
@@ -104,7 +113,7 @@ def backend_info() -> dict[str, Any]:
         triton_version = None
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return {
-        "uasparse_kernels": _version(),
+        "uasparse_kernels": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
@@ -129,7 +138,8 @@ def _backend(op: str, device: str) -> str:
     return "torch" if op == "batch_norm" else "reference (eager torch)"
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the installed package."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -93,11 +93,12 @@ class SparsityPattern(nn.Module):
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, block: Sequence[int] = (1, 1)) -> SparsityPattern:
-        """The pattern of a mask of the weight's shape (non-zero is active), made of whole blocks.
+        """The pattern of a mask of the weight's shape (non-zero is active; numpy's too), made of whole blocks.
 
         Raises:
             ValueError: if a block is only partly active.
         """
+        mask = torch.as_tensor(mask)
         shape, block = _grid.check_shape(mask.shape, block)
         blocks = _grid.to_grid(mask != 0, block)
         active, whole = blocks.any(-1), blocks.all(-1)

@@ -122,6 +122,14 @@ class OptimizedModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state | {"_lock": threading.Lock()})
 
+    def extra_repr(self) -> str:
+        """What it is called with."""
+        graph, said = self._graph, []
+        for name, shape, dtype in zip(graph.inputs, graph.input_shapes, graph.input_dtypes, strict=True):
+            sizes = ", ".join("batch" if size is None else str(size) for size in shape)
+            said.append(f"{name}: {str(dtype).removeprefix('torch.')} [{sizes}]")
+        return ", ".join(said)
+
     def train(self, mode: bool = True) -> OptimizedModel:
         if mode:
             raise ValueError("An optimised model has no training mode; train the model that it was made from.")

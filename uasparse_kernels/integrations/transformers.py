@@ -12,11 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from uasparse_kernels.convert import sparsify
-from uasparse_kernels.pattern import SparsityPattern
+from uasparse_kernels.like import sparsify_like
 from uasparse_kernels.topology import DynamicSparsity, Method
-
-_LAYOUT = ".pattern.layout"
 
 
 class DynamicSparsityCallback(TrainerCallback, ExportableState):
@@ -93,14 +90,7 @@ def from_pretrained(cls: Any, folder: str | Path, **config: Any) -> PreTrainedMo
     settings = AutoConfig.from_pretrained(folder, **config)
     model = (cls.from_config if hasattr(cls, "from_config") else cls._from_config)(settings)
     tensors = _read(folder)
-    prefixes = [name.removesuffix(_LAYOUT) for name in tensors if name.endswith(_LAYOUT)]
-    layers = {}
-    for prefix in prefixes:
-        pattern = SparsityPattern.from_state_dict(tensors, prefix + ".pattern.")
-        packed = tensors[prefix + ".weight"].shape == pattern.packed_shape
-        layers[prefix] = {"pattern": pattern, "storage": "packed" if packed else "dense"}
-    if layers:
-        sparsify(model, 0.0, overrides=layers, filter=lambda *_: False)
+    sparsify_like(model, tensors)
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     model.tie_weights()
     loaded = {id(tensor) for name, tensor in model.named_parameters(remove_duplicate=False) if name not in missing}

@@ -9,6 +9,7 @@ from typing import Any, Generic, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class Kind(NamedTuple):
@@ -117,6 +118,8 @@ def why_not(module: nn.Module) -> str | None:
     base = next((base for base in cls.__mro__ if _registered(base) is not None), None)
     if base is None:
         return None
+    if parametrize.is_parametrized(module):
+        return "it is parametrised"
     if base is not cls and (names := _behaviour(cls, base)):
         return (
             f"its class {_name(cls)} defines {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}, which a sparse "
@@ -127,7 +130,8 @@ def why_not(module: nn.Module) -> str | None:
     held = [name for name in (*module._parameters, *module._buffers) if name not in ("weight", "bias")]
     kind = kind_of(cls)
     if (held or module._modules) and kind is not None and (kind.built_in or kind.cls is not cls):
-        return f"it holds {', '.join([*held, *module._modules])} besides weight and bias"
+        masked = '; prune.remove(layer, "weight") makes its mask permanent' if "weight_mask" in held else ""
+        return f"it holds {', '.join([*held, *module._modules])} besides weight and bias{masked}"
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -126,7 +127,10 @@ class DynamicSparsity:
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
         self._model = weakref.ref(model)
         if not self.layers:
-            raise ValueError("Expected a model with sparse layers, got none; call sparsify(model, sparsity) first.")
+            raise ValueError(
+                "Expected a model with sparse layers, got none; call sparsify(model, sparsity) first (for gradual "
+                "pruning from a dense model, sparsify(model, 0.0, include_dense=True))."
+            )
         self.optimizer = optimizer
         self._states = OptimizerStates(optimizer)
         if self.method is not None or all(_unowned(layer) is None for layer in self.layers.values()):
@@ -151,6 +155,15 @@ class DynamicSparsity:
         self.initial_blocks = {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
         self._attach()
         self._arm()
+
+    def __repr__(self) -> str:
+        weights = sum(math.prod(layer.pattern.shape) for layer in self.layers.values())
+        active = sum(layer.pattern.nnz for layer in self.layers.values())
+        state = f"detached: {self._detached}" if self._detached else "frozen" if self.frozen else "moving"
+        return (
+            f"DynamicSparsity({_say(self.method)}, {_in_words(asdict(self.schedule))}, step={self.steps}, {state}, "
+            f"{len(self.layers)} sparse layers of sparsity {1 - active / max(1, weights):.2%})"
+        )
 
     @property
     def frozen(self) -> bool:
@@ -198,7 +211,7 @@ class DynamicSparsity:
         mine, differences = self.state_dict(), []
         for key in ("method", "schedule"):
             if state.get(key, mine[key]) != mine[key]:
-                differences.append(f"{key} {state[key]} there, {mine[key]} here")
+                differences.append(f"{key} {_in_words(state[key])} there, {_in_words(mine[key])} here")
         blocks = {_plain(name): count for name, count in state["initial_blocks"].items()}
         names = {_plain(name): name for name in self.layers}
         for where, missing in (
@@ -209,7 +222,9 @@ class DynamicSparsity:
                 differences.append(f"sparse layers {where}: {', '.join(sorted(missing))}")
         if differences:
             raise ValueError(
-                "Expected the state of a training with these settings, got " + "; ".join(differences) + "."
+                f"Expected the state of a training with these settings, got {'; '.join(differences)}. Resume with the "
+                "settings there (total_steps= of a framework's callback too). To train on with others, restore model "
+                "and optimizer, and start a new DynamicSparsity without this state."
             )
         self.generator.set_state(state["generator"].cpu())
         self.initial_blocks = {names[name]: count for name, count in blocks.items()}
@@ -472,6 +487,21 @@ class DynamicSparsity:
             if method.final_sparsity is not None:
                 raise ValueError(text + "gradual pruning would never begin; give a smaller delta_t.")
             warnings.warn(text + "the topology will never change; give a smaller delta_t.", stacklevel=3)
+        if method.final_sparsity is not None and self._leaves_nothing_to_prune(method):
+            warnings.warn(
+                f"Expected layers denser than the final_sparsity of {method.final_sparsity:g}, got none: nothing will "
+                "be pruned. Start from sparsify(model, 0.0, include_dense=True), or a lower sparsity.",
+                stacklevel=3,
+            )
+
+    def _leaves_nothing_to_prune(self, method: Method) -> bool:
+        assert method.final_sparsity is not None
+        counts = [(layer.pattern.num_blocks, math.prod(layer.pattern.grid)) for layer in self.layers.values()]
+        if method.scope == "global":
+            counts = [(sum(held for held, _ in counts), sum(size for _, size in counts))]
+        ends = [max(1, round(size * (1 - method.final_sparsity))) for _, size in counts]
+        over = [held - end for (held, _), end in zip(counts, ends, strict=True)]
+        return max(over) <= 0 and min(over) < 0  # all equal: it was resumed after the last update
 
 
 def owner_of(layer: SparseLayer) -> DynamicSparsity | None:
@@ -545,6 +575,11 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
+def _in_words(setting: Any) -> str:
+    """A method or a schedule of a state."""
+    return ", ".join(f"{k}={v}" for k, v in setting.items()) if isinstance(setting, dict) else str(setting)
+
+
 def _say(part: Any) -> Any:
     """A method in words that two runs share, without addresses."""
     if part is None or isinstance(part, bool | int | float | str):
@@ -562,8 +597,11 @@ def resolve_method(method: str | Method) -> Method | None:
         return method
     if method == "static":
         return None
-    if ":" in method:
+    if re.fullmatch(r"\d+:\d+", method):
         return NOfM.of(method)
     if method not in METHODS:
-        raise ValueError(f"Expected a method of {['static', *METHODS, 'N:M']}, got {method!r}.")
+        raise ValueError(
+            f'Expected a method of {", ".join(["static", *METHODS])} or "N:M" (such as "2:4"), got {method!r}; for '
+            "settings of its own pass a topology.Method, such as topology.GMP(final_sparsity=0.8)."
+        )
     return METHODS[method]()

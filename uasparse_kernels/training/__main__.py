@@ -39,7 +39,11 @@ from uasparse_kernels.training.study.structures import write_structures
 from uasparse_kernels.training.study.suites import SUITES, Suite, changed
 from uasparse_kernels.unknowns.scores import SCORES
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+HELP = (
+    "Trains image classifiers, sparse by default, that know unknown images: fit, then evaluate, export and predict. "
+    "compare runs several methods and seeds. COMMAND --help tells the options."
+)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
 console = Console()
 
 Ood = Annotated[list[str], typer.Option("--ood", help=f"OOD set, may be given several times: {UNKNOWN_HELP}.")]
@@ -111,9 +115,9 @@ def fit_command(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Train one network, evaluate it, and draw the figures. On several processes:
+    """Train one network, evaluate it, and draw the figures.
 
-    torchrun --nproc-per-node N -m training fit ...
+    On several processes: torchrun --nproc-per-node N -m training fit ...
     """
     _set_threads(threads)
     with joined(device) as device:
@@ -310,7 +314,7 @@ def _print_results(results: dict[str, Any], title: str) -> None:
     if results["unknown"]:
         console.print(report.detection_table(results))
     if "cost" in results:
-        console.print(json.dumps(results["cost"]), soft_wrap=True)
+        console.print(report.cost_line(results["cost"]), highlight=False, soft_wrap=True)
 
 
 def _set_threads(threads: int) -> None:

@@ -112,6 +112,7 @@ def _content(file: Path) -> str:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values, which `load_checkpoint` reads."""
     write_atomically(path, lambda file: torch.save(state, file))
 
 
@@ -134,6 +135,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes plain values as JSON, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 

@@ -164,7 +164,7 @@ class FitConfig:
         if self.loss in ("moon", "reweight") and not 0 < self.warmup_epochs < self.epochs:
             raise TrainingError(
                 f"Expected warmup_epochs below the {self.epochs} epochs (and at least 1), got {self.warmup_epochs}: "
-                "alpha rises only after the warm-up."
+                "alpha rises only after the warm-up. Give more epochs or fewer warmup_epochs."
             )
         rows, columns = self.block_size
         if min(rows, columns) < 1 or columns not in (1, rows):
@@ -187,6 +187,7 @@ class FitConfig:
 
     @property
     def block_size(self) -> tuple[int, int]:
+        """Rows and columns of `block`. Raises TrainingError for what is no size."""
         try:
             rows, columns = (int(part) for part in self.block.split("x"))
         except ValueError as error:
@@ -195,14 +196,17 @@ class FitConfig:
 
     @property
     def holdout_classes(self) -> tuple[int, ...]:
+        """Indices of the classes that are left out of training."""
         return _integers(self.holdout, "class indices as 7,8,9 for holdout")
 
     @property
     def unknown_grids(self) -> tuple[int, ...]:
+        """Patches a side, by grid."""
         return _integers(str(self.unknown_grid), "patches per side as 4 or 2,4 for unknown_grid")
 
     @property
     def unknown_seams(self) -> tuple[int, ...]:
+        """Pixels of fading beyond the patches: one, or one a grid."""
         return _integers(str(self.unknown_seam), "pixels as 2 or 0,2 for unknown_seam")
 
     @property
@@ -225,6 +229,7 @@ class FitConfig:
         return "+".join(part for part in parts if part != "ce")
 
     def to_dict(self) -> dict[str, Any]:
+        """All settings by name, which `from_dict` takes."""
         return asdict(self)
 
     @classmethod
@@ -238,6 +243,7 @@ class FitConfig:
         return cls(**values)
 
     def differences(self, other: FitConfig) -> list[str]:
+        """Every setting in which two runs differ, with both values."""
         return [
             f"{f.name}: {getattr(self, f.name)!r} and {getattr(other, f.name)!r}"
             for f in fields(self)

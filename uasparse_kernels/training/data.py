@@ -55,6 +55,7 @@ class ImageSet:
         return len(self.classes)
 
     def select(self, index: Tensor | slice) -> ImageSet:
+        """Some of the images, with their labels."""
         return replace(self, images=self.images[index], labels=self.labels[index])
 
 

@@ -25,6 +25,7 @@ def is_first() -> bool:
 
 
 def wait_for_all() -> None:
+    """Returns when all processes have come here."""
     if rank_and_world()[1] > 1:
         dist.barrier()
 

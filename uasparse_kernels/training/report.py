@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from sklearn.metrics import roc_curve
 
+from uasparse_kernels._table import bytes_of
 from uasparse_kernels.training.checkpoint import write_atomically
 from uasparse_kernels.unknowns.scores import SCORES
 
@@ -150,7 +151,8 @@ def known_table(rows: Iterable[tuple[str, dict[str, float]]]) -> Table:
     table = Table(title="Known images")
     columns = ("arm", "accuracy %", "ECE %", "NLL", "Brier", "best temperature", "ECE % with it", "NLL with it")
     for column in columns:
-        table.add_column(column, justify="left" if column == "arm" else "right")
+        is_name = column == "arm"
+        table.add_column(column, justify="left" if is_name else "right", overflow="fold" if is_name else "ellipsis")
     for arm, known in rows:
         table.add_row(
             arm,
@@ -161,6 +163,15 @@ def known_table(rows: Iterable[tuple[str, dict[str, float]]]) -> Table:
             f"{known['nll_scaled']:.4f}",
         )
     return table
+
+
+def cost_line(cost: dict[str, float]) -> str:
+    """What `training_cost` counts, in a sentence."""
+    return (
+        f"{cost['active_parameters']:,} of {cost['dense_parameters']:,} parameters are active ({cost['density']:.1%}). "
+        f"Parameters and optimiser state take {bytes_of(cost['memory_bytes'])}, and {bytes_of(cost['index_bytes'])} of "
+        f"indices; dense {bytes_of(cost['dense_memory_bytes'])}."
+    )
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:

@@ -24,7 +24,8 @@ class PatchShuffle:
     The image is cut into g x g patches, which are permuted; every second one is also turned by 90 degrees. With several
     `grids` each takes its part of the images, with its own of the `seams` (or all with the one): see `shuffle_patches`.
     A grid of 0 permutes single pixels.
-    Called as (x [B, C, H, W], y [B], generator) -> (x, y) of the same shapes; the inputs are left as they were.
+    Called as (x [B, C, H, W], y [B], generator) -> (x, y) of the same shapes; the inputs are left as they were. The
+    share is rounded to whole images: of a batch that is too small none is replaced (`check` tells before).
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class PatchShuffle:
         for grid, seam in zip(self.grids, self.seams, strict=True):
             _patch_size(height, width, grid, seam)
 
-    def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         num = round(len(x) * self.share)
         if num == 0:
             return x, y
@@ -68,12 +69,12 @@ class PatchShuffle:
         return x, y
 
 
-def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator, seam: int = 0) -> Tensor:
+def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator | None = None, seam: int = 0) -> Tensor:
     """Permutes the grid x grid patches (0: all pixels) of each image of [B, C, H, W], each by its own permutation.
 
     With a `seam`, patches are cut that many pixels larger on every side and fade into their neighbours over 2 * seam
     pixels, so that no edge gives the shuffling away. Raises UnknownsError unless H and W are multiples of `grid` and
-    patches are at least 2 * seam wide. The permutations come from `generator` (on the CPU).
+    patches are at least 2 * seam wide. The permutations come from `generator` (on the CPU; torch's own without).
     """
     num, channels, height, width = x.shape
     rows, columns = (grid, grid) if grid else (height, width)

@@ -20,6 +20,7 @@ from pytorch_ood.detector.ash import ash_s
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
+from uasparse_kernels.unknowns.errors import UnknownsError
 from uasparse_kernels.unknowns.head import head_of
 
 FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
@@ -65,17 +66,30 @@ class Judge:
         num_classes: int,
         images: Tensor,
         labels: Tensor,
-        device: torch.device,
+        device: torch.device | str = "cpu",
     ) -> Judge:
         """`images` and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FIT_IMAGES]
         fit = collect(model, images[order], normalise, device)
-        return cls(model.eval(), normalise, num_classes, fit, labels[order], device)
+        return cls(model.eval(), normalise, num_classes, fit, labels[order], torch.device(device))
 
     def scorer(self, name: str) -> Callable[[Any], Tensor]:
-        """The score of this name: fitted once; results on the last outputs are remembered, for combined scores."""
+        """The score of this name: fitted once; results on the last outputs are remembered, for combined scores.
+
+        It is called with Outputs (see `outputs`); "odin", which needs gradients of the input, with images.
+
+        Raises UnknownsError for a name that is not in SCORES, and a score that needs the output for unknown where the
+        network has none.
+        """
         if name not in self.scorers:
-            score = SCORES[name].make(self)
+            if name not in SCORES:
+                raise UnknownsError(f"Expected a score of {', '.join(SCORES)}, got {name!r}.")
+            if SCORES[name].needs_unknown_output and self.fit.logits.shape[1] <= self.num_classes:
+                raise UnknownsError(
+                    f"Expected a network with {self.num_classes + 1} outputs for the score {name}, got "
+                    f"{self.fit.logits.shape[1]}: add_unknown_output() adds the one for unknown."
+                )
+            score = _checked(name, SCORES[name].make(self))
             self.scorers[name] = lru_cache(maxsize=2)(score) if SCORES[name].takes == "outputs" else score
         return self.scorers[name]
 
@@ -85,6 +99,18 @@ class Judge:
     def batches(self, images: Tensor) -> Iterator[Tensor]:
         for part in images.split(self.batch_size):
             yield self.normalise(part.to(self.device))
+
+
+def _checked(name: str, score: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """A score that refuses what another kind of score takes."""
+    kind, way = (Outputs, "judge.outputs(images)") if SCORES[name].takes == "outputs" else (Tensor, "images")
+
+    def checked(value: Any) -> Tensor:
+        if not isinstance(value, kind):
+            raise UnknownsError(f"The score {name} is called with {way}, got a {type(value).__name__}.")
+        return score(value)
+
+    return checked
 
 
 @torch.no_grad()
