@@ -145,7 +145,11 @@ struct Planes {
 template <typename T>
 class Edges {
  public:
-  Edges(const Planes<T>& p) : left_(p.rows * p.pitch), right_(p.rows * p.pitch) {
+  Edges(const Planes<T>& p, int64_t lanes)
+      : repeat_(2 * lanes % p.pitch == 0),
+        // A kernel may read two vectors of either.
+        left_(std::max(p.rows * p.pitch, 2 * lanes)),
+        right_(left_.size()) {
     for (int64_t i = 0; i < p.rows * p.pitch; ++i) {
       const int64_t place = i % p.pitch, column = place % p.width;
       if (place >= p.images * p.width) continue;
@@ -153,9 +157,10 @@ class Edges {
       if (column != p.width - 1) std::memset(&right_[i], -1, sizeof(T));
     }
   }
-  ConvEdges<T> get() const { return {left_.data(), right_.data()}; }
+  ConvEdges<T> get() const { return {left_.data(), right_.data(), repeat_}; }
 
  private:
+  bool repeat_;
   std::vector<T> left_, right_;
 };
 
@@ -196,7 +201,7 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvE
                   const at::Tensor& source, const at::Tensor& destination, const T* bias) {
   const int64_t height = p.y.destination.length, channels = destination.size(1);
   const bool direct = p.is_direct(p.images, p.pitch);
-  const Edges<T> edges(p);
+  const Edges<T> edges(p, kernels.lanes);
   const int64_t tiles = ceil_div(source.size(0), p.images), groups = ceil_div(height, p.group);
   const int64_t parts = even_parts(tiles * groups, channels);
   at::parallel_for(0, tiles * groups * parts, 1, [&](int64_t first, int64_t last) {

@@ -65,6 +65,7 @@ using ConvQuadProduct = ConvProductOf<T, ConvQuadEntry<T>>;
 template <typename T>
 struct ConvEdges {
   const T *from_left, *from_right;
+  bool repeat;  // every two vectors
 };
 
 // grad[i] (+)= sum over rows and vectors of grad_output[c][r][x] * input[r][x + offset[i]], i over the entries of the
