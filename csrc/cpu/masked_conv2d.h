@@ -29,6 +29,12 @@ struct ConvEntry<double> {
   int64_t offset;
 };
 
+// Of which the value is not known yet, only its place in the weight's storage (conv_lists.h).
+template <>
+struct ConvEntry<int32_t> {
+  int32_t value, offset;
+};
+
 // Of four destination channels with one source (conv_quads.h).
 template <typename T>
 struct ConvQuadEntry {
@@ -145,6 +151,23 @@ struct ConvShiftedProduct {
   int vectors;
 };
 
+// The dot products for such planes: grad[i] (+)= sum over x of grad_output[c][x] * input[x + offset[i]], where grad_output
+// of segment s is shifted by s - zero columns to the right first, i over the entries of (c, s): [first[c * segments + s],
+// first[c * segments + s + 1]).
+template <typename T>
+struct ConvShiftedDots {
+  const int32_t* offset;
+  const int32_t* first;
+  int64_t segments, zero;
+  int64_t begin, end;
+  const T* input;
+  const T* grad_output;
+  int64_t grad_channel;
+  ConvEdges<T> edges;
+  int vectors;
+  T* grad;
+};
+
 // Copies rows of several images: to[c][i][r][x] = from[c][i][r][x].
 template <typename T>
 struct ConvPlanes {
@@ -171,6 +194,7 @@ struct ConvKernels {
   void (*quad_product)(const ConvQuadProduct<T>&);
   void (*quad_sddmm)(const ConvQuadSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
+  void (*shifted_dots)(const ConvShiftedDots<T>&);  // null where registers are too few for it
   void (*copy_planes)(const ConvPlanes<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);

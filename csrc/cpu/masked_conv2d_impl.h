@@ -95,6 +95,9 @@ UASPARSE_INLINE Vec<T> from_right(Vec<T> v, Vec<T> after, const Edge<T, kPeriod>
   return Vec<T>(Bits(shuffle<T, FromRight<T>>(v, after)) & Bits(load(edge.numbers + i * kLanes<T>)));
 }
 
+template <typename T>
+constexpr bool kHasBits = UASPARSE_VECTOR_BYTES == 64 && sizeof(T) == 4;
+
 #if UASPARSE_VECTOR_BYTES == 64
 // One instruction: the edge is bits, made once a call, in registers where it repeats, and no permutation's indices are.
 template <int kPeriod>
@@ -184,8 +187,9 @@ void shifted_product_tile(const ConvShiftedProduct<T>& p) {
 template <typename T, int kVectors = kMaxVectors<T>>
 void shifted_product(const ConvShiftedProduct<T>& p) {
   if constexpr (kVectors > 0) {
-    if (p.vectors == kVectors)
-      return p.edges.repeat ? shifted_product_tile<T, kVectors, 2>(p) : shifted_product_tile<T, kVectors, kVectors>(p);
+    constexpr int kPeriod = kHasBits<T> ? 2 : kVectors;
+    if (p.vectors == kVectors && p.edges.repeat) return shifted_product_tile<T, kVectors, kPeriod>(p);
+    if (p.vectors == kVectors) return shifted_product_tile<T, kVectors, kVectors>(p);
     shifted_product<T, kVectors - 1>(p);
   }
 }
@@ -199,10 +203,18 @@ void shifted_product(const ConvShiftedProduct<T>& p) {
 namespace uasparse::UASPARSE_ISA {
 
 template <typename T>
+constexpr auto shifted_dots_or_null() -> void (*)(const ConvShiftedDots<T>&) {
+  if constexpr (kHasEightSums)
+    return shifted_dots<T>;
+  else
+    return nullptr;
+}
+
+template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
     kLanes<T>,       kMaxVectors<T>,     kMaxRows,       product<T>,   sddmm<T>,           kMaxPiece<T>,
-    piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, copy_planes<T>,
-    pack<T, T>,      unpack<T, T>,       pack<T, BFloat16>, unpack<T, BFloat16>,
+    piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, shifted_dots_or_null<T>(),
+    copy_planes<T>,  pack<T, T>,         unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
 const ConvKernels<float> conv_float = kConvKernels<float>;
