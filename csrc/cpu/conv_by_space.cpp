@@ -6,7 +6,8 @@
 //   products      sum the entries of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So a source is
 //                 packed once, by copying rows (no transpose), and as many channels as possible fit L1. Where one image
 //                 fills the vectors, results go straight to their place.
-//   dot products  take the source with a gap between rows, which are read as they come, aligned or not. Where a vector
+//   dot products  with AVX-512 likewise shift grad_output, in registers, once for the entries of one shift. With fewer
+//                 registers they take the source with a gap between rows, which are read as they come, aligned or not. Where a vector
 //                 is a cache line, so that each such read would meet two, a row is shorter than one, or the padding is
 //                 wider than a vector, the source is copied once for each column of the kernel, already shifted. (Lists
 //                 by shift would be short here, and a branch mispredicted for each costs more than the copies.)
@@ -30,6 +31,9 @@ Run run_of(const Axis& axis, int64_t begin, int64_t end) {
   return {first, std::clamp(axis.extent - axis.origin, first, end)};
 }
 
+// Channels a multiple of 4096 bytes apart would share their sets of L1.
+int64_t apart(int64_t channel) { return channel % 512 == 0 ? channel + 2 * 16 : channel; }
+
 // A pass over planes. For products, source and destination planes have rows of the same pitch.
 template <typename T>
 struct Planes {
@@ -40,6 +44,7 @@ struct Planes {
   int64_t group;                // rows of a group: what is packed together
   bool copies = false;          // the source is there once for each column of the kernel (for dot products)
   int64_t gap = 0;              // columns between the source's rows, and before the first (for dot products)
+  int64_t l2_bytes = kL2Bytes;
   int64_t source_row, source_plane, source_channel, destination_plane;
 
   Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t batch, const ConvKernels<T>& kernels)
@@ -90,6 +95,12 @@ struct Planes {
     return p;
   }
 
+  // For dot products, whose grad_output is packed too.
+  void share_l2() {
+    l2_bytes = kL2Bytes * 5 / 8;
+    set_strides();
+  }
+
   // Whether results are where they belong.
   bool is_direct(int64_t images, int64_t pitch) const { return images == 1 && x.destination.extent == pitch; }
 
@@ -99,12 +110,11 @@ struct Planes {
   void set_strides() {
     source_row = gap > 0 ? x.source.extent + gap : pitch;
     const int64_t row_bytes = sizeof(T) * source_channels * source_planes() * source_row;
-    const int64_t fit = std::max<int64_t>(1, (kL2Bytes / row_bytes - y.reach) / rows);
+    const int64_t fit = std::max<int64_t>(1, (l2_bytes / row_bytes - y.reach) / rows);
     group = std::min(ceil_div(y.destination.length, rows), fit) * rows;
     source_plane = (group + y.reach) * source_row;
     source_channel = source_planes() * source_plane + gap;
-    // Channels a multiple of 4096 bytes apart would share their sets of L1.
-    if (source_channel % 512 == 0) source_channel += 2 * 16;
+    source_channel = apart(source_channel);
     destination_plane = rows * pitch;
   }
 
@@ -145,7 +155,11 @@ struct Planes {
 template <typename T>
 class Edges {
  public:
-  Edges(const Planes<T>& p) : left_(p.rows * p.pitch), right_(p.rows * p.pitch) {
+  Edges(const Planes<T>& p, int64_t lanes)
+      : repeat_(2 * lanes % p.pitch == 0),
+        // A kernel may read two vectors of either.
+        left_(std::max(p.rows * p.pitch, 2 * lanes)),
+        right_(left_.size()) {
     for (int64_t i = 0; i < p.rows * p.pitch; ++i) {
       const int64_t place = i % p.pitch, column = place % p.width;
       if (place >= p.images * p.width) continue;
@@ -153,11 +167,22 @@ class Edges {
       if (column != p.width - 1) std::memset(&right_[i], -1, sizeof(T));
     }
   }
-  ConvEdges<T> get() const { return {left_.data(), right_.data()}; }
+  ConvEdges<T> get() const { return {left_.data(), right_.data(), repeat_}; }
 
  private:
+  bool repeat_;
   std::vector<T> left_, right_;
 };
+
+// Rows that follow each other on both sides go as one.
+template <typename T>
+void copy_rows(const ConvKernels<T>& kernels, ConvPlanes<T> planes) {
+  if (planes.from_row == planes.width && planes.to_row == planes.width) {
+    planes.width *= planes.rows;
+    planes.rows = 1;
+  }
+  kernels.copy_planes(planes);
+}
 
 // Packed rows [begin, end) of the images from `image` onwards. `to` is zero where nothing was packed yet.
 template <typename T>
@@ -176,17 +201,13 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
     }
     const Run columns = p.copies ? run_of(x, p.x.shift[k], p.x.shift[k] + p.pitch) : p.columns;
     const int64_t column = p.copies ? columns.begin - p.x.shift[k] : p.gap > 0 ? p.gap + columns.begin + x.origin : 0;
-    ConvPlanes<T> planes{p.source_channels, images, run.end - run.begin, columns.end - columns.begin,
+    const ConvPlanes<T> planes{p.source_channels, images, run.end - run.begin, columns.end - columns.begin,
                          t.const_data_ptr<T>() + image * t.stride(0) + (run.begin + y.origin) * t.stride(2) +
                              columns.begin + x.origin,
                          t.stride(1), t.stride(0), t.stride(2),
                          plane + (run.begin - begin) * p.source_row + column,
                          p.source_channel, p.width, p.source_row};
-    if (p.images == 1 && planes.from_row == planes.width && planes.width == p.source_row) {
-      planes.width *= planes.rows;
-      planes.rows = 1;
-    }
-    kernels.copy_planes(planes);
+    copy_rows(kernels, planes);
   }
 }
 
@@ -196,7 +217,7 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvE
                   const at::Tensor& source, const at::Tensor& destination, const T* bias) {
   const int64_t height = p.y.destination.length, channels = destination.size(1);
   const bool direct = p.is_direct(p.images, p.pitch);
-  const Edges<T> edges(p);
+  const Edges<T> edges(p, kernels.lanes);
   const int64_t tiles = ceil_div(source.size(0), p.images), groups = ceil_div(height, p.group);
   const int64_t parts = even_parts(tiles * groups, channels);
   at::parallel_for(0, tiles * groups * parts, 1, [&](int64_t first, int64_t last) {
@@ -264,6 +285,49 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
   });
 }
 
+// sums = dot products of shifted grad_output with the input, over chunks of the tiles of images.
+template <typename T>
+void run_shifted_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvShiftedPlaces& places,
+                      const at::Tensor& grad_output, const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
+  const int64_t height = p.y.destination.length, channels = grad_output.size(1), batch = input.size(0);
+  const int64_t tiles = ceil_div(batch, p.images);
+  // Where a tile is a whole plane: parts of planes would come from far away, one by one.
+  const bool direct = p.is_direct(p.images, p.pitch) && p.rows == height;
+  const int64_t grad_channel = direct ? grad_output.stride(1) : apart(p.group * p.pitch);
+  const Edges<T> edges(p, kernels.lanes);
+  at::parallel_for(0, sums.chunks * parts, 1, [&](int64_t first, int64_t last) {
+    const Workspace packed(sizeof(T) * p.source_channels * p.source_channel);
+    const Workspace grads(direct ? 0 : sizeof(T) * channels * grad_channel);
+    std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
+    if (!direct) std::fill_n(grads.as<T>(), channels * grad_channel, T(0));
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t chunk = task / parts, part = task % parts;
+      const int64_t channel_begin = channels * part / parts, channel_end = channels * (part + 1) / parts;
+      for (int64_t tile = tiles * chunk / sums.chunks; tile < tiles * (chunk + 1) / sums.chunks; ++tile) {
+        const int64_t image = tile * p.images, images = std::min(p.images, batch - image);
+        if (!direct && images < p.images) std::fill_n(grads.as<T>(), channels * grad_channel, T(0));
+        for (int64_t begin = 0; begin < height; begin += p.group) {
+          const int64_t end = std::min(begin + p.group, height);
+          pack_source(kernels, p, input, image, begin, end + p.y.reach, packed.as<T>());
+          const T* const from =
+              grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + begin * grad_output.stride(2);
+          if (!direct)
+            copy_rows(kernels, {channel_end - channel_begin, images, end - begin, p.x.destination.length,
+                                from + channel_begin * grad_output.stride(1), grad_output.stride(1),
+                                grad_output.stride(0), grad_output.stride(2), grads.as<T>() + channel_begin * grad_channel,
+                                grad_channel, p.width, p.pitch});
+          for (int64_t r = begin; r < end; r += p.rows)
+            for (int64_t b = 0; b < places.blocks; ++b)
+              kernels.shifted_dots({places.offset(), places.first(b), places.segments, p.zero(), channel_begin, channel_end,
+                                    packed.as<const T>() + (r - begin) * p.pitch,
+                                    direct ? from : grads.as<const T>() + (r - begin) * p.pitch, grad_channel, edges.get(),
+                                    int((std::min(r + p.rows, end) - r) * p.pitch / kernels.lanes), sums.weight(chunk)});
+        }
+      }
+    }
+  });
+}
+
 // A kernel of one tap sees no rows: a plane is one run of positions, where a register tile can hold it. What comes here
 // was left by conv_in_place.cpp: planes that are not whole vectors, or too few of them for a tile.
 template <typename T>
@@ -288,7 +352,7 @@ bool is_plain(const Geometry& g, const at::Tensor& a, const at::Tensor& b) {
 template <typename T>
 bool fits(const Planes<T>& p) {
   return p.images > 0 && p.segments() <= kMaxSegments &&
-         int64_t(sizeof(T)) * p.source_channels * p.source_channel <= kL2Bytes + kL2Bytes / 4;
+         int64_t(sizeof(T)) * p.source_channels * p.source_channel <= 2 * kL2Bytes;
 }
 
 }  // namespace
@@ -302,7 +366,7 @@ bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::T
   const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
   if (!fits(planes)) return false;
   const auto lists =
-      ConvEntries<T>::forward(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in),
+      shifted_forward_entries(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in),
                               weight.const_data_ptr<T>());
   run_products(kernels, planes, lists, without_rows(input, g.height, g.width),
                without_rows(output, g.out_height, g.out_width), bias.empty() ? nullptr : bias.data());
@@ -318,7 +382,7 @@ bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, cons
   const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
   if (!fits(planes)) return false;
   const int64_t block = planes.source_block(w.density() * double(w.taps), w.out / w.groups);
-  const auto lists = ConvEntries<T>::backward(w, planes.taps(), block, weight.const_data_ptr<T>());
+  const auto lists = shifted_backward_entries(w, planes.taps(), block, weight.const_data_ptr<T>());
   run_products(kernels, planes, lists, without_rows(grad_output, g.out_height, g.out_width),
                without_rows(grad_input, g.height, g.width), static_cast<const T*>(nullptr));
   return true;
@@ -329,6 +393,17 @@ bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::
                               const at::Tensor& input, const at::Tensor& grad_weight) {
   if (!is_plain(g, grad_output, input) || ConvQuads<T>::can_forward(w)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
+  if (kernels.shifted_dots) {
+    Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
+    if (!fits(planes) || !w.has_short_places()) return false;
+    planes.share_l2();
+    const auto places =
+        ConvShiftedPlaces::of(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in));
+    PartialSums<T> sums(ceil_div(g.batch, planes.images), w.nonzeros(), 0);
+    run_shifted_dots(kernels, planes, *places, grad_output, input, sums, sums.parts(g));
+    sums.template finish<T>(*places, {at::Tensor(), grad_weight, at::Tensor()});
+    return true;
+  }
   if (g.out_width % kernels.lanes != 0) return false;
   const Planes<T> planes = Planes<T>::for_dots(g.forward_y(), g.forward_x(), g.in, kernels);
   if (!fits(planes)) return false;

@@ -4,6 +4,8 @@
 //   positions together, one accumulator each; a tree adds the lanes of all of them at the end.
 // piece_sddmm: a piece of grad_output stays in registers while the entries of its channel pass, several at once: the sum of
 //   one of them alone would wait for each multiply-add.
+// shifted_dots: the same for planes without columns of padding, where the piece is shifted by whole columns once for all
+//   entries that need it.
 
 namespace uasparse::UASPARSE_ISA {
 
@@ -186,6 +188,71 @@ void piece_sddmm(const ConvPieceSddmm<T>& p) {
     case 2: return piece_sddmm_vectors<T, 2>(p);
     case 3: return piece_sddmm_vectors<T, 3>(p);
     default: return piece_sddmm_vectors<T, kMaxRows>(p);
+  }
+}
+
+// --- planes without columns of padding
+
+// sums[k] = dot product of the piece with the input at offset[k].
+template <typename T, int kVectors, int kCount>
+UASPARSE_INLINE void plane_dots(const Vec<T> (&piece)[kVectors], const T* input, const int32_t* offset,
+                                Vec<T> (&sums)[kCount]) {
+  const T* from[kCount];
+#pragma GCC unroll 8
+  for (int k = 0; k < kCount; ++k) {
+    from[k] = input + offset[k];
+    sums[k] = Vec<T>{};
+  }
+#pragma GCC unroll 32
+  for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 8
+    for (int k = 0; k < kCount; ++k) sums[k] += piece[v] * load(from[k] + v * kLanes<T>);
+}
+
+template <typename T, int kVectors, int kPeriod>
+void shifted_dots_of(const ConvShiftedDots<T>& p) {
+  constexpr int L = kLanes<T>;
+  const Edge<T, kPeriod> left_edge(p.edges.from_left), right_edge(p.edges.from_right);
+  for (int64_t c = p.begin; c < p.end; ++c) {
+    const T* const grad_output = p.grad_output + c * p.grad_channel;
+    // The next channel's piece comes from L2 or beyond.
+    if (c + 1 < p.end)
+      for (int v = 0; v < kVectors; ++v) __builtin_prefetch(grad_output + p.grad_channel + v * L);
+    for (int64_t s = 0; s < p.segments; ++s) {
+      const int32_t* const first = p.first + c * p.segments + s;
+      int64_t i = first[0];
+      const int64_t end = first[1];
+      if (i == end) continue;
+      Vec<T> piece[kVectors];
+      for (int v = 0; v < kVectors; ++v) piece[v] = load(grad_output + v * L);
+      for (int64_t k = p.zero; k < s; ++k) shift_right<T>(piece, left_edge);
+      for (int64_t k = s; k < p.zero; ++k) shift_left<T>(piece, right_edge);
+      for (; i + kGroup <= end; i += kGroup) {
+        Vec<T> sums[kGroup];
+        plane_dots<T, kVectors>(piece, p.input, p.offset + i, sums);
+        add_lane_sums<T>(sums, p.grad + i, kGroup);
+      }
+      // Four at a time: those that are too many are the last one again.
+      for (; i < end; i += 4) {
+        int32_t offset[4];
+        for (int k = 0; k < 4; ++k) offset[k] = p.offset[i + k < end ? i + k : end - 1];
+        Vec<T> sums[4];
+        plane_dots<T, kVectors>(piece, p.input, offset, sums);
+        T totals[4] = {};
+        add_four_sums<T>(sums, totals);
+        for (int k = 0; k < 4 && i + k < end; ++k) p.grad[i + k] += totals[k];
+      }
+    }
+  }
+}
+
+template <typename T, int kVectors = kSmallPiece>
+void shifted_dots(const ConvShiftedDots<T>& p) {
+  if constexpr (kVectors > 0) {
+    constexpr int kPeriod = kHasBits<T> ? 2 : kVectors;
+    if (p.vectors == kVectors && p.edges.repeat) return shifted_dots_of<T, kVectors, kPeriod>(p);
+    if (p.vectors == kVectors) return shifted_dots_of<T, kVectors, kVectors>(p);
+    shifted_dots<T, kVectors - 1>(p);
   }
 }
 

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 
+#include "cpu/remembered.h"
+
 namespace uasparse {
 namespace {
 
@@ -97,9 +99,9 @@ ConvEntries<T>::ConvEntries(int64_t channels, int64_t blocks, int64_t segments, 
       memory_(std::make_unique<Workspace>(sizeof(ConvEntry<T>) * nonzeros)) {}
 
 template <typename T>
-template <typename S>
+template <typename Values>
 ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
-                                       const S* values) {
+                                       Values values) {
   using Offset = decltype(ConvEntry<T>::offset);
   const int64_t segments = taps.segments;
   ConvEntries lists(w.out, blocks_of(w.in, channels_a_block), segments, w.nonzeros());
@@ -142,9 +144,9 @@ ConvEntries<T> ConvEntries<T>::forward(const ConvWeight& w, const ConvTaps& taps
 }
 
 template <typename T>
-template <typename S>
+template <typename Values>
 ConvEntries<T> ConvEntries<T>::backward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
-                                        const S* values) {
+                                        Values values) {
   using Offset = decltype(ConvEntry<T>::offset);
   const int64_t out_a_group = w.out / w.groups, blocks = blocks_of(out_a_group, channels_a_block);
   const int64_t segments = taps.segments;
@@ -220,13 +222,142 @@ ConvPlaces::ConvPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channe
   });
 }
 
-template class ConvEntries<float>;
-template class ConvEntries<double>;
-template ConvEntries<float> ConvEntries<float>::forward(const ConvWeight&, const ConvTaps&, int64_t, const float*);
-template ConvEntries<float> ConvEntries<float>::forward(const ConvWeight&, const ConvTaps&, int64_t, const BFloat16*);
-template ConvEntries<double> ConvEntries<double>::forward(const ConvWeight&, const ConvTaps&, int64_t, const double*);
-template ConvEntries<float> ConvEntries<float>::backward(const ConvWeight&, const ConvTaps&, int64_t, const float*);
-template ConvEntries<float> ConvEntries<float>::backward(const ConvWeight&, const ConvTaps&, int64_t, const BFloat16*);
-template ConvEntries<double> ConvEntries<double>::backward(const ConvWeight&, const ConvTaps&, int64_t, const double*);
+ConvShiftedPlaces::ConvShiftedPlaces(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block)
+    : channels(w.out),
+      segments(taps.segments),
+      blocks(blocks_of(w.in, channels_a_block)),
+      first_(blocks * w.out * segments + 1),
+      offset_(w.nonzeros()),
+      place_(w.nonzeros()) {
+  const auto segment = column_table(w, [&](int64_t, int64_t k) { return taps.segment[k]; });
+  const auto list = column_table(w, [&](int64_t c, int64_t k) {
+    return c / channels_a_block * channels * segments + taps.segment[k];
+  });
+  const auto offset = column_table(w, [&](int64_t c, int64_t k) { return c * taps.channel + taps.offset[k]; });
+  const int64_t stride = channels * segments;  // from a block's list to the next block's
+  at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+    for_each_weight(w, begin, end, [&](int64_t o, int64_t column, int64_t) { ++first_[list[column] + o * segments + 1]; });
+    // The kernel takes kConvGroup at a time: what is over goes to the next block.
+    for (int64_t s = begin * segments; s < end * segments; ++s) {
+      int32_t over = 0;
+      for (int64_t b = 0; b < blocks; ++b) {
+        int32_t& count = first_[b * stride + s + 1];
+        count += over;
+        over = b + 1 < blocks ? count % kConvGroup : 0;
+        count -= over;
+      }
+    }
+  });
+  accumulate(first_);
+  at::parallel_for(0, w.out, rows_a_task(w), [&](int64_t begin, int64_t end) {
+    // Of each segment of a channel: where the next one goes, its list's end, and the list.
+    std::vector<int32_t> next(segments), last(segments);
+    std::vector<int64_t> key(segments);
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t s = 0; s < segments; ++s) {
+        key[s] = o * segments + s;
+        next[s] = first_[key[s]];
+        last[s] = first_[key[s] + 1];
+      }
+      const int64_t base = o / (w.out / w.groups) * w.in * taps.channel;
+      for_each_weight(w, o, o + 1, [&](int64_t, int64_t column, int64_t place) {
+        const int32_t s = segment[column];
+        while (next[s] == last[s]) {
+          key[s] += stride;
+          next[s] = first_[key[s]];
+          last[s] = first_[key[s] + 1];
+        }
+        offset_[next[s]] = int32_t(base + offset[column]);
+        place_[next[s]++] = int32_t(place);
+      });
+    }
+  });
+}
+
+namespace {
+
+// Lists that a pattern had, and all that they depend on beside it.
+template <typename Lists>
+struct Kept {
+  std::vector<int64_t> key;
+  Lists lists;
+};
+template <typename Lists>
+using AllKept = Remembered<2, std::shared_ptr<const Kept<Lists>>>;
+
+// The lists that make() makes, now or before.
+template <typename Lists, typename Make>
+std::shared_ptr<const Lists> keep(AllKept<Lists>& all, const ConvWeight& w, const ConvTaps& taps,
+                                  int64_t channels_a_block, Make make) {
+  std::vector<int64_t> key = {w.out, w.in, w.taps, w.groups, w.block_rows, w.block_columns, w.packed,
+                              channels_a_block, taps.channel, taps.phases, taps.segments};
+  key.insert(key.end(), taps.offset.begin(), taps.offset.end());
+  key.insert(key.end(), taps.segment.begin(), taps.segment.end());
+  uint64_t number = 0;
+  for (const int64_t part : key) {
+    number = (number ^ uint64_t(part)) * 0x9e3779b97f4a7c15u;
+    number ^= number >> 32;
+  }
+  const auto find = [&] { return std::make_shared<const Kept<Lists>>(Kept<Lists>{key, make()}); };
+  auto kept = all.get({w.crow_tensor, w.col_tensor}, int64_t(number), find);
+  if (kept->key != key) kept = find();  // another key of the same number
+  return {kept, &kept->lists};
+}
+
+struct PlaceItself {
+  int32_t operator[](int64_t place) const { return int32_t(place); }
+};
+
+}  // namespace
+
+template <typename T>
+ConvEntries<T>::ConvEntries(const ConvEntries<int32_t>& order, const T* values)
+    : channels(order.channels),
+      blocks(order.blocks),
+      segments(order.segments),
+      first_(order.first_),
+      memory_(std::make_unique<Workspace>(sizeof(ConvEntry<T>) * first_.back())) {
+  const ConvEntry<int32_t>* const from = order.entries();
+  ConvEntry<T>* const to = memory_->template as<ConvEntry<T>>();
+  at::parallel_for(0, first_.back(), kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = {values[from[i].value], from[i].offset};
+  });
+}
+
+template <typename T>
+ConvEntries<T> shifted_forward_entries(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
+                                       const T* values) {
+  if (!w.has_short_places()) return ConvEntries<T>::forward(w, taps, channels_a_block, values);
+  static auto* const all = new AllKept<ConvEntries<int32_t>>;
+  const auto make = [&] { return ConvEntries<int32_t>::forward(w, taps, channels_a_block, PlaceItself{}); };
+  return ConvEntries<T>(*keep(*all, w, taps, channels_a_block, make), values);
+}
+
+template <typename T>
+ConvEntries<T> shifted_backward_entries(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
+                                        const T* values) {
+  if (!w.has_short_places()) return ConvEntries<T>::backward(w, taps, channels_a_block, values);
+  static auto* const all = new AllKept<ConvEntries<int32_t>>;
+  const auto make = [&] { return ConvEntries<int32_t>::backward(w, taps, channels_a_block, PlaceItself{}); };
+  return ConvEntries<T>(*keep(*all, w, taps, channels_a_block, make), values);
+}
+
+std::shared_ptr<const ConvShiftedPlaces> ConvShiftedPlaces::of(const ConvWeight& w, const ConvTaps& taps,
+                                                               int64_t channels_a_block) {
+  static auto* const all = new AllKept<ConvShiftedPlaces>;
+  return keep(*all, w, taps, channels_a_block, [&] { return ConvShiftedPlaces(w, taps, channels_a_block); });
+}
+
+#define INSTANTIATE(T, S)                                                                                       \
+  template ConvEntries<T> ConvEntries<T>::forward(const ConvWeight&, const ConvTaps&, int64_t, const S*);        \
+  template ConvEntries<T> ConvEntries<T>::backward(const ConvWeight&, const ConvTaps&, int64_t, const S*);
+INSTANTIATE(float, float)
+INSTANTIATE(float, BFloat16)
+INSTANTIATE(double, double)
+#undef INSTANTIATE
+template ConvEntries<float> shifted_forward_entries(const ConvWeight&, const ConvTaps&, int64_t, const float*);
+template ConvEntries<double> shifted_forward_entries(const ConvWeight&, const ConvTaps&, int64_t, const double*);
+template ConvEntries<float> shifted_backward_entries(const ConvWeight&, const ConvTaps&, int64_t, const float*);
+template ConvEntries<double> shifted_backward_entries(const ConvWeight&, const ConvTaps&, int64_t, const double*);
 
 }  // namespace uasparse

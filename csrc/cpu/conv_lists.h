@@ -13,17 +13,23 @@
 #include "cpu/masked_conv2d.h"
 #include "cpu/workspace.h"
 
+namespace at {
+class Tensor;
+}
+
 namespace uasparse {
 
 // The weight's pattern (csrc/bindings.cpp), its storage and its groups.
 struct ConvWeight {
   const int32_t *crow, *col;
+  const at::Tensor *crow_tensor, *col_tensor;  // whose numbers these are, or null
   int64_t out, in, taps, groups;  // `in` of a group
   int64_t block_rows, block_columns, blocks;
   bool packed;
   bool unstructured() const { return block_rows == 1 && block_columns == 1; }
   int64_t nonzeros() const { return blocks * block_rows * block_columns; }
   double density() const { return double(nonzeros()) / double(out * in * taps); }
+  bool has_short_places() const { return out * in * taps <= INT32_MAX; }  // in its storage
 };
 
 // Where a pass finds its sources and puts its results, in numbers of the packed layout.
@@ -68,13 +74,14 @@ class ConvEntries {
     return kernels.max_vectors;
   }
 
-  // Forward: destination channels are output channels.
-  template <typename S>
-  static ConvEntries forward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, const S* values);
+  // Forward: destination channels are output channels. `values` are indexed by places in the weight's storage.
+  template <typename Values>
+  static ConvEntries forward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, Values values);
   // Backward: destination channels are input channels times phases.
-  template <typename S>
-  static ConvEntries backward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block,
-                              const S* values);
+  template <typename Values>
+  static ConvEntries backward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, Values values);
+  // With values[place] where `order` has the place as its value.
+  ConvEntries(const ConvEntries<int32_t>& order, const T* values);
 
   const int32_t* first(int64_t block) const { return first_.data() + block * channels * segments; }
   const ConvEntry<T>* entries() const { return memory_->template as<const ConvEntry<T>>(); }
@@ -83,10 +90,21 @@ class ConvEntries {
   static constexpr int64_t phases = 1;  // of a channel: they are channels of their own
 
  private:
+  template <typename>
+  friend class ConvEntries;
   ConvEntries(int64_t channels, int64_t blocks, int64_t segments, int64_t nonzeros);
   std::vector<int32_t> first_;
   std::unique_ptr<Workspace> memory_;
 };
+
+// Entries of shifted products, forward and backward. Their order is made when first asked for, and kept until the pattern
+// changes or other taps are asked for; values are gathered at each call.
+template <typename T>
+ConvEntries<T> shifted_forward_entries(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block,
+                                       const T* values);
+template <typename T>
+ConvEntries<T> shifted_backward_entries(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block,
+                                        const T* values);
 
 // Offsets of the dot products: those of key channel * blocks + block are [first[key], first[key + 1]).
 class ConvPlaces {
@@ -104,6 +122,26 @@ class ConvPlaces {
   std::vector<int32_t> first_;
   Workspace offset_memory_;
   std::vector<int64_t> place_;  // empty: the order of packed values
+};
+
+// Offsets of the dot products of shifted planes: those of key (block * channels + channel) * segments + segment are
+// [first[key], first[key + 1]), so that they stream. Of a channel and segment all blocks but the last have whole groups.
+class ConvShiftedPlaces {
+ public:
+  // Made when first asked for, and kept until the pattern changes or other taps are asked for.
+  static std::shared_ptr<const ConvShiftedPlaces> of(const ConvWeight& weight, const ConvTaps& taps,
+                                                     int64_t channels_a_block);
+  ConvShiftedPlaces(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block);
+
+  const int32_t* first(int64_t block) const { return first_.data() + block * channels * segments; }
+  const int32_t* offset() const { return offset_.data(); }
+  // Index of the i-th one into the weight's storage.
+  int64_t place(int64_t i) const { return place_[i]; }
+
+  const int64_t channels, segments, blocks;
+
+ private:
+  std::vector<int32_t> first_, offset_, place_;
 };
 
 }  // namespace uasparse

@@ -131,15 +131,19 @@ void unpack(const ConvMove<T>& m, S* const* images) {
 // --- planes
 
 // Short rows of many lengths, so no call of memcpy.
+template <typename T, int kBytes>
+UASPARSE_INLINE bool copy_chunks(const T* from, T* to, int64_t width) {
+  constexpr int64_t kChunk = kBytes / sizeof(T);
+  if (width < kChunk) return false;
+  for (int64_t x = 0; x + kChunk < width; x += kChunk) __builtin_memcpy(to + x, from + x, kBytes);
+  __builtin_memcpy(to + width - kChunk, from + width - kChunk, kBytes);
+  return true;
+}
 template <typename T>
 UASPARSE_INLINE void copy_run(const T* from, T* to, int64_t width) {
-  constexpr int64_t kBytes = 32, kChunk = kBytes / sizeof(T);
-  if (width >= kChunk) {
-    for (int64_t x = 0; x + kChunk < width; x += kChunk) __builtin_memcpy(to + x, from + x, kBytes);
-    __builtin_memcpy(to + width - kChunk, from + width - kChunk, kBytes);
-  } else {
-    for (int64_t x = 0; x < width; ++x) to[x] = from[x];
-  }
+  if (UASPARSE_VECTOR_BYTES == 64 && copy_chunks<T, 64>(from, to, width)) return;
+  if (copy_chunks<T, 32>(from, to, width) || copy_chunks<T, 16>(from, to, width)) return;
+  for (int64_t x = 0; x < width; ++x) to[x] = from[x];
 }
 
 template <typename T, int kWidth>

@@ -143,6 +143,7 @@ struct NoWeight {
   ConvWeight weight;
   explicit NoWeight(const ConvWeight& w) : crow(w.out / w.block_rows + 1, 0), weight(w) {
     weight.crow = crow.data();
+    weight.crow_tensor = weight.col_tensor = nullptr;
     weight.blocks = 0;
   }
 };
@@ -170,10 +171,15 @@ class PartialSums {
     if (gradients.weight.defined()) {
       S* to = static_cast<S*>(gradients.weight.mutable_data_ptr());
       at::parallel_for(0, nonzeros_, 1 << 14, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          T total = 0;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) total += weight(chunk)[i];
-          from_number(total, to + places.place(i));
+        constexpr int64_t kTogether = 256;
+        for (int64_t i = begin; i < end; i += kTogether) {
+          const int64_t count = std::min(kTogether, end - i);
+          T total[kTogether] = {};
+          for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            const T* const part = weight(chunk) + i;
+            for (int64_t k = 0; k < count; ++k) total[k] += part[k];
+          }
+          for (int64_t k = 0; k < count; ++k) from_number(total[k], to + places.place(i + k));
         }
       });
     }

@@ -25,7 +25,7 @@ namespace {
 
 ConvWeight weight_of(const at::Tensor& weight, const at::Tensor& crow, const at::Tensor& col, at::IntArrayRef shape,
                      at::IntArrayRef block, int64_t groups) {
-  return {crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), shape[0], shape[1], shape[2] * shape[3],
+  return {crow.const_data_ptr<int32_t>(), col.const_data_ptr<int32_t>(), &crow, &col, shape[0], shape[1], shape[2] * shape[3],
           groups, block[0], block[1], col.size(0), weight.sizes() != shape};
 }
 

@@ -29,6 +29,12 @@ struct ConvEntry<double> {
   int64_t offset;
 };
 
+// Of which the value is not known yet, only its place in the weight's storage (conv_lists.h).
+template <>
+struct ConvEntry<int32_t> {
+  int32_t value, offset;
+};
+
 // Of four destination channels with one source (conv_quads.h).
 template <typename T>
 struct ConvQuadEntry {
@@ -67,6 +73,7 @@ using ConvQuadProduct = ConvProductOf<T, ConvQuadEntry<T>>;
 template <typename T>
 struct ConvEdges {
   const T *from_left, *from_right;
+  bool repeat;  // every two vectors
 };
 
 // grad[i] (+)= sum over rows and vectors of grad_output[c][r][x] * input[r][x + offset[i]], i over the entries of the
@@ -146,6 +153,23 @@ struct ConvShiftedProduct {
   int vectors;
 };
 
+// The dot products for such planes: grad[i] (+)= sum over x of grad_output[c][x] * input[x + offset[i]], where grad_output
+// of segment s is shifted by s - zero columns to the right first, i over the entries of (c, s): [first[c * segments + s],
+// first[c * segments + s + 1]).
+template <typename T>
+struct ConvShiftedDots {
+  const int32_t* offset;
+  const int32_t* first;
+  int64_t segments, zero;
+  int64_t begin, end;
+  const T* input;
+  const T* grad_output;
+  int64_t grad_channel;
+  ConvEdges<T> edges;
+  int vectors;
+  T* grad;
+};
+
 // Copies rows of several images: to[c][i][r][x] = from[c][i][r][x].
 template <typename T>
 struct ConvPlanes {
@@ -172,6 +196,7 @@ struct ConvKernels {
   void (*quad_product)(const ConvQuadProduct<T>&);
   void (*quad_sddmm)(const ConvQuadSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
+  void (*shifted_dots)(const ConvShiftedDots<T>&);  // null where registers are too few for it
   void (*copy_planes)(const ConvPlanes<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);

@@ -5,6 +5,8 @@
 #include <utility>
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #define UASPARSE_ISA_AVX512
 #include "cpu/isa_begin.h"
 

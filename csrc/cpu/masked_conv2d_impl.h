@@ -76,23 +76,55 @@ struct FromRight {
   static constexpr int of(int i) { return 1 + i; }
 };
 
-// Keeps the numbers where `edge` is all ones.
-template <typename T>
-UASPARSE_INLINE Vec<T> inside(Vec<T> v, const T* edge) {
+// What one direction of a shift leaves (ConvEdges), for the vectors of a tile, the same every kPeriod vectors.
+template <typename T, int kPeriod>
+struct Edge {
+  const T* numbers;
+  explicit Edge(const T* numbers) : numbers(numbers) {}
+};
+
+// One column to the right: the number left of v[i][0] is the last of `before`, or none.
+template <typename T, int kPeriod>
+UASPARSE_INLINE Vec<T> from_left(Vec<T> before, Vec<T> v, const Edge<T, kPeriod>& edge, int i) {
   using Bits = Vec<typename SameSizeInt<T>::type>;
-  return Vec<T>(Bits(v) & Bits(load(edge)));
+  return Vec<T>(Bits(shuffle<T, FromLeft<T>>(before, v)) & Bits(load(edge.numbers + i * kLanes<T>)));
+}
+template <typename T, int kPeriod>
+UASPARSE_INLINE Vec<T> from_right(Vec<T> v, Vec<T> after, const Edge<T, kPeriod>& edge, int i) {
+  using Bits = Vec<typename SameSizeInt<T>::type>;
+  return Vec<T>(Bits(shuffle<T, FromRight<T>>(v, after)) & Bits(load(edge.numbers + i * kLanes<T>)));
 }
 
-// One column to the right: each number takes the place of its right neighbour.
-template <typename T, int kVectors>
-UASPARSE_INLINE void shift_right(Vec<T> (&v)[kVectors], const T* from_left) {
-  for (int i = kVectors - 1; i >= 0; --i)
-    v[i] = inside<T>(shuffle<T, FromLeft<T>>(i > 0 ? v[i - 1] : Vec<T>{}, v[i]), from_left + i * kLanes<T>);
+template <typename T>
+constexpr bool kHasBits = UASPARSE_VECTOR_BYTES == 64 && sizeof(T) == 4;
+
+#if UASPARSE_VECTOR_BYTES == 64
+// One instruction: the edge is bits, made once a call, in registers where it repeats, and no permutation's indices are.
+template <int kPeriod>
+struct Edge<float, kPeriod> {
+  __mmask16 bits[kPeriod];
+  explicit Edge(const float* numbers) {
+    for (int i = 0; i < kPeriod; ++i) bits[i] = _mm512_movepi32_mask(_mm512_loadu_si512(numbers + i * kLanes<float>));
+  }
+};
+template <int kPeriod>
+UASPARSE_INLINE Vec<float> from_left(Vec<float> before, Vec<float> v, const Edge<float, kPeriod>& edge, int i) {
+  return Vec<float>(_mm512_maskz_alignr_epi32(edge.bits[i % kPeriod], __m512i(v), __m512i(before), 15));
 }
-template <typename T, int kVectors>
-UASPARSE_INLINE void shift_left(Vec<T> (&v)[kVectors], const T* from_right) {
-  for (int i = 0; i < kVectors; ++i)
-    v[i] = inside<T>(shuffle<T, FromRight<T>>(v[i], i + 1 < kVectors ? v[i + 1] : Vec<T>{}), from_right + i * kLanes<T>);
+template <int kPeriod>
+UASPARSE_INLINE Vec<float> from_right(Vec<float> v, Vec<float> after, const Edge<float, kPeriod>& edge, int i) {
+  return Vec<float>(_mm512_maskz_alignr_epi32(edge.bits[i % kPeriod], __m512i(after), __m512i(v), 1));
+}
+#endif
+
+// One column to the right: each number takes the place of its right neighbour.
+template <typename T, int kVectors, int kPeriod>
+UASPARSE_INLINE void shift_right(Vec<T> (&v)[kVectors], const Edge<T, kPeriod>& edge) {
+  for (int i = kVectors - 1; i >= 0; --i) v[i] = from_left(i > 0 ? v[i - 1] : Vec<T>{}, v[i], edge, i);
+}
+template <typename T, int kVectors, int kPeriod>
+UASPARSE_INLINE void shift_left(Vec<T> (&v)[kVectors], const Edge<T, kPeriod>& edge) {
+  for (int i = 0; i < kVectors; ++i) v[i] = from_right(v[i], i + 1 < kVectors ? v[i + 1] : Vec<T>{}, edge, i);
 }
 
 template <typename T, int kVectors>
@@ -105,10 +137,11 @@ UASPARSE_INLINE void add_entries(const ConvEntry<T>* entry, const ConvEntry<T>* 
   }
 }
 
-template <typename T, int kVectors>
+template <typename T, int kVectors, int kPeriod>
 void shifted_product_tile(const ConvShiftedProduct<T>& p) {
   constexpr int L = kLanes<T>;
   const int64_t zero = p.zero, segments = p.segments;
+  const Edge<T, kPeriod> left_edge(p.edges.from_left), right_edge(p.edges.from_right);
   for (int64_t c = p.begin; c < p.end; ++c) {
     const int32_t* const first = p.first + c * segments;
     T* const out = p.out + c * p.out_channel;
@@ -126,7 +159,7 @@ void shifted_product_tile(const ConvShiftedProduct<T>& p) {
     if (has_right) {
       for (int64_t s = segments - 1; s > zero; --s) {
         add(s, sum);
-        shift_left<T, kVectors>(sum, p.edges.from_right);
+        shift_left<T>(sum, right_edge);
       }
       for (int v = 0; v < kVectors; ++v) {
         store(right + v * L, sum[v]);
@@ -136,7 +169,7 @@ void shifted_product_tile(const ConvShiftedProduct<T>& p) {
     if (first[0] != first[zero])
       for (int64_t s = 0; s < zero; ++s) {
         add(s, sum);
-        shift_right<T, kVectors>(sum, p.edges.from_left);
+        shift_right<T>(sum, left_edge);
       }
     if (p.start) {
       const Vec<T> bias = broadcast<T>(p.bias ? p.bias[c] : T(0));
@@ -154,7 +187,9 @@ void shifted_product_tile(const ConvShiftedProduct<T>& p) {
 template <typename T, int kVectors = kMaxVectors<T>>
 void shifted_product(const ConvShiftedProduct<T>& p) {
   if constexpr (kVectors > 0) {
-    if (p.vectors == kVectors) return shifted_product_tile<T, kVectors>(p);
+    constexpr int kPeriod = kHasBits<T> ? 2 : kVectors;
+    if (p.vectors == kVectors && p.edges.repeat) return shifted_product_tile<T, kVectors, kPeriod>(p);
+    if (p.vectors == kVectors) return shifted_product_tile<T, kVectors, kVectors>(p);
     shifted_product<T, kVectors - 1>(p);
   }
 }
@@ -168,10 +203,18 @@ void shifted_product(const ConvShiftedProduct<T>& p) {
 namespace uasparse::UASPARSE_ISA {
 
 template <typename T>
+constexpr auto shifted_dots_or_null() -> void (*)(const ConvShiftedDots<T>&) {
+  if constexpr (kHasEightSums)
+    return shifted_dots<T>;
+  else
+    return nullptr;
+}
+
+template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
     kLanes<T>,       kMaxVectors<T>,     kMaxRows,       product<T>,   sddmm<T>,           kMaxPiece<T>,
-    piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, copy_planes<T>,
-    pack<T, T>,      unpack<T, T>,       pack<T, BFloat16>, unpack<T, BFloat16>,
+    piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, shifted_dots_or_null<T>(),
+    copy_planes<T>,  pack<T, T>,         unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
 const ConvKernels<float> conv_float = kConvKernels<float>;
