@@ -310,6 +310,25 @@ def test_threads_do_not_change_results(dtype, batch, map_size, size, stride):
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_lists_follow_the_pattern(dtype):
+    """Lists are kept with a pattern: other maps, the other storage and a pattern changed in place have their own."""
+    shape = (6, 50, 3, 3)
+    pattern = SparsityPattern.random(shape, 0.2)
+    for _ in range(2):
+        for size, padding, packed in [((9, 16), 1, True), ((9, 16), 1, False), ((9, 16), 0, True), ((30, 20), 1, True)]:
+            x, values = torch.randn(3, shape[1], *size, dtype=dtype), torch.randn(pattern.packed_shape, dtype=dtype)
+            arguments = pattern, (1, 1), (padding, padding)
+            weight = values if packed else pattern.unpack(values)
+            expected = results(masked_conv2d_reference, x.double(), weight.double(), None, *arguments, rounded_to=dtype)
+            for _ in range(2):
+                got = results(kernel, x, weight, None, *arguments, rounded_to=dtype)
+                for one, other in zip(got, expected, strict=True):
+                    assert_near(one, other, x.numel())
+        pattern.assign_(SparsityPattern.random(shape, 0.2))
+
+
+@needs_kernel
 def test_packed_equals_dense_stored():
     pattern = SparsityPattern.random((16, 8, 3, 3), 0.2)
     x, weight = torch.randn(9, 8, 10, 10), torch.randn(pattern.packed_shape)

@@ -6,11 +6,12 @@
 //   products      sum the entries of one shift first and shift the sum, in registers (masked_conv2d_impl.h). So a source is
 //                 packed once, by copying rows (no transpose), and as many channels as possible fit L1. Where one image
 //                 fills the vectors, results go straight to their place.
-//   dot products  with AVX-512 likewise shift grad_output, in registers, once for the entries of one shift. With fewer
-//                 registers they take the source with a gap between rows, which are read as they come, aligned or not. Where a vector
-//                 is a cache line, so that each such read would meet two, a row is shorter than one, or the padding is
-//                 wider than a vector, the source is copied once for each column of the kernel, already shifted. (Lists
-//                 by shift would be short here, and a branch mispredicted for each costs more than the copies.)
+//   dot products  with AVX-512 likewise shift grad_output, in registers, once for the entries of one shift. An infinity
+//                 in a column of the input's edge meets the zeros that come in there: not a number. With fewer registers
+//                 they take the source with a gap between rows, which are read as they come, aligned or not. Where a row
+//                 is shorter than a vector, or the padding wider, the source is copied once for each column of the
+//                 kernel, already shifted. (Lists by shift would be short here, and a branch mispredicted for each costs
+//                 more than the copies.)
 
 #include <limits>
 
@@ -44,7 +45,7 @@ struct Planes {
   int64_t group;                // rows of a group: what is packed together
   bool copies = false;          // the source is there once for each column of the kernel (for dot products)
   int64_t gap = 0;              // columns between the source's rows, and before the first (for dot products)
-  int64_t l2_bytes = kL2Bytes;
+  int64_t l2_bytes = kL2Bytes;  // of it the packed source of a group
   int64_t source_row, source_plane, source_channel, destination_plane;
 
   Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t batch, const ConvKernels<T>& kernels)
@@ -113,8 +114,7 @@ struct Planes {
     const int64_t fit = std::max<int64_t>(1, (l2_bytes / row_bytes - y.reach) / rows);
     group = std::min(ceil_div(y.destination.length, rows), fit) * rows;
     source_plane = (group + y.reach) * source_row;
-    source_channel = source_planes() * source_plane + gap;
-    source_channel = apart(source_channel);
+    source_channel = apart(source_planes() * source_plane + gap);
     destination_plane = rows * pitch;
   }
 
@@ -201,13 +201,11 @@ void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Te
     }
     const Run columns = p.copies ? run_of(x, p.x.shift[k], p.x.shift[k] + p.pitch) : p.columns;
     const int64_t column = p.copies ? columns.begin - p.x.shift[k] : p.gap > 0 ? p.gap + columns.begin + x.origin : 0;
-    const ConvPlanes<T> planes{p.source_channels, images, run.end - run.begin, columns.end - columns.begin,
-                         t.const_data_ptr<T>() + image * t.stride(0) + (run.begin + y.origin) * t.stride(2) +
-                             columns.begin + x.origin,
-                         t.stride(1), t.stride(0), t.stride(2),
-                         plane + (run.begin - begin) * p.source_row + column,
-                         p.source_channel, p.width, p.source_row};
-    copy_rows(kernels, planes);
+    copy_rows(kernels, {p.source_channels, images, run.end - run.begin, columns.end - columns.begin,
+                        t.const_data_ptr<T>() + image * t.stride(0) + (run.begin + y.origin) * t.stride(2) +
+                            columns.begin + x.origin,
+                        t.stride(1), t.stride(0), t.stride(2), plane + (run.begin - begin) * p.source_row + column,
+                        p.source_channel, p.width, p.source_row});
   }
 }
 
