@@ -236,3 +236,74 @@ def test_what_an_optimizer_keeps_beside_its_state_is_refused(late):
     with pytest.raises(ValueError, match="'slow'"):
         topology.step()
     assert same(before, patterns(model))
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """SAM as many write it: the old weight, kept in the state, is put back as the parameter's own memory."""
+
+    def __init__(self, params, base):
+        super().__init__(params, {})
+        self.base = base
+
+    @torch.no_grad()
+    def away(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old_p"] = p.detach().clone()
+            p.add_(p.grad, alpha=0.1)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.data = self.state[p]["old_p"]
+        self.base.step()
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("what", ["rigl", "granet", "load"])
+def test_state_that_is_the_weights_memory_moves_once(what, storage):
+    model = network(0.3, storage=storage)
+    optimizer = SharpnessAware(model.parameters(), torch.optim.SGD(model.parameters(), 0.05, momentum=0.9))
+    topology, _ = dynamic(model, optimizer, method="rigl" if what == "load" else what)
+    first = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        x, y = data()
+        loss_of(model, x, y).backward()
+        optimizer.away()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+        layers = [model[0], model[2], model[4]]
+        before = [(layer.dense_weight(), layer.pattern.to_mask()) for layer in layers]
+        assert topology.step()
+        for layer, (weight, mask) in zip(layers, before, strict=True):
+            assert torch.equal(layer.dense_weight(), weight * (mask & layer.pattern.to_mask()))
+        optimizer.zero_grad()
+    if what == "load":
+        model.load_state_dict(first)
+        assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
+
+
+def test_an_optimizer_that_was_not_given_is_refused():
+    """Training goes on with another one: its momentum would stay where the weights were."""
+    model = network()
+    topology, optimizer = dynamic(model, method="set", delta_t=2)
+    elsewhere = torch.optim.Adam([nn.Parameter(torch.ones(3))], 0.1)
+    elsewhere.param_groups[0]["params"][0].grad = torch.ones(3)
+    without_state = torch.optim.SGD(model.parameters(), 0.1)
+    other = torch.optim.Adam(model.parameters(), 0.01)
+
+    def train(*optimizers):
+        loss_of(model, *data()).backward()
+        for one in optimizers:
+            one.step()
+        model.zero_grad()
+        return topology.step()
+
+    assert [train(optimizer), train(without_state, elsewhere), train(optimizer, other)] == [False, True, False]
+    before, momentum = patterns(model), other.state[model[0].weight]["exp_avg"]
+    with pytest.raises(ValueError, match="0: another Adam has trained its weight"):
+        train(optimizer)
+    assert same(before, patterns(model))
+    topology, _ = dynamic(model, [optimizer, other], method="set")
+    held = momentum.clone()
+    assert train(optimizer) and not torch.equal(momentum, held)

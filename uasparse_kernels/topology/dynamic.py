@@ -265,6 +265,8 @@ class DynamicSparsity:
         names, states = self._ready()
         if names is None:
             return None
+        if self.method.final_sparsity is not None and self.schedule.progress(due) == 1:
+            self._say_unfinished(names)
         if not names:
             return False
         *_, last = self.layers.values()
@@ -311,6 +313,7 @@ class DynamicSparsity:
         try:
             self._check_same_layers()
             self._check_owned()
+            self._watch.check_nobody_else()
             states = {name: self._states.of(name, weight) for name, weight in weights.items() if name in training}
         except ValueError as error:
             refused = error
@@ -411,6 +414,17 @@ class DynamicSparsity:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
 
+    def _say_unfinished(self, names: list[str]) -> None:
+        """One line where the last update of gradual pruning left out layers that train."""
+        left_out = [(name, layer) for name, layer in self.layers.items() if name not in names]
+        left = [f"{name!r} ({layer.pattern.density:.3g})" for name, layer in left_out if layer.weight.requires_grad]
+        if left:
+            logger.warning(
+                "Topology: the last update of gradual pruning left out layers without a gradient at this step, or at "
+                "a rate of 0; they keep their density: %s.",
+                ", ".join(left),
+            )
+
     def _say_lost(self) -> None:
         """One line, once, where updates took the weights of half of a layer's outputs, or more."""
         if not self._said_lost and (lost := outputs_without_weights(self.layers)):
@@ -429,9 +443,9 @@ class DynamicSparsity:
         for name, layer in self.layers.items():
             if (reason := _unowned(layer)) is not None:
                 raise ValueError(f"{name or type(layer).__name__}: {reason}")
-        shared = len({id(layer.weight) for layer in self.layers.values()}) < len(self.layers)
-        if shared:
-            raise ValueError("Expected every sparse layer to have a weight of its own, got one that layers share.")
+        for what in ("weight", "pattern"):
+            if len({id(getattr(layer, what)) for layer in self.layers.values()}) < len(self.layers):
+                raise ValueError(f"Expected every sparse layer to have a {what} of its own, got one that layers share.")
         self._states.check_holds(self.layers)
         if self.method is not None:
             self._states.check_keeps_nothing_aside(self.layers)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from uasparse_kernels.nn.layers import SparseLayer, told_of_patterns
 from uasparse_kernels.ops._common import replace_data_
@@ -206,6 +207,13 @@ class LoadWatch:
         for layer in layers.values():
             told_of_patterns[layer] = weakref.WeakMethod(self._layer_loaded)
         me = weakref.ref(self)  # an optimiser is no owner
+        self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()
+
+        def stepped(optimizer, args, kwargs, me=me):
+            if not torch.compiler.is_compiling() and (watch := me()) is not None:
+                watch._stepped.add(optimizer)
+
+        self.handles.append(register_optimizer_step_post_hook(stepped))
         for optimizer in states.optimizers:
             if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
 
@@ -223,16 +231,34 @@ class LoadWatch:
                 del told_of_patterns[layer]
         self._layers = {}
 
+    def check_nobody_else(self) -> None:
+        """Raises ValueError where another optimiser has stepped that has state of a weight."""
+        known = [optimizer.state for optimizer in self._states.optimizers]
+        for name, layer in self._layers.items():
+            mine = {id(t) for state in known for t in _tensors(state.get(layer.weight) or {})}
+            for optimizer in self._stepped:
+                state = optimizer.state if isinstance(optimizer.state, Mapping) else {}
+                theirs = [t for t in _tensors(state.get(layer.weight) or {}) if t.numel() > 1]
+                if any(id(tensor) not in mine for tensor in theirs):
+                    raise ValueError(
+                        f"{name or 'the layer'}: another {type(optimizer).__name__} has trained its weight than the "
+                        "optimizer that DynamicSparsity was made with, and its state would stay where the weights "
+                        "were. Make DynamicSparsity with all optimizers that train the sparse layers (a list), and "
+                        "another one, with the steps that are left, after a change of optimizers."
+                    )
+
     @torch.no_grad()
     def _layer_loaded(self, layer: SparseLayer, before: Tensor) -> None:
         if self._loaded:
             return
         pattern, weight = layer.pattern, layer.weight
         old = SparsityPattern.from_blocks(pattern.shape, before, block=pattern.block)
-        states = []
+        states, moved = [], {_memory(weight)}
         for optimizer in self._states.optimizers:
             for key, value in (optimizer.state.get(weight) or {}).items():
-                if isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape):
+                fits = isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape)
+                if fits and _memory(value) not in moved:  # not the weight itself, under another name
+                    moved.add(_memory(value))
                     states.append(State(value, _start(optimizer, weight, key)))
         for sharded, _ in states:
             with whole([sharded]) as (tensor,):
