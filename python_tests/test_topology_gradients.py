@@ -242,3 +242,28 @@ def test_the_scale_does_not_matter(method, instead):
         assert updates == [False, True, False, True]
         results.append(patterns(model))
     assert same(*results)
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("how", ["merged", "in place", "added up", "SAM", "clipped"])
+def test_passes_that_are_merged_by_hand_are_said(how, storage, caplog):
+    """PCGrad and its like: growth sees the last pass alone. Other writers of .grad and discarded passes are fine."""
+    model = network(0.7, storage=storage)
+    topology, optimizer = dynamic(model)
+    grads = []
+    for _ in range(2):
+        if how != "added up":
+            optimizer.zero_grad()
+        loss_of(model, *data()).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for p, first, second in zip(model.parameters(), *grads, strict=True):
+        if how == "in place":
+            p.grad.copy_(first + second)
+        elif how == "merged":
+            p.grad = first + second
+        elif how == "added up":
+            p.grad = second * 0.5
+    if how == "clipped":
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert topology.step()
+    assert bool(caplog.messages) == (how in ("merged", "in place"))

@@ -144,7 +144,7 @@ class DynamicSparsity:
         self.steps = 0
         self._postponed = 0  # the step whose update waits for finite gradients
         self._states_seen = self.method is None
-        self._said_postponed = False
+        self._said_postponed = self._said_merged = False
         self._said_lost = self.method is None
         if self.group is not None:
             make_alike(self.layers, self.group)
@@ -269,6 +269,8 @@ class DynamicSparsity:
             self._say_unfinished(names)
         if not names:
             return False
+        if self.method.needs_gradient and self.group is None:
+            self._say_merged(names)
         *_, last = self.layers.values()
         updates = []
         for name in names:
@@ -413,6 +415,16 @@ class DynamicSparsity:
         if not self._said_postponed:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
+
+    def _say_merged(self, names: list[str]) -> None:
+        """One line, once, where gradients of several passes were merged into ``.grad`` (PCGrad)."""
+        if not self._said_merged and any(self._captures[n].is_merged_by_hand(self.layers[n]) for n in names):
+            self._said_merged = True
+            logger.warning(
+                "Topology: .grad was put together by hand from several backward passes, of which growth knows the last "
+                "alone: it cannot see what was done to the others. Let the passes add up in .grad (zero it before the "
+                'first alone) and write the result over it then, or grow at random (method="set").'
+            )
 
     def _say_unfinished(self, names: list[str]) -> None:
         """One line where the last update of gradual pruning left out layers that train."""

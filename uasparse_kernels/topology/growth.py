@@ -70,6 +70,7 @@ class GradientCapture:
         self._hooks: list[Any] = []
         self._hooked: Tensor | None = None
         self._open: dict[int, list[Pair]] = {}  # by running backward pass, not confirmed yet
+        self._discarded = False
         self._drop()
 
     def _drop(self) -> None:
@@ -179,6 +180,7 @@ class GradientCapture:
         grad = self._weight.grad
         if grad is None or (_place(grad) != self._standing and _is_zeroed(grad)):
             self._drop()
+            self._discarded = True
 
     @torch.no_grad()
     def _confirm(self, weight: Tensor) -> None:
@@ -203,6 +205,23 @@ class GradientCapture:
         """Whether ``weight.grad``, which is zero, is not what the passes gave: hooks of the weight withhold it."""
         mask = layer.pattern.to_mask()
         return any(bool(tile[mask[first : first + len(tile)]].any()) for first, tile in self.tiles(layer))
+
+    @torch.no_grad()
+    def is_merged_by_hand(self, layer: SparseLayer) -> bool:
+        """Whether ``weight.grad`` was put together from passes of which the last alone is known: one was discarded, and
+        what was written to ``.grad`` later points elsewhere than the known ones (scaled or clipped it would not)."""
+        grad = layer.weight.grad
+        if not (self._discarded and self.grad_was_written) or grad is None:
+            return False
+        written = (grad if layer.storage == "dense" else layer.pattern.unpack(grad)).to(_dtype(layer))
+        mask = layer.pattern.to_mask()
+        sums = written.new_zeros(3)
+        for first, tile in self.tiles(layer):
+            rows = slice(first, first + len(tile))
+            a, b = tile[mask[rows]], written[rows][mask[rows]]
+            sums += torch.stack([a @ b, a @ a, b @ b])
+        both, known, given = sums.tolist()
+        return both < 0.9 * math.sqrt(known * given)
 
     def _stand(self, weight: Tensor) -> None:
         self._standing, self._coming = _place(weight.grad), False
