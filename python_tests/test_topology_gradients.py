@@ -1,5 +1,6 @@
 """The gradient by which an update grows is the one in ``.grad``, and an update waits until it is finite."""
 
+import copy
 import logging
 import math
 
@@ -267,3 +268,52 @@ def test_passes_that_are_merged_by_hand_are_said(how, storage, caplog):
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert topology.step()
     assert bool(caplog.messages) == (how in ("merged", "in place"))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.inner, self.last = (nn.Linear(10, n) for n in (10, 10, 10, 1))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h + torch.tanh(self.inner(h)) * self.gate(h))
+
+
+def convolutions():
+    first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+    return nn.Sequential(first, nn.Tanh(), nn.Conv2d(8, 8, 3, stride=2), nn.Softplus(), nn.Flatten(), nn.Linear(32, 1))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("make", [Residual, convolutions])
+@pytest.mark.parametrize("penalty", ["input", "input's grad", "weights", "none"])
+def test_second_derivatives_count(penalty, make, storage):
+    """The gradient of a gradient penalty reaches a weight by way of the products of the first backward pass, too."""
+    torch.manual_seed(0)
+    model = ua.sparsify(make().double(), 0.6, distribution="erk", storage=storage)
+    topology, _ = dynamic(model)
+    masks = {name: layer.pattern.to_mask() for name, layer in topology.layers.items()}
+    dense = ua.densify(copy.deepcopy(model))
+    data = torch.randn(6, *((10,) if make is Residual else (3, 6, 6)), dtype=torch.float64)
+    for net in (model, dense):
+        x = data.clone().requires_grad_()
+        y = net(x)
+        loss = y.square().mean()
+        if penalty == "input":  # WGAN-GP
+            (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            loss = loss + (grad.flatten(1).norm(dim=1) - 1).square().sum()
+        elif penalty == "input's grad":
+            y.sum().backward(create_graph=True, inputs=[x])
+            loss = loss + x.grad.square().sum()
+        elif penalty == "weights":
+            weights = [net.get_submodule(name).weight for name in masks]
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            if net is dense:
+                grads = [grad * mask for grad, mask in zip(grads, masks.values(), strict=True)]
+            loss = loss + sum(grad.square().sum() for grad in grads)
+        loss.backward()
+    for name, layer in topology.layers.items():
+        tiles = torch.cat([tile for _, tile in topology._captures[name].tiles(layer)])
+        torch.testing.assert_close(tiles, dense.get_submodule(name).weight.grad)
+    assert topology.step()

@@ -42,6 +42,10 @@ class GradientCapture:
     several times add up, and discarded batches, a generator's passes through a discriminator or the first pass of SAM
     do not count.
 
+    With ``create_graph=True`` the gradient of a layer's input is a product with the weight, as the output is, and has a
+    pair of its own: what flows back into it, and the output's gradient. So second derivatives (gradient penalties)
+    count. Third ones would need further pairs, and do not.
+
     Confirmed pairs that take more memory than the dense gradient are folded into it, so that a layer never holds more
     than the larger of one pass and its dense gradient.
 
@@ -145,7 +149,10 @@ class GradientCapture:
                 self._hooks.append(mine.register_post_accumulate_grad_hook(self._stand))
         # What is no result of a graph is somebody's own memory, which may hold the next batch before step() comes.
         kept = input.detach().clone() if input.is_leaf else input.detach()
-        output.register_hook(partial(self._pair, kept))
+        recorded: list[Tensor] = []  # the output's gradient in a pass that records a graph
+        output.register_hook(partial(self._of_output, kept, recorded))
+        if input.requires_grad:
+            input.register_hook(partial(self._of_input, recorded))
 
     def pair_in_graph(self, input: Tensor, grad: Tensor) -> None:
         """What an op of a compiled backward pass saw, whose memory the compiler may use again."""
@@ -156,6 +163,17 @@ class GradientCapture:
             self._hooked = self._weight
             self._hooks.append(self._weight.register_post_accumulate_grad_hook(self._confirm))
         self._pair(input.clone(), grad)
+
+    def _of_output(self, input: Tensor, recorded: list[Tensor], grad: Tensor) -> None:
+        recorded[:] = [grad.detach()] if torch.is_grad_enabled() else []
+        self._pair(input, grad)
+
+    def _of_input(self, recorded: list[Tensor], grad: Tensor) -> None:
+        """With ``create_graph=True`` the input's gradient is a product with the weight, as the output is: what flows
+        back into it, of a gradient penalty, makes a pair with the output's gradient."""
+        if self.armed and recorded and grad.requires_grad:
+            of_output = recorded.pop()
+            grad.register_hook(lambda of_grad: self._pair(of_grad.detach().clone(), of_output))
 
     def _pair(self, input: Tensor, grad: Tensor) -> None:
         if not self.armed:
