@@ -317,3 +317,24 @@ def test_second_derivatives_count(penalty, make, storage):
         tiles = torch.cat([tile for _, tile in topology._captures[name].tiles(layer)])
         torch.testing.assert_close(tiles, dense.get_submodule(name).weight.grad)
     assert topology.step()
+
+
+@pytest.mark.parametrize("kind", ["vmap", "forward mode", "third", "looked at alone"])
+def test_passes_that_growth_cannot_follow_are_said(kind, caplog):
+    model = network()
+    topology, _ = dynamic(model)
+    x = data()[0].requires_grad_()
+    loss = model(x).square().mean()
+    if kind == "vmap":
+        loss = loss + torch.vmap(model)(x).pow(3).sum()
+    elif kind == "forward mode":
+        loss = loss + torch.func.jvp(model, (x,), (torch.ones_like(x),))[1].square().sum()
+    elif kind == "third":
+        (first,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+        loss = loss + 1000 * second.square().sum()
+    else:
+        torch.vmap(torch.func.jacrev(model))(x)
+    loss.backward()
+    assert topology.step()
+    assert len(caplog.messages) == (kind != "looked at alone")

@@ -144,7 +144,7 @@ class DynamicSparsity:
         self.steps = 0
         self._postponed = 0  # the step whose update waits for finite gradients
         self._states_seen = self.method is None
-        self._said_postponed = self._said_merged = False
+        self._said_postponed = self._said_unseen = False
         self._said_lost = self.method is None
         if self.group is not None:
             make_alike(self.layers, self.group)
@@ -270,7 +270,7 @@ class DynamicSparsity:
         if not names:
             return False
         if self.method.needs_gradient and self.group is None:
-            self._say_merged(names)
+            self._say_unseen(names)
         *_, last = self.layers.values()
         updates = []
         for name in names:
@@ -416,14 +416,15 @@ class DynamicSparsity:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
 
-    def _say_merged(self, names: list[str]) -> None:
-        """One line, once, where gradients of several passes were merged into ``.grad`` (PCGrad)."""
-        if not self._said_merged and any(self._captures[n].is_merged_by_hand(self.layers[n]) for n in names):
-            self._said_merged = True
+    def _say_unseen(self, names: list[str]) -> None:
+        """One line, once, where ``.grad`` came from passes that growth does not know."""
+        if not self._said_unseen and any(self._captures[name].lacks_passes(self.layers[name]) for name in names):
+            self._said_unseen = True
             logger.warning(
-                "Topology: .grad was put together by hand from several backward passes, of which growth knows the last "
-                "alone: it cannot see what was done to the others. Let the passes add up in .grad (zero it before the "
-                'first alone) and write the result over it then, or grow at random (method="set").'
+                "Topology: .grad came from more than the backward passes that growth knows. Passes inside of "
+                "torch.func transforms and forward-mode AD, and third derivatives, are not seen. Of passes that are "
+                "merged by hand (PCGrad) only the last is: let them add up in .grad (zero it before the first alone), "
+                'then write the result over it. Or grow at random (method="set").'
             )
 
     def _say_unfinished(self, names: list[str]) -> None:

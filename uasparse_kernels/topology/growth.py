@@ -14,6 +14,7 @@ from torch import Tensor
 
 from uasparse_kernels import _library
 from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.ops._common import transformed
 from uasparse_kernels.topology.processes import is_sharded, local
 
 # A tile's size in entries (4 MiB of float32 on the CPU, 64 MiB on a GPU): a small part of any layer that is worth it,
@@ -44,7 +45,8 @@ class GradientCapture:
 
     With ``create_graph=True`` the gradient of a layer's input is a product with the weight, as the output is, and has a
     pair of its own: what flows back into it, and the output's gradient. So second derivatives (gradient penalties)
-    count. Third ones would need further pairs, and do not.
+    count. Third ones would need further pairs, and do not, nor do passes inside of ``torch.func`` transforms and
+    forward-mode AD.
 
     Confirmed pairs that take more memory than the dense gradient are folded into it, so that a layer never holds more
     than the larger of one pass and its dense gradient.
@@ -74,7 +76,7 @@ class GradientCapture:
         self._hooks: list[Any] = []
         self._hooked: Tensor | None = None
         self._open: dict[int, list[Pair]] = {}  # by running backward pass, not confirmed yet
-        self._discarded = False
+        self._discarded = self._unseen = False  # passes that were, and that this cannot follow
         self._drop()
 
     def _drop(self) -> None:
@@ -136,9 +138,10 @@ class GradientCapture:
         weight, mine = layer.weight, self._weight
         if mine is None or (weight is not mine and not is_sharded(mine)):
             return
-        if not weight.requires_grad or not output.requires_grad:
+        if transformed() is not None:
+            self._unseen |= weight.requires_grad and torch.is_grad_enabled()
             return
-        if torch._C._functorch.is_functorch_wrapped_tensor(output):
+        if not weight.requires_grad or not output.requires_grad:
             return
         if torch._C._current_graph_task_id() < 0:
             self._open.clear()  # of passes that failed
@@ -172,8 +175,11 @@ class GradientCapture:
         """With ``create_graph=True`` the input's gradient is a product with the weight, as the output is: what flows
         back into it, of a gradient penalty, makes a pair with the output's gradient."""
         if self.armed and recorded and grad.requires_grad:
-            of_output = recorded.pop()
-            grad.register_hook(lambda of_grad: self._pair(of_grad.detach().clone(), of_output))
+            grad.register_hook(partial(self._of_gradient, recorded.pop()))
+
+    def _of_gradient(self, of_output: Tensor, of_grad: Tensor) -> None:
+        self._unseen |= torch.is_grad_enabled()  # third derivatives
+        self._pair(of_grad.detach().clone(), of_output)
 
     def _pair(self, input: Tensor, grad: Tensor) -> None:
         if not self.armed:
@@ -225,11 +231,12 @@ class GradientCapture:
         return any(bool(tile[mask[first : first + len(tile)]].any()) for first, tile in self.tiles(layer))
 
     @torch.no_grad()
-    def is_merged_by_hand(self, layer: SparseLayer) -> bool:
-        """Whether ``weight.grad`` was put together from passes of which the last alone is known: one was discarded, and
-        what was written to ``.grad`` later points elsewhere than the known ones (scaled or clipped it would not)."""
+    def lacks_passes(self, layer: SparseLayer) -> bool:
+        """Whether ``weight.grad`` came from more passes than are known: there was one that cannot be followed, or one
+        was discarded and ``.grad`` written later; and it points elsewhere than what is known (scaled or clipped it
+        would not)."""
         grad = layer.weight.grad
-        if not (self._discarded and self.grad_was_written) or grad is None:
+        if grad is None or not (self._unseen or (self._discarded and self.grad_was_written)):
             return False
         written = (grad if layer.storage == "dense" else layer.pattern.unpack(grad)).to(_dtype(layer))
         mask = layer.pattern.to_mask()
@@ -239,7 +246,7 @@ class GradientCapture:
             a, b = tile[mask[rows]], written[rows][mask[rows]]
             sums += torch.stack([a @ b, a @ a, b @ b])
         both, known, given = sums.tolist()
-        return both < 0.9 * math.sqrt(known * given)
+        return both < 0.99 * math.sqrt(known * given)
 
     def _stand(self, weight: Tensor) -> None:
         self._standing, self._coming = _place(weight.grad), False
