@@ -307,3 +307,16 @@ def test_an_optimizer_that_was_not_given_is_refused():
     topology, _ = dynamic(model, [optimizer, other], method="set")
     held = momentum.clone()
     assert train(optimizer) and not torch.equal(momentum, held)
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_what_is_kept_as_an_attribute_of_a_packed_weight_moves(method):
+    """As AdaHessian keeps its estimate between the steps that make it anew."""
+    model = network(0.3, storage="packed")
+    topology, _ = dynamic(model, method=method)
+    layer = model[2]
+    layer.weight.hess = layer.weight.detach().clone()
+    loss_of(model, *data()).backward()
+    mask = layer.pattern.to_mask()
+    assert topology.step() and not torch.equal(mask, layer.pattern.to_mask())
+    torch.testing.assert_close(layer.weight.hess, layer.weight.detach())

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from uasparse_kernels._coverage import describe_outputs, outputs_without_weights
 from uasparse_kernels.nn.layers import SparseLayer
@@ -296,6 +296,10 @@ class DynamicSparsity:
             moving = [layer.weight, *(state.tensor for state in states[name])]
             if layer.weight.grad is not None:
                 moving.append(layer.weight.grad)
+            if layer.storage == "packed":  # what others keep with the values, such as AdaHessian's weight.hess
+                moving += [
+                    t for t in vars(layer.weight).values() if isinstance(t, Tensor) and t.shape == moving[0].shape
+                ]
             change = apply if dropped.numel() == grown.numel() else resize
             grown = broadcast(grown, self.group) if self.group is not None else grown
             with whole(moving) as (weight, *others):
