@@ -361,3 +361,25 @@ def test_layers_that_the_last_pruning_leaves_out_are_named(method, why, caplog):
         assert len(said) == 1 and "'4' (" in said[0] and "'2'" not in said[0]
     else:
         assert not said
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("instead", [True, False])
+def test_calls_for_every_micro_batch_are_said(micro_batches, instead, caplog):
+    model = network()
+    topology, optimizer = dynamic(model, delta_t=8)
+    for batch in range(1, 49):
+        loss_of(model, *data()).backward()
+        updated = topology.step()
+        assert updated == (batch % 8 == 0)
+        if batch % micro_batches == 0:
+            if not (instead and updated):
+                optimizer.step()
+            optimizer.zero_grad()
+    assert len(caplog.messages) == (micro_batches > 1)
+    resumed, _ = dynamic(model, optimizer, delta_t=8)
+    resumed.load_state_dict(topology.state_dict() | {"steps": 7})
+    caplog.clear()
+    loss_of(model, *data()).backward()
+    optimizer.step()
+    assert resumed.step() and not caplog.messages

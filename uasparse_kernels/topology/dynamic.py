@@ -41,7 +41,7 @@ _OWNERS: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[DynamicSparsity]] = 
 class DynamicSparsity:
     """Changes which weights of a model are active, every ``delta_t`` optimiser steps.
 
-    Call :meth:`step` once per optimiser step (not per micro-batch: it cannot tell them apart), after
+    Call :meth:`step` once per optimiser step (not per micro-batch), after
     ``loss.backward()`` and before the gradients are zeroed. On an update step the method decides, for all layers at
     once, what they drop and grow. Weights, gradients in flight and every optimiser state tensor of the weight's shape
     are changed in place. Entries that were inactive start at zero, with the state of an optimiser's first step; those
@@ -141,10 +141,10 @@ class DynamicSparsity:
             generator = torch.Generator()
             generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         self.generator = generator
-        self.steps = 0
+        self.steps = self._counted = 0  # the latter: when calls were last compared with the optimiser's steps
         self._postponed = 0  # the step whose update waits for finite gradients
         self._states_seen = self.method is None
-        self._said_postponed = self._said_unseen = False
+        self._said_postponed = self._said_unseen = self._said_extra_calls = False
         self._said_lost = self.method is None
         if self.group is not None:
             make_alike(self.layers, self.group)
@@ -214,6 +214,9 @@ class DynamicSparsity:
         self.generator.set_state(state["generator"].cpu())
         self.initial_blocks = {names[name]: count for name, count in blocks.items()}
         self.steps, self._postponed = state["steps"], state.get("postponed", 0)
+        self._counted = self.steps
+        if self.method is not None:
+            self._watch.count_steps()
         self._arm()
 
     # ---- hooks ----
@@ -265,6 +268,7 @@ class DynamicSparsity:
         names, states = self._ready()
         if names is None:
             return None
+        self._say_extra_calls()
         if self.method.final_sparsity is not None and self.schedule.progress(due) == 1:
             self._say_unfinished(names)
         if not names:
@@ -419,6 +423,20 @@ class DynamicSparsity:
         if not self._said_postponed:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
+
+    def _say_extra_calls(self) -> None:
+        """One line, once, where step() is called for every micro-batch."""
+        calls, self._counted = self.steps + 1 - self._counted, self.steps + 1
+        steps = self._watch.count_steps()
+        # An update may replace an optimiser step, and a GradScaler skip a few.
+        if steps and 3 * (steps + 1) < 2 * calls and not self._said_extra_calls:
+            self._said_extra_calls = True
+            logger.warning(
+                "Topology: step() was called %d times for %d steps of the optimizer. Call it once per optimizer step, "
+                "not for every micro-batch: updates come too often, and grow by a part of the gradient.",
+                calls,
+                steps,
+            )
 
     def _say_unseen(self, names: list[str]) -> None:
         """One line, once, where ``.grad`` came from passes that growth does not know."""

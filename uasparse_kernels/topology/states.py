@@ -207,11 +207,11 @@ class LoadWatch:
         for layer in layers.values():
             told_of_patterns[layer] = weakref.WeakMethod(self._layer_loaded)
         me = weakref.ref(self)  # an optimiser is no owner
-        self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._stepped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # how often
 
         def stepped(optimizer, args, kwargs, me=me):
             if not torch.compiler.is_compiling() and (watch := me()) is not None:
-                watch._stepped.add(optimizer)
+                watch._stepped[optimizer] = watch._stepped.get(optimizer, 0) + 1
 
         self.handles.append(register_optimizer_step_post_hook(stepped))
         for optimizer in states.optimizers:
@@ -231,12 +231,19 @@ class LoadWatch:
                 del told_of_patterns[layer]
         self._layers = {}
 
+    def count_steps(self) -> int:
+        """Steps of the optimiser that made most of them since this was last called; 0 where they do not show."""
+        known = [optimizer for optimizer in self._stepped if any(optimizer is mine for mine in self._states.optimizers)]
+        most = max((self._stepped[optimizer] for optimizer in known), default=0)
+        self._stepped.update(dict.fromkeys(self._stepped, 0))
+        return most
+
     def check_nobody_else(self) -> None:
         """Raises ValueError where another optimiser has stepped that has state of a weight."""
         known = [optimizer.state for optimizer in self._states.optimizers]
         for name, layer in self._layers.items():
             mine = {id(t) for state in known for t in _tensors(state.get(layer.weight) or {})}
-            for optimizer in self._stepped:
+            for optimizer in list(self._stepped):
                 state = optimizer.state if isinstance(optimizer.state, Mapping) else {}
                 theirs = [t for t in _tensors(state.get(layer.weight) or {}) if t.numel() > 1]
                 if any(id(tensor) not in mine for tensor in theirs):
