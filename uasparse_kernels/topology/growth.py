@@ -236,7 +236,7 @@ class GradientCapture:
         was discarded and ``.grad`` written later; and it points elsewhere than what is known (scaled or clipped it
         would not)."""
         grad = layer.weight.grad
-        if grad is None or not (self._unseen or (self._discarded and self.grad_was_written)):
+        if grad is None or is_sharded(grad) or not (self._unseen or (self._discarded and self.grad_was_written)):
             return False
         written = (grad if layer.storage == "dense" else layer.pattern.unpack(grad)).to(_dtype(layer))
         mask = layer.pattern.to_mask()
