@@ -350,6 +350,23 @@ def test_an_entry_written_past_the_version_is_seen_in_the_end():
     assert not any(layer.weight[~layer.pattern.to_mask()].any() for layer in layers)
 
 
+@pytest.mark.parametrize("how", ["assign_", "set_blocks_", "fewer", "another"])
+def test_a_pattern_that_changes_masks_a_dense_stored_weight_anew(how):
+    layer, x = ua.SparseLinear(200, 300, sparsity=0.5, storage="dense"), torch.randn(64, 200)
+    layer(x)
+    blocks, inactive = layer.pattern.blocks(), (~layer.pattern.to_mask()).view(-1).nonzero().view(-1)
+    blocks = blocks[2:] if how == "fewer" else torch.cat([blocks[2:], inactive[:2]]).sort().values
+    other = ua.SparsityPattern.from_blocks((300, 200), blocks)
+    if how == "assign_":
+        layer.pattern.assign_(other)
+    elif how == "another":
+        layer.pattern = other
+    else:
+        layer.pattern.set_blocks_(blocks)
+    expected = F.linear(x, layer.weight.detach() * other.to_mask(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("how", ["made", "copied", "unpickled"])
 def test_the_weight_of_another_pattern_is_refused(storage, how):

@@ -67,8 +67,8 @@ class SparseLayer(nn.Module):
     bias: nn.Parameter | None
     pattern: SparsityPattern
     dense_class: type[nn.Module]  # what it was made of, and becomes again
-    # The dense-stored weight that is known to be masked: id, version, address.
-    _clean: tuple[int, int, int] | None = None
+    # The dense-stored weight that is known to be masked: id, version, address; and by which state of which pattern.
+    _clean: tuple[int, ...] | None = None
     _watched = 0  # how often hooks that watch its gradient came
 
     def _init_weight(
@@ -200,7 +200,9 @@ class SparseLayer(nn.Module):
             return False
         if hasattr(weight, "device_mesh"):  # a part of a sharded one, between forward passes
             return False
-        state = None if weight.is_inference() else (id(weight), weight._version, weight.data_ptr())
+        state = None
+        if not weight.is_inference():
+            state = (id(weight), weight._version, weight.data_ptr(), id(pattern), pattern.changes)
         unwritten = state is not None and state == self._clean
         on_gpu = weight.device.type != "cpu"
         # On a GPU looking would wait: it is masked, or trusted.
