@@ -185,6 +185,26 @@ def test_a_whole_checkpoint_loads_in_any_order(method, model_first):
         assert torch.equal(a, b)
 
 
+def test_an_optimizers_state_dict_that_nobody_copied_is_the_running_state():
+    """Early stopping again, with ``best = optimizer.state_dict()``, loaded before the model."""
+    model = network()
+    topology, optimizer = dynamic(model, method="set")
+    best, running = copy.deepcopy(model.state_dict()), None
+    for _ in range(4):
+        loss_of(model, *data()).backward()
+        optimizer.step()
+        running = running or optimizer.state_dict()
+        topology.step()
+        optimizer.zero_grad()
+    layer = model[2]
+    held = layer.pattern.unpack(optimizer.state[layer.weight]["momentum_buffer"])
+    mask = layer.pattern.to_mask()
+    optimizer.load_state_dict(running)
+    model.load_state_dict(best)
+    now = layer.pattern.unpack(optimizer.state[layer.weight]["momentum_buffer"])
+    assert now.any() and torch.equal(now, held * mask * layer.pattern.to_mask())
+
+
 def test_momentum_of_a_dense_network_is_masked_or_an_error_that_explains():
     dense = nn.Linear(16, 24)
     trained = torch.optim.SGD(dense.parameters(), 0.1, momentum=0.9)

@@ -202,6 +202,7 @@ class LoadWatch:
     def __init__(self, layers: dict[str, SparseLayer], states: OptimizerStates):
         self._layers, self._states = layers, states
         self._loaded = False
+        self._running: set[int] = set()
         self._once: list[Any] = []
         self.handles: list[Any] = []
         for layer in layers.values():
@@ -217,10 +218,16 @@ class LoadWatch:
         for optimizer in states.optimizers:
             if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
 
-                def loaded(optimizer, me=me):
+                def loading(optimizer, state_dict, me=me):
                     if (watch := me()) is not None:
+                        watch._running = watch._memory_of_state(optimizer)
+
+                def loaded(optimizer, me=me):
+                    # A state_dict() that nobody copied is the running state: it has moved with the weights so far.
+                    if (watch := me()) is not None and not watch._memory_of_state(optimizer) <= watch._running:
                         watch._optimizer_loaded(optimizer)
 
+                self.handles.append(optimizer.register_load_state_dict_pre_hook(loading))
                 self.handles.append(optimizer.register_load_state_dict_post_hook(loaded))
 
     def remove(self) -> None:
@@ -278,6 +285,10 @@ class LoadWatch:
                 else:
                     replace_data_(tensor, values)
         start_grown(states)
+
+    def _memory_of_state(self, optimizer: Any) -> set[int]:
+        states = [optimizer.state.get(layer.weight) or {} for layer in self._layers.values()]
+        return {_memory(tensor) for state in states for tensor in _tensors(state) if tensor.numel() > 1}
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
         self._loaded = True
