@@ -41,9 +41,8 @@ _OWNERS: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[DynamicSparsity]] = 
 class DynamicSparsity:
     """Changes which weights of a model are active, every ``delta_t`` optimiser steps.
 
-    Call :meth:`step` once per optimiser step (not per micro-batch), after
-    ``loss.backward()`` and before the gradients are zeroed. On an update step the method decides, for all layers at
-    once, what they drop and grow. Weights, gradients in flight and every optimiser state tensor of the weight's shape
+    Call :meth:`step` once per optimiser step (not per micro-batch), after ``loss.backward()`` and before the gradients
+    are zeroed. On an update step the method decides, for all layers at once, what they drop and grow. Weights, gradients in flight and every optimiser state tensor of the weight's shape
     are changed in place. Entries that were inactive start at zero, with the state of an optimiser's first step; those
     that are dropped and grown at the same update keep value and state. Most methods grow as many blocks as they drop,
     ``ceil(fraction * blocks)`` per layer, so that no size ever changes, and leave fully dense layers alone. Gradual
@@ -57,8 +56,9 @@ class DynamicSparsity:
     0, stay as they are, bit for bit, and do not count where scores are compared over all layers (``scope="global"``,
     GraNet). The same holds, with a method that uses gradients, for layers without a gradient at this step, or whose
     gradient a hook of the weight sets to zero; SET and GMP need none. What cannot be done correctly (a weight that the
-    optimiser does not hold, state that cannot move, copies of weights that an optimiser keeps outside of its state, a
-    sharded or parametrised weight, sparse layers that came or went since) is an error before anything changes.
+    optimiser does not hold, state that cannot move, or of an optimiser that was not given, copies of weights that an
+    optimiser keeps outside of its state, a sharded or parametrised weight, a weight or pattern that layers share,
+    sparse layers that came or went since) is an error before anything changes.
 
     **Growth by gradient** uses exactly the backward passes that the weights' ``.grad`` came from. Micro-batches add up;
     passes that left nothing in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. Before an
