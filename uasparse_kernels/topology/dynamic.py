@@ -42,9 +42,10 @@ class DynamicSparsity:
     """Changes which weights of a model are active, every ``delta_t`` optimiser steps.
 
     Call :meth:`step` once per optimiser step (not per micro-batch), after ``loss.backward()`` and before the gradients
-    are zeroed. On an update step the method decides, for all layers at once, what they drop and grow. Weights, gradients in flight and every optimiser state tensor of the weight's shape
-    are changed in place. Entries that were inactive start at zero, with the state of an optimiser's first step; those
-    that are dropped and grown at the same update keep value and state. Most methods grow as many blocks as they drop,
+    are zeroed. On an update step the method decides, for all layers at once, what they drop and grow. Weights,
+    gradients in flight and every optimiser state tensor of the weight's shape are changed in place. Entries that were
+    inactive start at zero, with the state of an optimiser's first step; those that are dropped and grown at the same
+    update keep value and state. Most methods grow as many blocks as they drop,
     ``ceil(fraction * blocks)`` per layer, so that no size ever changes, and leave fully dense layers alone. Gradual
     pruning (and SRigL's ablation) changes the number of active weights: packed weights and their states then change
     their sizes, and the parameters stay the same objects.
@@ -443,10 +444,11 @@ class DynamicSparsity:
         if not self._said_unseen and any(self._captures[name].lacks_passes(self.layers[name]) for name in names):
             self._said_unseen = True
             logger.warning(
-                "Topology: .grad came from more than the backward passes that growth knows. Passes inside of "
-                "torch.func transforms and forward-mode AD, and third derivatives, are not seen. Of passes that are "
-                "merged by hand (PCGrad) only the last is: let them add up in .grad (zero it before the first alone), "
-                'then write the result over it. Or grow at random (method="set").'
+                "Topology: .grad is not the gradient of the backward passes that growth sees. It does not see passes "
+                "inside of torch.func transforms and forward-mode AD, third derivatives, and what hooks of a weight or "
+                "a replaced forward do. Of passes that are merged by hand (PCGrad) it sees the last alone: let them "
+                "add up in .grad (zero it before the first only), then write the result over it. Or grow at random "
+                '(method="set").'
             )
 
     def _say_unfinished(self, names: list[str]) -> None:

@@ -76,7 +76,8 @@ class GradientCapture:
         self._hooks: list[Any] = []
         self._hooked: Tensor | None = None
         self._open: dict[int, list[Pair]] = {}  # by running backward pass, not confirmed yet
-        self._discarded = self._unseen = False  # passes that were, and that this cannot follow
+        self._discarded = False  # whether a pass was
+        self._unseen = False  # whether there was something that pairs may not show
         self._drop()
 
     def _drop(self) -> None:
@@ -143,6 +144,8 @@ class GradientCapture:
             return
         if not weight.requires_grad or not output.requires_grad:
             return
+        first = next(iter(layer._forward_hooks.values()))
+        self._unseen |= "forward" in vars(layer) or first is not self or bool(mine._backward_hooks)  # may change it
         if torch._C._current_graph_task_id() < 0:
             self._open.clear()  # of passes that failed
         if self._hooked is not weight:
@@ -232,8 +235,8 @@ class GradientCapture:
 
     @torch.no_grad()
     def lacks_passes(self, layer: SparseLayer) -> bool:
-        """Whether ``weight.grad`` came from more passes than are known: there was one that cannot be followed, or one
-        was discarded and ``.grad`` written later; and it points elsewhere than what is known (scaled or clipped it
+        """Whether ``weight.grad`` came from more than the known passes: there was something that they may not show, or
+        one was discarded and ``.grad`` written later; and it points elsewhere than what is known (scaled or clipped it
         would not)."""
         grad = layer.weight.grad
         if grad is None or is_sharded(grad) or not (self._unseen or (self._discarded and self.grad_was_written)):
