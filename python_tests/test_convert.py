@@ -395,3 +395,14 @@ def test_a_densified_model_has_nothing_of_its_topology(steps, caplog):
         assert [len(layer._forward_hooks) for layer in dense] == [1, 0] and seen == ["mine"]
         assert not any(layer._forward_hooks_with_kwargs for layer in dense)
     assert "not carried over" not in caplog.text
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_tied_sparse_layers_do_not_change(storage):
+    a = ua.SparseLinear(8, 8, sparsity=0.5, storage=storage)
+    b = ua.SparseLinear(8, 8, pattern=a.pattern, storage=storage)
+    b.weight = a.weight
+    model, before = nn.Sequential(a, b), a.dense_weight()
+    with pytest.raises(ValueError, match="another sparse layer's too"):
+        ua.sparsify(model, 0.8)
+    assert torch.equal(a.dense_weight(), before) and a.pattern.equal(b.pattern)

@@ -193,3 +193,24 @@ def test_operations_are_counted():
                 if kernel == "cpu":
                     output.sum().backward()
             assert counter.get_total_flops() == products * 2 * vectors * layer.pattern.nnz
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("sparsity", [0.2, 0.8])
+@PACKED
+@pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
+def test_batches_of_gradients(kind, sparsity, packed, how):
+    options = {"sparsity": sparsity, "storage": "packed" if packed else "dense", "dtype": torch.float64}
+    if kind == "linear":
+        layer, x = ua.SparseLinear(20, 12, **options), random(32, 20)
+    else:
+        layer, x = ua.SparseConv2d(8, 12, 3, **options), random(4, 8, 7, 6)
+    y = layer(x)
+    cotangents, inputs = torch.randn(3, *y.shape, dtype=torch.float64), [x, layer.weight, layer.bias]
+    if how == "vmap":
+        batched = vmap(lambda v: torch.autograd.grad(y, inputs, v, retain_graph=True))(cotangents)
+    else:
+        batched = torch.autograd.grad(y, inputs, cotangents, retain_graph=True, is_grads_batched=True)
+    single = [torch.autograd.grad(y, inputs, v, retain_graph=True) for v in cotangents]
+    for got, *expected in zip(batched, *single, strict=True):
+        torch.testing.assert_close(got, torch.stack(expected))

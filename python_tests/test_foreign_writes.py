@@ -337,6 +337,53 @@ def test_what_is_written_outside_of_the_pattern_counts_nowhere(write, rows, kind
     assert not (module.weight.detach()[~mask] != 0).any()
 
 
+def test_an_entry_written_past_the_version_is_seen_in_the_end():
+    """A write through ``.data`` has no version: each forward pass looks at other samples."""
+    layers, x = [ua.SparseLinear(64, 96, sparsity=0.4, storage="dense") for _ in range(2)], torch.randn(3, 64)
+    for layer in layers:
+        layer(x)
+        outside = (~layer.pattern.to_mask()).view(-1).nonzero().view(-1)
+        layer.weight.data.view(-1)[outside[::300]] = 3.0
+    for _ in range(500):  # one of 12 pieces a pass
+        for layer in layers:
+            layer(x)
+    assert not any(layer.weight[~layer.pattern.to_mask()].any() for layer in layers)
+
+
+@pytest.mark.parametrize("how", ["assign_", "set_blocks_", "fewer", "another"])
+def test_a_pattern_that_changes_masks_a_dense_stored_weight_anew(how):
+    layer, x = ua.SparseLinear(200, 300, sparsity=0.5, storage="dense"), torch.randn(64, 200)
+    layer(x)
+    blocks, inactive = layer.pattern.blocks(), (~layer.pattern.to_mask()).view(-1).nonzero().view(-1)
+    blocks = blocks[2:] if how == "fewer" else torch.cat([blocks[2:], inactive[:2]]).sort().values
+    other = ua.SparsityPattern.from_blocks((300, 200), blocks)
+    if how == "assign_":
+        layer.pattern.assign_(other)
+    elif how == "another":
+        layer.pattern = other
+    else:
+        layer.pattern.set_blocks_(blocks)
+    expected = F.linear(x, layer.weight.detach() * other.to_mask(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("how", ["made", "copied", "unpickled"])
+def test_the_weight_of_another_pattern_is_refused(storage, how):
+    a, b = (ua.SparseLinear(20, 20, sparsity=0.5, storage=storage) for _ in range(2))
+    if how != "made":
+        a = copy.deepcopy(a) if how == "copied" else pickle.loads(pickle.dumps(a))
+    before = b.weight
+    with pytest.raises(ValueError, match="of a layer of another one"):
+        b.weight = a.weight
+    assert b.weight is before
+    c = ua.SparseLinear(20, 20, pattern=a.pattern, storage=storage)
+    c.weight = a.weight
+    torch.testing.assert_close(c.dense_weight(), a.dense_weight())
+    del a, c
+    b.weight = nn.Parameter(torch.ones_like(b.weight))
+
+
 def test_an_optimiser_that_moves_inactive_weights():
     """Momentum of the dense network, and updates that are not elementwise."""
     module = ua.SparseLinear(40, 32, sparsity=0.4, storage="dense")

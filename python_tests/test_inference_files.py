@@ -33,6 +33,29 @@ def test_sparse_models(tmp_path, storage, sparsity):
     torch.testing.assert_close(dense(x), source(x))
 
 
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_active_weights_that_are_zero_stay_active(tmp_path, storage):
+    """Those that were just grown; all of a delta that was not trained yet."""
+    source = nn.Sequential(model(0.6, storage=storage), ua.nn.SparseDelta(nn.Linear(12, 12), 0.3))
+    layers = [source[0][2], source[0][4], source[1].delta]
+    with torch.no_grad():
+        for layer in layers[:2]:
+            layer.weight.view(-1)[::3] = 0.0
+    ua.save_sparse(source, tmp_path / "a")
+    target = nn.Sequential(model(0.8, storage=storage), ua.nn.SparseDelta(nn.Linear(12, 12), 0.1))
+    ua.load_sparse(target, tmp_path / "a")
+    for layer, wanted in zip((target[0][2], target[0][4], target[1].delta), layers, strict=True):
+        assert layer.pattern.equal(wanted.pattern) and torch.equal(layer.dense_weight(), wanted.dense_weight())
+    ua.save_sparse(source[0], tmp_path / "b")
+    dense = ua.load_sparse(ua.densify(model()), tmp_path / "b")
+    assert torch.equal(dense[4].weight, source[0][4].dense_weight())
+    tensors, content = files.read(tmp_path / "b")
+    for bad in (torch.tensor([1 << 40]), torch.tensor([-1]), torch.tensor([0.5])):
+        files.write(tmp_path / "c", tensors | {"4.weight#zeros": bad}, content)
+        with pytest.raises(ValueError, match="places of active zeros"):
+            ua.load_sparse(model(), tmp_path / "c")
+
+
 def test_blocks_stay_and_must_take_the_weights(tmp_path):
     source = model(0.5, block=(4, 4))
     ua.save_sparse(source, tmp_path / "a")

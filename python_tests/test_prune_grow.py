@@ -63,6 +63,24 @@ def case(shape, block, density, storage, seed=0, ties=True, device="cpu", dtype=
     return weight, momentum, pattern, dense[2]
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("how", ["same", "strided"])
+def test_odd_memory_moves_as_any_other(how, storage):
+    """States that are the weight's own memory, or each other's, and tensors that are not contiguous."""
+    weight, momentum, pattern, _ = case((13, 11), (1, 1), 0.4, storage, ties=False)
+    expected = SparsityPattern.from_blocks(pattern.shape, pattern.blocks())
+    moved = [weight.clone(), momentum.clone()]
+    states = [momentum, momentum.view_as(momentum), weight.detach()]
+    if how == "strided":
+        weight, *states = (torch.stack([t, t], -1)[..., 0] for t in (weight, momentum))
+    k = math.ceil(0.5 * pattern.num_blocks)
+    dropped = drop_candidates(weight, pattern, k)
+    grown = random_candidates(pattern, dropped, k, torch.Generator().manual_seed(3))
+    apply(moved[0], expected, dropped, grown, moved[1:])
+    apply(weight, pattern, dropped, grown, states)
+    assert pattern.equal(expected) and torch.equal(weight, moved[0]) and torch.equal(states[0], moved[1])
+
+
 def copy_of(pattern):
     return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)
 

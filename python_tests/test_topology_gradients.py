@@ -1,5 +1,6 @@
 """The gradient by which an update grows is the one in ``.grad``, and an update waits until it is finite."""
 
+import copy
 import logging
 import math
 
@@ -242,3 +243,110 @@ def test_the_scale_does_not_matter(method, instead):
         assert updates == [False, True, False, True]
         results.append(patterns(model))
     assert same(*results)
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("how", ["merged", "in place", "added up", "SAM", "clipped"])
+def test_passes_that_are_merged_by_hand_are_said(how, storage, caplog):
+    """PCGrad and its like: growth sees the last pass alone. Other writers of .grad and discarded passes are fine."""
+    model = network(0.7, storage=storage)
+    topology, optimizer = dynamic(model)
+    grads = []
+    for _ in range(2):
+        if how != "added up":
+            optimizer.zero_grad()
+        loss_of(model, *data()).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for p, first, second in zip(model.parameters(), *grads, strict=True):
+        if how == "in place":
+            p.grad.copy_(first + second)
+        elif how == "merged":
+            p.grad = first + second
+        elif how == "added up":
+            p.grad = second * 0.5
+    if how == "clipped":
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    assert topology.step()
+    assert bool(caplog.messages) == (how in ("merged", "in place"))
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate, self.inner, self.last = (nn.Linear(10, n) for n in (10, 10, 10, 1))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.last(h + torch.tanh(self.inner(h)) * self.gate(h))
+
+
+def convolutions():
+    first = nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular")
+    return nn.Sequential(first, nn.Tanh(), nn.Conv2d(8, 8, 3, stride=2), nn.Softplus(), nn.Flatten(), nn.Linear(32, 1))
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("make", [Residual, convolutions])
+@pytest.mark.parametrize("penalty", ["input", "input's grad", "weights", "none"])
+def test_second_derivatives_count(penalty, make, storage):
+    """The gradient of a gradient penalty reaches a weight by way of the products of the first backward pass, too."""
+    torch.manual_seed(0)
+    model = ua.sparsify(make().double(), 0.6, distribution="erk", storage=storage)
+    topology, _ = dynamic(model)
+    masks = {name: layer.pattern.to_mask() for name, layer in topology.layers.items()}
+    dense = ua.densify(copy.deepcopy(model))
+    data = torch.randn(6, *((10,) if make is Residual else (3, 6, 6)), dtype=torch.float64)
+    for net in (model, dense):
+        x = data.clone().requires_grad_()
+        y = net(x)
+        loss = y.square().mean()
+        if penalty == "input":  # WGAN-GP
+            (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+            loss = loss + (grad.flatten(1).norm(dim=1) - 1).square().sum()
+        elif penalty == "input's grad":
+            y.sum().backward(create_graph=True, inputs=[x])
+            loss = loss + x.grad.square().sum()
+        elif penalty == "weights":
+            weights = [net.get_submodule(name).weight for name in masks]
+            grads = torch.autograd.grad(loss, weights, create_graph=True)
+            if net is dense:
+                grads = [grad * mask for grad, mask in zip(grads, masks.values(), strict=True)]
+            loss = loss + sum(grad.square().sum() for grad in grads)
+        loss.backward()
+    for name, layer in topology.layers.items():
+        tiles = torch.cat([tile for _, tile in topology._captures[name].tiles(layer)])
+        torch.testing.assert_close(tiles, dense.get_submodule(name).weight.grad)
+    assert topology.step()
+
+
+@pytest.mark.parametrize(
+    "kind", ["vmap", "forward mode", "third", "hook", "forward", "before", "looked at alone", "wrapped", "clipped"]
+)
+def test_passes_that_growth_cannot_follow_are_said(kind, caplog):
+    model = network()
+    topology, _ = dynamic(model)
+    layer = model[2]
+    if kind == "hook":
+        layer.weight.register_hook(lambda grad: grad * (torch.arange(grad.numel()) < 50))
+    elif kind == "clipped":
+        layer.weight.register_hook(lambda grad: grad * 0.5)
+    elif kind == "before":
+        layer.register_forward_hook(lambda module, args, output: output.tanh() * output, prepend=True)
+    elif kind in ("forward", "wrapped"):
+        forward, factor = layer.forward, 2 if kind == "forward" else 1
+        layer.forward = lambda x: forward(x**factor)
+    x = data()[0].requires_grad_()
+    loss = model(x).square().mean()
+    if kind == "vmap":
+        loss = loss + torch.vmap(model)(x).pow(3).sum()
+    elif kind == "forward mode":
+        loss = loss + torch.func.jvp(model, (x,), (torch.ones_like(x),))[1].square().sum()
+    elif kind == "third":
+        (first,) = torch.autograd.grad(model(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+        loss = loss + 1000 * second.square().sum()
+    elif kind == "looked at alone":
+        torch.vmap(torch.func.jacrev(model))(x)
+    loss.backward()
+    assert topology.step()
+    assert len(caplog.messages) == (kind not in ("looked at alone", "wrapped", "clipped"))

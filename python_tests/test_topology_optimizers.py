@@ -185,6 +185,26 @@ def test_a_whole_checkpoint_loads_in_any_order(method, model_first):
         assert torch.equal(a, b)
 
 
+def test_an_optimizers_state_dict_that_nobody_copied_is_the_running_state():
+    """Early stopping again, with ``best = optimizer.state_dict()``, loaded before the model."""
+    model = network()
+    topology, optimizer = dynamic(model, method="set")
+    best, running = copy.deepcopy(model.state_dict()), None
+    for _ in range(4):
+        loss_of(model, *data()).backward()
+        optimizer.step()
+        running = running or optimizer.state_dict()
+        topology.step()
+        optimizer.zero_grad()
+    layer = model[2]
+    held = layer.pattern.unpack(optimizer.state[layer.weight]["momentum_buffer"])
+    mask = layer.pattern.to_mask()
+    optimizer.load_state_dict(running)
+    model.load_state_dict(best)
+    now = layer.pattern.unpack(optimizer.state[layer.weight]["momentum_buffer"])
+    assert now.any() and torch.equal(now, held * mask * layer.pattern.to_mask())
+
+
 def test_momentum_of_a_dense_network_is_masked_or_an_error_that_explains():
     dense = nn.Linear(16, 24)
     trained = torch.optim.SGD(dense.parameters(), 0.1, momentum=0.9)
@@ -236,3 +256,87 @@ def test_what_an_optimizer_keeps_beside_its_state_is_refused(late):
     with pytest.raises(ValueError, match="'slow'"):
         topology.step()
     assert same(before, patterns(model))
+
+
+class SharpnessAware(torch.optim.Optimizer):
+    """SAM as many write it: the old weight, kept in the state, is put back as the parameter's own memory."""
+
+    def __init__(self, params, base):
+        super().__init__(params, {})
+        self.base = base
+
+    @torch.no_grad()
+    def away(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["old_p"] = p.detach().clone()
+            p.add_(p.grad, alpha=0.1)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.data = self.state[p]["old_p"]
+        self.base.step()
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("what", ["rigl", "granet", "load"])
+def test_state_that_is_the_weights_memory_moves_once(what, storage):
+    model = network(0.3, storage=storage)
+    optimizer = SharpnessAware(model.parameters(), torch.optim.SGD(model.parameters(), 0.05, momentum=0.9))
+    topology, _ = dynamic(model, optimizer, method="rigl" if what == "load" else what)
+    first = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        x, y = data()
+        loss_of(model, x, y).backward()
+        optimizer.away()
+        loss_of(model, x, y).backward()
+        optimizer.step()
+        layers = [model[0], model[2], model[4]]
+        before = [(layer.dense_weight(), layer.pattern.to_mask()) for layer in layers]
+        assert topology.step()
+        for layer, (weight, mask) in zip(layers, before, strict=True):
+            assert torch.equal(layer.dense_weight(), weight * (mask & layer.pattern.to_mask()))
+        optimizer.zero_grad()
+    if what == "load":
+        model.load_state_dict(first)
+        assert all(torch.equal(value, first[key]) for key, value in model.state_dict().items())
+
+
+def test_an_optimizer_that_was_not_given_is_refused():
+    """Training goes on with another one: its momentum would stay where the weights were."""
+    model = network()
+    topology, optimizer = dynamic(model, method="set", delta_t=2)
+    elsewhere = torch.optim.Adam([nn.Parameter(torch.ones(3))], 0.1)
+    elsewhere.param_groups[0]["params"][0].grad = torch.ones(3)
+    without_state = torch.optim.SGD(model.parameters(), 0.1)
+    other = torch.optim.Adam(model.parameters(), 0.01)
+
+    def train(*optimizers):
+        loss_of(model, *data()).backward()
+        for one in optimizers:
+            one.step()
+        model.zero_grad()
+        return topology.step()
+
+    assert [train(optimizer), train(without_state, elsewhere), train(optimizer, other)] == [False, True, False]
+    before, momentum = patterns(model), other.state[model[0].weight]["exp_avg"]
+    with pytest.raises(ValueError, match="0: another Adam has trained its weight"):
+        train(optimizer)
+    assert same(before, patterns(model))
+    topology, _ = dynamic(model, [optimizer, other], method="set")
+    held = momentum.clone()
+    assert train(optimizer) and not torch.equal(momentum, held)
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_what_is_kept_as_an_attribute_of_a_packed_weight_moves(method):
+    """As AdaHessian keeps its estimate between the steps that make it anew."""
+    model = network(0.3, storage="packed")
+    topology, _ = dynamic(model, method=method)
+    layer = model[2]
+    layer.weight.hess = layer.weight.detach().clone()
+    loss_of(model, *data()).backward()
+    mask = layer.pattern.to_mask()
+    assert topology.step() and not torch.equal(mask, layer.pattern.to_mask())
+    torch.testing.assert_close(layer.weight.hess, layer.weight.detach())

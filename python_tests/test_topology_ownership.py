@@ -332,3 +332,54 @@ def test_a_part_that_is_loaded_takes_its_momentum_along(how, storage):
     now = layer.pattern.unpack(momentum) if storage == "packed" else momentum
     assert not torch.equal(old, layer.pattern.to_mask())
     assert torch.equal(now, held * layer.pattern.to_mask())
+
+
+@pytest.mark.parametrize("what", ["weight", "pattern"])
+def test_what_layers_share_is_refused(what):
+    model = nn.Sequential(*(ua.SparseLinear(8, 8, sparsity=0.5, storage="packed") for _ in range(2)))
+    model[1].pattern = model[0].pattern
+    if what == "weight":
+        model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=f"a {what} of its own"):
+        dynamic(model)
+
+
+@pytest.mark.parametrize("method", ["gmp", "granet"])
+@pytest.mark.parametrize("why", ["rate", "gradient", ""])
+def test_layers_that_the_last_pruning_leaves_out_are_named(method, why, caplog):
+    model = network(0.0)
+    optimizer = torch.optim.SGD([{"params": list(layer.parameters())} for layer in model], 0.05)
+    topology, _ = dynamic(model, optimizer, method=method, total_steps=8)
+    while not topology.frozen:
+        last = topology.steps == 4
+        optimizer.zero_grad()
+        loss_of(model[:3] if last and why == "gradient" else model, *data()).backward()
+        optimizer.param_groups[4]["lr"] = 0.0 if last and why == "rate" else 0.05
+        topology.step()
+    said = [message for message in caplog.messages if "left out" in message]
+    if why == "rate" or (why == "gradient" and method == "granet"):
+        assert len(said) == 1 and "'4' (" in said[0] and "'2'" not in said[0]
+    else:
+        assert not said
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+@pytest.mark.parametrize("instead", [True, False])
+def test_calls_for_every_micro_batch_are_said(micro_batches, instead, caplog):
+    model = network()
+    topology, optimizer = dynamic(model, delta_t=8)
+    for batch in range(1, 49):
+        loss_of(model, *data()).backward()
+        updated = topology.step()
+        assert updated == (batch % 8 == 0)
+        if batch % micro_batches == 0:
+            if not (instead and updated):
+                optimizer.step()
+            optimizer.zero_grad()
+    assert len(caplog.messages) == (micro_batches > 1)
+    resumed, _ = dynamic(model, optimizer, delta_t=8)
+    resumed.load_state_dict(topology.state_dict() | {"steps": 7})
+    caplog.clear()
+    loss_of(model, *data()).backward()
+    optimizer.step()
+    assert resumed.step() and not caplog.messages

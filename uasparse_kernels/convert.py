@@ -193,6 +193,10 @@ def sparsify(
     covered = {n: m for n, m in layers.items() if n not in skipped and n not in overrides}
     for name in held.keys() & (covered.keys() | overrides.keys()):
         check_changeable(name, held[name])
+        if any(other.weight is held[name].weight for key, other in held.items() if key != name):
+            raise ValueError(
+                f"{name}: its weight is another sparse layer's too, and both would change; untie them first."
+            )
     if distribution == "global":
         densities = chooser.densities(covered, blocks, 1 - sparsity)
     elif structure is None or structure == "fan-in":

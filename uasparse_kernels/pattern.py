@@ -56,6 +56,7 @@ class SparsityPattern(nn.Module):
     _held: Index
     _served: Index
     _mask: Tensor | None
+    changes = 0  # how often it was signed
     _numbers: list[float] | None
 
     def __init__(self, shape: Sequence[int], crow: Tensor, col: Tensor, *, block: Sequence[int] = (1, 1)):
@@ -297,7 +298,11 @@ class SparsityPattern(nn.Module):
 
     @torch.no_grad()
     def assign_(self, other: SparsityPattern) -> SparsityPattern:
-        """Takes over the active blocks of ``other`` (same shape, block and count), in place."""
+        """Takes over the active blocks of ``other`` (same shape, block and count), in place.
+
+        A layer's packed values stay as they are, and stand for the new blocks then: to give a layer another pattern and
+        keep its weights, call ``sparsify(model, sparsity, overrides={name: {"pattern": other}})``.
+        """
         if (self.shape, self.block, self.num_blocks) != (other.shape, other.block, other.num_blocks):
             raise ValueError(
                 f"Expected a pattern of shape {self.shape}, block {self.block} and {self.num_blocks} blocks, got "
@@ -311,7 +316,8 @@ class SparsityPattern(nn.Module):
     def set_blocks_(self, blocks: Tensor) -> SparsityPattern:
         """Takes other active blocks, of any number: flat grid indices, int64, distinct and ascending (not checked).
 
-        In place where the number stays the same; otherwise the tensors are replaced. No host sync.
+        In place where the number stays the same; otherwise the tensors are replaced. Packed values stay, as with
+        :meth:`assign_`. No host sync.
         """
         crow, col = _grid.csr(blocks, self.grid)
         new = (crow, col, *_grid.transpose(crow, col, self.grid[1]))
@@ -331,6 +337,7 @@ class SparsityPattern(nn.Module):
         self.signature.copy_(self._code)
         self._seen = (self.signature, _version(self.signature))
         self._mask = None  # made where a dense-stored weight needs it
+        self.changes += 1
         return self
 
     def _take(self, tensors: Index) -> None:

@@ -29,9 +29,17 @@ bool is_clean(const Word* __restrict words, const uint8_t* __restrict active, in
 template <typename Word>
 bool are_clean(const Word* words, const uint8_t* active, int64_t size, bool sampled) {
   if (sampled) {
+    // Other places each time, so that what is left unseen once is seen some time. They are scattered (a step of the
+    // golden ratio, mixed): layers that take turns must not each see the same ones again.
+    static std::atomic<uint64_t> calls{0};
     constexpr int64_t runs = 8, length = 64;
+    uint64_t draw = calls.fetch_add(1, std::memory_order_relaxed) * 0x9E3779B97F4A7C15u;
+    draw = (draw ^ (draw >> 32)) * 0xD6E8FEB86659FD93u;
     for (int64_t i = 0; i < runs; ++i) {
-      const int64_t start = size * i / runs;
+      const int64_t first = size * i / runs, places = size * (i + 1) / runs - first;
+      const int64_t pieces = (places + length - 1) / length;
+      if (pieces == 0) continue;
+      const int64_t start = first + length * int64_t((draw >> 32) % uint64_t(pieces));
       if (!is_clean(words + start, active + start, std::min(length, size - start))) return false;
     }
     return true;

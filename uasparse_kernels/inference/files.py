@@ -34,6 +34,7 @@ _DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ZEROS = "#zeros"  # after a weight's name: places of active weights that are zero, int64, flat in the pattern's shape
 _MOST_HEADER = 100 << 20
 
 
@@ -178,16 +179,22 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model's weights and buffers, sparse layers by their active values, without pickle.
 
     Layers are written as dense ones (their zeros cost a bit each), so that :func:`load_sparse` takes the file into
-    sparse and dense models alike. Active weights that are exactly zero are not told apart from inactive ones.
+    sparse and dense models alike. Where active weights are exactly zero (just grown, or a delta that was not trained
+    yet), their places are written too.
     """
-    write(path, as_dense_names(model, _state(model)), {"kind": "state"})
+    zeros: dict[str, Tensor] = {}
+    for name, layer in _layers(model).items():
+        places = layer.pattern.indices()[layer.pattern.pack(layer.unpacked_weight()) == 0]
+        if layer.pattern.block == (1, 1) and places.numel():
+            zeros[(f"{name}." if name else "") + "weight" + _ZEROS] = places
+    write(path, as_dense_names(model, _state(model)) | zeros, {"kind": "state"})
 
 
 def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Loads a file of :func:`save_sparse` (or any safetensors file) into a model of the same layers; returns the model.
 
-    A sparse layer takes the file's nonzeros as its pattern where its block is 1x1, else it keeps its pattern, into
-    which all nonzeros must fall.
+    A sparse layer takes the file's nonzeros, and the active zeros that :func:`save_sparse` wrote, as its pattern where
+    its block is 1x1, else it keeps its pattern, into which all nonzeros must fall.
 
     Raises:
         ValueError: for a damaged file, or one of other names or shapes than the model's; the model is unchanged then.
@@ -195,7 +202,9 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     found, content = read(path)
     if content.get("kind") == "optimized":
         raise ValueError(f"{os.fspath(path)} holds an optimised model; load it with load_optimized().")
-    tensors = as_own_names(model, {name: dense(tensor) for name, tensor in found.items()})
+    everything = {name: dense(tensor) for name, tensor in found.items()}
+    zeros = {name: everything.pop(name) for name in found if name.endswith(_ZEROS)}
+    tensors = as_own_names(model, everything)
     own = _state(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -205,13 +214,18 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise ValueError(f"Expected {name} of shape {tuple(tensor.shape)}, got {tuple(tensors[name].shape)}.")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
     rest: dict[str, Tensor] = {}
-    for name, layer in layers.items():
+    for name, layer in _layers(model).items():
         key = f"{name}.weight" if name else "weight"
         weight = layer.pattern_view(tensors.pop(key).to(layer.weight.device))
         if layer.pattern.block == (1, 1):
-            pattern = SparsityPattern.from_mask(weight != 0)
+            mask = weight != 0
+            if (places := zeros.get(key + _ZEROS)) is not None:
+                inside = places.dtype == torch.int64 and bool(((places >= 0) & (places < mask.numel())).all())
+                if not inside:
+                    raise ValueError(f"{key}: expected places of active zeros in the weight, got others.")
+                mask.view(-1)[places.to(mask.device)] = True
+            pattern = SparsityPattern.from_mask(mask)
         elif bool((weight[~layer.pattern.to_mask()] != 0).any()):
             raise ValueError(f"{key}: expected zeros outside the layer's blocks.")
         else:
@@ -222,11 +236,14 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return model
 
 
+def _layers(model: nn.Module) -> dict[str, SparseLayer]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state with dense weights and no patterns."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
     state = dict(model.state_dict())
-    for name, layer in layers.items():
+    for name, layer in _layers(model).items():
         prefix = f"{name}." if name else ""
         for key in [key for key in state if key.startswith(prefix + "pattern.")]:
             del state[key]

@@ -49,6 +49,10 @@ def as_leaf(module: nn.Module, input: Proxy) -> Any:
 told_of_patterns: weakref.WeakKeyDictionary[SparseLayer, weakref.WeakMethod] = weakref.WeakKeyDictionary()
 
 
+# By id of a weight, the layer that took it last.
+_holders: weakref.WeakValueDictionary[int, SparseLayer] = weakref.WeakValueDictionary()
+
+
 class SparseLayer(nn.Module):
     """What the sparse layers share: a weight with a pattern, in packed or dense storage.
 
@@ -63,8 +67,8 @@ class SparseLayer(nn.Module):
     bias: nn.Parameter | None
     pattern: SparsityPattern
     dense_class: type[nn.Module]  # what it was made of, and becomes again
-    # The dense-stored weight that is known to be masked: id, version, address.
-    _clean: tuple[int, int, int] | None = None
+    # The dense-stored weight that is known to be masked: id, version, address; and by which state of which pattern.
+    _clean: tuple[int, ...] | None = None
     _watched = 0  # how often hooks that watch its gradient came
 
     def _init_weight(
@@ -196,7 +200,9 @@ class SparseLayer(nn.Module):
             return False
         if hasattr(weight, "device_mesh"):  # a part of a sharded one, between forward passes
             return False
-        state = None if weight.is_inference() else (id(weight), weight._version, weight.data_ptr())
+        state = None
+        if not weight.is_inference():
+            state = (id(weight), weight._version, weight.data_ptr(), id(pattern), pattern.changes)
         unwritten = state is not None and state == self._clean
         on_gpu = weight.device.type != "cpu"
         # On a GPU looking would wait: it is masked, or trusted.
@@ -215,6 +221,27 @@ class SparseLayer(nn.Module):
         if _is_in_onnx_export():
             raise RuntimeError(_NO_EXPORT.format("ONNX has no operator for a sparse layer"))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight" and param is not None:
+            self._take_weight(param)
+        super().register_parameter(name, param)
+
+    def _take_weight(self, weight: nn.Parameter) -> None:
+        """Raises ValueError for the weight of a layer of another pattern (``b.weight = a.weight``)."""
+        other = _holders.get(id(weight))
+        if other is not None and other._parameters.get("weight") is weight and not other.pattern.equal(self.pattern):
+            raise ValueError(
+                "Expected a weight of this layer's own, or of a layer of the same pattern, got that of a layer of "
+                "another one: packed values would stand for other places, and each layer would zero dense-stored ones "
+                "that the other has. Make both with the same pattern=, or call one layer at both places."
+            )
+        _holders[id(weight)] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if (weight := self._parameters.get("weight")) is not None:
+            _holders[id(weight)] = self
+
     def __delattr__(self, name: str) -> None:
         # torch.nn.utils.parametrize takes the parameter away before it puts its own in place: nothing has changed yet.
         if name == "weight" and sys._getframe(1).f_globals.get("__name__") == "torch.nn.utils.parametrize":
@@ -227,7 +254,7 @@ class SparseLayer(nn.Module):
             return self.to_dense()
         copied = self.__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __prepare_scriptable__(self) -> nn.Module:

@@ -103,8 +103,10 @@ class _MaskedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         index = ctx.saved_tensors
-        # The gradient is fresh from the vendor's kernel: it is masked in place, unless a graph is recorded through it.
-        if _library.has_kernel("keep_active_", grad) and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        # The gradient is fresh from the vendor's kernel: it is masked in place, unless a graph is recorded through it,
+        # or it is a batch of gradients.
+        apart = torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_batched(grad)
+        if _library.has_kernel("keep_active_", grad) and not apart:
             if ctx.mask is not None and grad.is_contiguous():
                 torch.ops.uasparse.mask_(grad, ctx.mask)
             else:
@@ -112,6 +114,12 @@ class _MaskedGradient(torch.autograd.Function):
             return grad, None
         values = torch.ops.uasparse.pack(grad, *index, ctx.block)
         return torch.ops.uasparse.unpack(values, *index, grad.shape, ctx.block), None
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether it stands for many: of ``is_grads_batched=True``, or of vmap."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
 
 
 def dense_form(weight: Tensor, pattern: SparsityPattern, weight_is_masked: bool = False) -> Tensor:

@@ -287,18 +287,20 @@ def apply(
     """Replaces the blocks ``dropped`` by ``grown`` in the weight, the states and the pattern, in place.
 
     All keep their identity and storage. Blocks in both lists stay as they are, or become zero with ``reset_regrown``;
-    others that are grown become zero, in the states too. Linear time.
+    others that are grown become zero, in the states too. What is the same memory as the weight or another state (as
+    the old weight is that some SAMs put back by ``p.data = old``) moves once. Linear time.
 
     Raises:
         ValueError, TypeError: if blocks are not distinct and ascending, dropped ones not active, grown ones active and
             not dropped, or states not of the weight's shape. Nothing is changed then.
     """
     _check_states(weight, pattern, states)
-    if not _library.has_kernel("prune_grow_", weight):
-        _apply_reference(weight, pattern, dropped, grown, states, reset_regrown)
+    data = _of_own_memory([t.detach() for t in (weight, *states)])
+    in_rows = not pattern.is_packed(weight) or all(tensor.is_contiguous() for tensor in data)
+    if not (in_rows and _library.has_kernel("prune_grow_", weight)):
+        _apply_reference(data[0], pattern, dropped, grown, data[1:], reset_regrown)
         return
     tensors = pattern_tensors(pattern)
-    data = [t.detach() for t in (weight, *states)]
     torch.ops.uasparse.prune_grow_(data[0], data[1:], *tensors, dropped, grown, pattern.shape, pattern.block)
     # A graph that saved the old values must not be used any more, and autograd can tell.
     if reset_regrown:
@@ -424,6 +426,14 @@ def _apply_reference(weight, pattern, dropped, grown, states, reset_regrown=Fals
         else:
             tensor.masked_fill_(changed, 0)
     pattern.assign_(new)
+
+
+def _of_own_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that are not the memory of one before."""
+    seen: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+    for tensor in tensors:
+        seen.setdefault((tensor.data_ptr(), tensor.stride()), tensor)
+    return list(seen.values())
 
 
 def _zero_blocks(tensors: Sequence[Tensor], pattern: SparsityPattern, blocks: Tensor) -> None:

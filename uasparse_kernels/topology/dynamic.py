@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from uasparse_kernels._coverage import describe_outputs, outputs_without_weights
 from uasparse_kernels.nn.layers import SparseLayer
@@ -42,11 +42,11 @@ _OWNERS: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[DynamicSparsity]] = 
 class DynamicSparsity:
     """Changes which weights of a model are active, every ``delta_t`` optimiser steps.
 
-    Call :meth:`step` once per optimiser step (not per micro-batch: it cannot tell them apart), after
-    ``loss.backward()`` and before the gradients are zeroed. On an update step the method decides, for all layers at
-    once, what they drop and grow. Weights, gradients in flight and every optimiser state tensor of the weight's shape
-    are changed in place. Entries that were inactive start at zero, with the state of an optimiser's first step; those
-    that are dropped and grown at the same update keep value and state. Most methods grow as many blocks as they drop,
+    Call :meth:`step` once per optimiser step (not per micro-batch), after ``loss.backward()`` and before the gradients
+    are zeroed. On an update step the method decides, for all layers at once, what they drop and grow. Weights,
+    gradients in flight and every optimiser state tensor of the weight's shape are changed in place. Entries that were
+    inactive start at zero, with the state of an optimiser's first step; those that are dropped and grown at the same
+    update keep value and state. Most methods grow as many blocks as they drop,
     ``ceil(fraction * blocks)`` per layer, so that no size ever changes, and leave fully dense layers alone. Gradual
     pruning (and SRigL's ablation) changes the number of active weights: packed weights and their states then change
     their sizes, and the parameters stay the same objects.
@@ -58,8 +58,9 @@ class DynamicSparsity:
     0, stay as they are, bit for bit, and do not count where scores are compared over all layers (``scope="global"``,
     GraNet). The same holds, with a method that uses gradients, for layers without a gradient at this step, or whose
     gradient a hook of the weight sets to zero; SET and GMP need none. What cannot be done correctly (a weight that the
-    optimiser does not hold, state that cannot move, copies of weights that an optimiser keeps outside of its state, a
-    sharded or parametrised weight, sparse layers that came or went since) is an error before anything changes.
+    optimiser does not hold, state that cannot move, or of an optimiser that was not given, copies of weights that an
+    optimiser keeps outside of its state, a sharded or parametrised weight, a weight or pattern that layers share,
+    sparse layers that came or went since) is an error before anything changes.
 
     **Growth by gradient** uses exactly the backward passes that the weights' ``.grad`` came from. Micro-batches add up;
     passes that left nothing in ``.grad`` (zeroed since, ``autograd.grad``, a frozen weight) do not count. Before an
@@ -145,10 +146,10 @@ class DynamicSparsity:
             generator = torch.Generator()
             generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         self.generator = generator
-        self.steps = 0
+        self.steps = self._counted = 0  # the latter: when calls were last compared with the optimiser's steps
         self._postponed = 0  # the step whose update waits for finite gradients
         self._states_seen = self.method is None
-        self._said_postponed = False
+        self._said_postponed = self._said_unseen = self._said_extra_calls = False
         self._said_lost = self.method is None
         if self.group is not None:
             make_alike(self.layers, self.group)
@@ -229,6 +230,9 @@ class DynamicSparsity:
         self.generator.set_state(state["generator"].cpu())
         self.initial_blocks = {names[name]: count for name, count in blocks.items()}
         self.steps, self._postponed = state["steps"], state.get("postponed", 0)
+        self._counted = self.steps
+        if self.method is not None:
+            self._watch.count_steps()
         self._arm()
 
     # ---- hooks ----
@@ -280,8 +284,13 @@ class DynamicSparsity:
         names, states = self._ready()
         if names is None:
             return None
+        self._say_extra_calls()
+        if self.method.final_sparsity is not None and self.schedule.progress(due) == 1:
+            self._say_unfinished(names)
         if not names:
             return False
+        if self.method.needs_gradient and self.group is None:
+            self._say_unseen(names)
         *_, last = self.layers.values()
         updates = []
         for name in names:
@@ -307,6 +316,10 @@ class DynamicSparsity:
             moving = [layer.weight, *(state.tensor for state in states[name])]
             if layer.weight.grad is not None:
                 moving.append(layer.weight.grad)
+            if layer.storage == "packed":  # what others keep with the values, such as AdaHessian's weight.hess
+                moving += [
+                    t for t in vars(layer.weight).values() if isinstance(t, Tensor) and t.shape == moving[0].shape
+                ]
             change = apply if dropped.numel() == grown.numel() else resize
             grown = broadcast(grown, self.group) if self.group is not None else grown
             with whole(moving) as (weight, *others):
@@ -326,6 +339,7 @@ class DynamicSparsity:
         try:
             self._check_same_layers()
             self._check_owned()
+            self._watch.check_nobody_else()
             states = {name: self._states.of(name, weight) for name, weight in weights.items() if name in training}
         except ValueError as error:
             refused = error
@@ -426,6 +440,43 @@ class DynamicSparsity:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
 
+    def _say_extra_calls(self) -> None:
+        """One line, once, where step() is called for every micro-batch."""
+        calls, self._counted = self.steps + 1 - self._counted, self.steps + 1
+        steps = self._watch.count_steps()
+        # An update may replace an optimiser step, and a GradScaler skip a few.
+        if steps and 3 * (steps + 1) < 2 * calls and not self._said_extra_calls:
+            self._said_extra_calls = True
+            logger.warning(
+                "Topology: step() was called %d times for %d steps of the optimizer. Call it once per optimizer step, "
+                "not for every micro-batch: updates come too often, and grow by a part of the gradient.",
+                calls,
+                steps,
+            )
+
+    def _say_unseen(self, names: list[str]) -> None:
+        """One line, once, where ``.grad`` came from passes that growth does not know."""
+        if not self._said_unseen and any(self._captures[name].lacks_passes(self.layers[name]) for name in names):
+            self._said_unseen = True
+            logger.warning(
+                "Topology: .grad is not the gradient of the backward passes that growth sees. It does not see passes "
+                "inside of torch.func transforms and forward-mode AD, third derivatives, and what hooks of a weight or "
+                "a replaced forward do. Of passes that are merged by hand (PCGrad) it sees the last alone: let them "
+                "add up in .grad (zero it before the first only), then write the result over it. Or grow at random "
+                '(method="set").'
+            )
+
+    def _say_unfinished(self, names: list[str]) -> None:
+        """One line where the last update of gradual pruning left out layers that train."""
+        left_out = [(name, layer) for name, layer in self.layers.items() if name not in names]
+        left = [f"{name!r} ({layer.pattern.density:.3g})" for name, layer in left_out if layer.weight.requires_grad]
+        if left:
+            logger.warning(
+                "Topology: the last update of gradual pruning left out layers without a gradient at this step, or at "
+                "a rate of 0; they keep their density: %s.",
+                ", ".join(left),
+            )
+
     def _say_lost(self) -> None:
         """One line, once, where updates took the weights of half of a layer's outputs, or more."""
         if not self._said_lost and (lost := outputs_without_weights(self.layers)):
@@ -444,9 +495,9 @@ class DynamicSparsity:
         for name, layer in self.layers.items():
             if (reason := _unowned(layer)) is not None:
                 raise ValueError(f"{name or type(layer).__name__}: {reason}")
-        shared = len({id(layer.weight) for layer in self.layers.values()}) < len(self.layers)
-        if shared:
-            raise ValueError("Expected every sparse layer to have a weight of its own, got one that layers share.")
+        for what in ("weight", "pattern"):
+            if len({id(getattr(layer, what)) for layer in self.layers.values()}) < len(self.layers):
+                raise ValueError(f"Expected every sparse layer to have a {what} of its own, got one that layers share.")
         self._states.check_holds(self.layers)
         if self.method is not None:
             self._states.check_keeps_nothing_aside(self.layers)

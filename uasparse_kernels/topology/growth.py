@@ -14,6 +14,7 @@ from torch import Tensor
 
 from uasparse_kernels import _library
 from uasparse_kernels.nn.layers import SparseLayer
+from uasparse_kernels.ops._common import transformed
 from uasparse_kernels.topology.processes import is_sharded, local
 
 # A tile's size in entries (4 MiB of float32 on the CPU, 64 MiB on a GPU): a small part of any layer that is worth it,
@@ -41,6 +42,11 @@ class GradientCapture:
     they came from with them: the pairs are those of what stands in ``weight.grad``. So micro-batches and layers used
     several times add up, and discarded batches, a generator's passes through a discriminator or the first pass of SAM
     do not count.
+
+    With ``create_graph=True`` the gradient of a layer's input is a product with the weight, as the output is, and has a
+    pair of its own: what flows back into it, and the output's gradient. So second derivatives (gradient penalties)
+    count. Third ones would need further pairs, and do not, nor do passes inside of ``torch.func`` transforms and
+    forward-mode AD.
 
     Confirmed pairs that take more memory than the dense gradient are folded into it, so that a layer never holds more
     than the larger of one pass and its dense gradient.
@@ -70,6 +76,8 @@ class GradientCapture:
         self._hooks: list[Any] = []
         self._hooked: Tensor | None = None
         self._open: dict[int, list[Pair]] = {}  # by running backward pass, not confirmed yet
+        self._discarded = False  # whether a pass was
+        self._unseen = False  # whether there was something that pairs may not show
         self._drop()
 
     def _drop(self) -> None:
@@ -131,10 +139,13 @@ class GradientCapture:
         weight, mine = layer.weight, self._weight
         if mine is None or (weight is not mine and not is_sharded(mine)):
             return
+        if transformed() is not None:
+            self._unseen |= weight.requires_grad and torch.is_grad_enabled()
+            return
         if not weight.requires_grad or not output.requires_grad:
             return
-        if torch._C._functorch.is_functorch_wrapped_tensor(output):
-            return
+        first = next(iter(layer._forward_hooks.values()))
+        self._unseen |= "forward" in vars(layer) or first is not self or bool(mine._backward_hooks)  # may change it
         if torch._C._current_graph_task_id() < 0:
             self._open.clear()  # of passes that failed
         if self._hooked is not weight:
@@ -144,7 +155,10 @@ class GradientCapture:
                 self._hooks.append(mine.register_post_accumulate_grad_hook(self._stand))
         # What is no result of a graph is somebody's own memory, which may hold the next batch before step() comes.
         kept = input.detach().clone() if input.is_leaf else input.detach()
-        output.register_hook(partial(self._pair, kept))
+        recorded: list[Tensor] = []  # the output's gradient in a pass that records a graph
+        output.register_hook(partial(self._of_output, kept, recorded))
+        if input.requires_grad:
+            input.register_hook(partial(self._of_input, recorded))
 
     def pair_in_graph(self, input: Tensor, grad: Tensor) -> None:
         """What an op of a compiled backward pass saw, whose memory the compiler may use again."""
@@ -155,6 +169,20 @@ class GradientCapture:
             self._hooked = self._weight
             self._hooks.append(self._weight.register_post_accumulate_grad_hook(self._confirm))
         self._pair(input.clone(), grad)
+
+    def _of_output(self, input: Tensor, recorded: list[Tensor], grad: Tensor) -> None:
+        recorded[:] = [grad.detach()] if torch.is_grad_enabled() else []
+        self._pair(input, grad)
+
+    def _of_input(self, recorded: list[Tensor], grad: Tensor) -> None:
+        """With ``create_graph=True`` the input's gradient is a product with the weight, as the output is: what flows
+        back into it, of a gradient penalty, makes a pair with the output's gradient."""
+        if self.armed and recorded and grad.requires_grad:
+            grad.register_hook(partial(self._of_gradient, recorded.pop()))
+
+    def _of_gradient(self, of_output: Tensor, of_grad: Tensor) -> None:
+        self._unseen |= torch.is_grad_enabled()  # third derivatives
+        self._pair(of_grad.detach().clone(), of_output)
 
     def _pair(self, input: Tensor, grad: Tensor) -> None:
         if not self.armed:
@@ -179,6 +207,7 @@ class GradientCapture:
         grad = self._weight.grad
         if grad is None or (_place(grad) != self._standing and _is_zeroed(grad)):
             self._drop()
+            self._discarded = True
 
     @torch.no_grad()
     def _confirm(self, weight: Tensor) -> None:
@@ -203,6 +232,24 @@ class GradientCapture:
         """Whether ``weight.grad``, which is zero, is not what the passes gave: hooks of the weight withhold it."""
         mask = layer.pattern.to_mask()
         return any(bool(tile[mask[first : first + len(tile)]].any()) for first, tile in self.tiles(layer))
+
+    @torch.no_grad()
+    def lacks_passes(self, layer: SparseLayer) -> bool:
+        """Whether ``weight.grad`` came from more than the known passes: there was something that they may not show, or
+        one was discarded and ``.grad`` written later; and it points elsewhere than what is known (scaled or clipped it
+        would not)."""
+        grad = layer.weight.grad
+        if grad is None or is_sharded(grad) or not (self._unseen or (self._discarded and self.grad_was_written)):
+            return False
+        written = (grad if layer.storage == "dense" else layer.pattern.unpack(grad)).to(_dtype(layer))
+        mask = layer.pattern.to_mask()
+        sums = written.new_zeros(3)
+        for first, tile in self.tiles(layer):
+            rows = slice(first, first + len(tile))
+            a, b = tile[mask[rows]], written[rows][mask[rows]]
+            sums += torch.stack([a @ b, a @ a, b @ b])
+        both, known, given = sums.tolist()
+        return both < 0.99 * math.sqrt(known * given)
 
     def _stand(self, weight: Tensor) -> None:
         self._standing, self._coming = _place(weight.grad), False

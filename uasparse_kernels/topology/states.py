@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from uasparse_kernels.nn.layers import SparseLayer, told_of_patterns
 from uasparse_kernels.ops._common import replace_data_
@@ -201,18 +202,32 @@ class LoadWatch:
     def __init__(self, layers: dict[str, SparseLayer], states: OptimizerStates):
         self._layers, self._states = layers, states
         self._loaded = False
+        self._running: set[int] = set()
         self._once: list[Any] = []
         self.handles: list[Any] = []
         for layer in layers.values():
             told_of_patterns[layer] = weakref.WeakMethod(self._layer_loaded)
         me = weakref.ref(self)  # an optimiser is no owner
+        self._stepped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # how often
+
+        def stepped(optimizer, args, kwargs, me=me):
+            if not torch.compiler.is_compiling() and (watch := me()) is not None:
+                watch._stepped[optimizer] = watch._stepped.get(optimizer, 0) + 1
+
+        self.handles.append(register_optimizer_step_post_hook(stepped))
         for optimizer in states.optimizers:
             if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
 
-                def loaded(optimizer, me=me):
+                def loading(optimizer, state_dict, me=me):
                     if (watch := me()) is not None:
+                        watch._running = watch._memory_of_state(optimizer)
+
+                def loaded(optimizer, me=me):
+                    # A state_dict() that nobody copied is the running state: it has moved with the weights so far.
+                    if (watch := me()) is not None and not watch._memory_of_state(optimizer) <= watch._running:
                         watch._optimizer_loaded(optimizer)
 
+                self.handles.append(optimizer.register_load_state_dict_pre_hook(loading))
                 self.handles.append(optimizer.register_load_state_dict_post_hook(loaded))
 
     def remove(self) -> None:
@@ -223,16 +238,41 @@ class LoadWatch:
                 del told_of_patterns[layer]
         self._layers = {}
 
+    def count_steps(self) -> int:
+        """Steps of the optimiser that made most of them since this was last called; 0 where they do not show."""
+        known = [optimizer for optimizer in self._stepped if any(optimizer is mine for mine in self._states.optimizers)]
+        most = max((self._stepped[optimizer] for optimizer in known), default=0)
+        self._stepped.update(dict.fromkeys(self._stepped, 0))
+        return most
+
+    def check_nobody_else(self) -> None:
+        """Raises ValueError where another optimiser has stepped that has state of a weight."""
+        known = [optimizer.state for optimizer in self._states.optimizers]
+        for name, layer in self._layers.items():
+            mine = {id(t) for state in known for t in _tensors(state.get(layer.weight) or {})}
+            for optimizer in list(self._stepped):
+                state = optimizer.state if isinstance(optimizer.state, Mapping) else {}
+                theirs = [t for t in _tensors(state.get(layer.weight) or {}) if t.numel() > 1]
+                if any(id(tensor) not in mine for tensor in theirs):
+                    raise ValueError(
+                        f"{name or 'the layer'}: another {type(optimizer).__name__} has trained its weight than the "
+                        "optimizer that DynamicSparsity was made with, and its state would stay where the weights "
+                        "were. Make DynamicSparsity with all optimizers that train the sparse layers (a list), and "
+                        "another one, with the steps that are left, after a change of optimizers."
+                    )
+
     @torch.no_grad()
     def _layer_loaded(self, layer: SparseLayer, before: Tensor) -> None:
         if self._loaded:
             return
         pattern, weight = layer.pattern, layer.weight
         old = SparsityPattern.from_blocks(pattern.shape, before, block=pattern.block)
-        states = []
+        states, moved = [], {_memory(weight)}
         for optimizer in self._states.optimizers:
             for key, value in (optimizer.state.get(weight) or {}).items():
-                if isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape):
+                fits = isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape)
+                if fits and _memory(value) not in moved:  # not the weight itself, under another name
+                    moved.add(_memory(value))
                     states.append(State(value, _start(optimizer, weight, key)))
         for sharded, _ in states:
             with whole([sharded]) as (tensor,):
@@ -245,6 +285,10 @@ class LoadWatch:
                 else:
                     replace_data_(tensor, values)
         start_grown(states)
+
+    def _memory_of_state(self, optimizer: Any) -> set[int]:
+        states = [optimizer.state.get(layer.weight) or {} for layer in self._layers.values()]
+        return {_memory(tensor) for state in states for tensor in _tensors(state) if tensor.numel() > 1}
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
         self._loaded = True
