@@ -1,5 +1,6 @@
 """The code of the documentation runs, in the order of each page, and prints what the page shows."""
 
+import logging
 import os
 import re
 import shlex
@@ -29,6 +30,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="pages show the compiled part"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """What pages set stays with them."""
+    logger = logging.getLogger("uasparse_kernels")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture
@@ -137,4 +147,4 @@ def test_the_readme_runs(tmp_path, monkeypatch):
     names["model"] = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 11))
     blocks = [block for _, blocks in pages.sections("README.md") for block in blocks if block[0] == "python"]
     pages.run(blocks, names, tmp_path, None)
-    assert names["loss_fn"].epoch == names["epochs"] and names["topology"].steps == 12
+    assert names["loss_fn"].steps == names["topology"].steps == 12

@@ -287,7 +287,7 @@ class LoadWatch:
         start_grown(states)
 
     def _memory_of_state(self, optimizer: Any) -> set[int]:
-        states = [optimizer.state.get(layer.weight) or {} for layer in self._layers.values()]
+        states = [optimizer.state.get(layer.weight) for layer in self._layers.values()]
         return {_memory(tensor) for state in states for tensor in _tensors(state) if tensor.numel() > 1}
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
