@@ -294,12 +294,13 @@ def make_loss_backward(rng):
 INTS = (0, -1, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, -(2**63))
 
 
-def make_wrong(rng, arguments) -> str:
+def make_wrong(name, rng, arguments) -> str:
     """Changes one of the arguments; says what."""
     i = rng.randrange(len(arguments))
     argument = arguments[i]
     if argument is None:
-        argument = torch.randn(rng.choice([0, 1, 5]))
+        kind = getattr(torch.ops.uasparse, name).default._schema.arguments[i].type
+        argument = torch.randn(rng.choice([0, 1, 5])) if "Tensor" in str(kind) else 1.0
     if isinstance(argument, torch.Tensor):
         how, arguments[i] = wrong_tensor(rng, argument, [a for a in arguments if isinstance(a, torch.Tensor)])
     elif isinstance(argument, bool):
@@ -434,7 +435,7 @@ def make_damaged(name, arguments, written, rng, told) -> None:
         and a.dtype in (torch.int32, torch.int16, torch.int64)
     ]
     if not places:
-        told.append(make_wrong(rng, arguments))
+        told.append(make_wrong(name, rng, arguments))
         return
     if rng.random() < 0.5:
         own = copies(arguments) if written else list(arguments)

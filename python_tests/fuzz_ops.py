@@ -178,7 +178,7 @@ def run_call(name: str, kind: str, seed: int, verbose: bool = False) -> tuple[st
     told = []
     if kind == "wrong":
         for _ in range(rng.choice([1, 1, 1, 2])):
-            told.append(make_wrong(rng, given))
+            told.append(make_wrong(name, rng, given))
     if kind == "damaged":
         make_damaged(name, given, written, rng, told)
     if verbose:
