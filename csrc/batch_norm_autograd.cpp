@@ -205,6 +205,7 @@ std::optional<Source> source_of(const Tensor& y) {
 }
 
 Tensor& relu_below(Tensor& y, std::optional<double> ceiling) {
+  TORCH_CHECK_VALUE(!ceiling.has_value() || *ceiling > 0, "Expected a positive ceiling, got ", ceiling.value_or(0), ".");
   return ceiling.has_value() ? at::hardtanh_(y, 0, *ceiling) : at::relu_(y);
 }
 

@@ -307,3 +307,13 @@ def test_readers_of_the_format_read_the_parts(tmp_path):
     ua.save_sparse(model(), tmp_path / "a")
     with safetensors.safe_open(tmp_path / "a", "pt") as file:
         assert "2.weight#values" in file.keys()  # noqa: SIM118
+
+
+def test_active_zeros_of_a_transposed_layer(tmp_path):
+    """Its weight in the pattern's shape is a view that is not contiguous."""
+    source, target = (ua.nn.SparseTransposedLinear(16, 24, sparsity=sparsity) for sparsity in (0.6, 0.8))
+    with torch.no_grad():
+        source.weight.view(-1)[::3] = 0.0
+    ua.save_sparse(source, tmp_path / "a")
+    ua.load_sparse(target, tmp_path / "a")
+    assert target.pattern.equal(source.pattern) and torch.equal(target.dense_weight(), source.dense_weight())

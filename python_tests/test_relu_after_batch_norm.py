@@ -349,6 +349,15 @@ def test_what_is_not_served_is_torchs():
         model.relu(leaf)
 
 
+def test_a_ceiling_that_is_not_positive_is_refused():
+    for ceiling in (0.0, -1.0, float("nan")):
+        y = torch.randn(3)
+        before = y.clone()
+        with pytest.raises(ValueError, match="positive ceiling"):
+            torch.ops.uasparse.relu_(y, ceiling)
+        assert torch.equal(y, before)
+
+
 def test_in_place_is_seen_by_all():
     x = torch.randn(4, 6, 5, 7, requires_grad=True)
     norm, relu = ua.nn.BatchNorm2d(6), make_relu()

@@ -350,3 +350,14 @@ def test_passes_that_growth_cannot_follow_are_said(kind, caplog):
     loss.backward()
     assert topology.step()
     assert len(caplog.messages) == (kind not in ("looked at alone", "wrapped", "clipped"))
+
+
+def test_a_learned_input_keeps_no_hooks():
+    model, learned = network(), nn.Parameter(data()[0].clone())
+    topology, _ = dynamic(model)
+    for _ in range(3):
+        model.zero_grad()
+        model(learned).square().mean().backward()
+        assert topology.step()
+    topology.detach()
+    assert not learned._backward_hooks

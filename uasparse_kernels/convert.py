@@ -156,7 +156,8 @@ def sparsify(
     if structure not in (None, "fan-in"):
         n, m = parse_n_of_m(structure)
         if not math.isclose(1 - sparsity, n / m):
-            raise ValueError(f"Expected the sparsity {1 - n / m:g} for structure {structure!r}, got {sparsity:g}.")
+            said = f"{1 - n / m:g}" if 1 - n / m == float(f"{1 - n / m:g}") else f"1 - {n} / {m}"
+            raise ValueError(f"Expected the sparsity {said} for structure {structure!r}, got {sparsity}.")
         if tuple(block) != (1, 1):
             raise ValueError(f"Expected block (1, 1) for structure {structure!r}, got {tuple(block)}.")
     exempt, overrides = check_names(model, exempt), dict(overrides or {})

@@ -182,7 +182,7 @@ void backward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& gra
   const Places places(w_weight, forward_pass.conv_taps(lanes), weight_block);
 
   const int64_t tiles = held.tiles(g.batch);
-  const int64_t bands = wants_weight ? bands_of(w, tiles, height * width, lanes) : 1, pieces = tiles * bands;
+  const int64_t bands = wants_weight || wants_bias ? bands_of(w, tiles, height * width, lanes) : 1, pieces = tiles * bands;
   PartialSums<T> sums(pieces, w_weight.nonzeros(), g.out);
   const int64_t chunks = sums.chunks, parts = sums.parts(g);
   at::parallel_for(0, chunks * parts, 1, [&](int64_t first, int64_t last) {

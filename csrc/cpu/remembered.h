@@ -98,10 +98,8 @@ class Remembered {
 
   void keep(const Tensors<N>& tensors, int64_t number, const Found& found) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (entries_.size() >= room_) {  // those whose tensor is gone leave
-      std::erase_if(entries_, [](const auto& entry) { return entry.second.seen[0].gone(); });
-      room_ = 2 * entries_.size() + 64;
-    }
+    // Those whose tensor is gone leave at once: what was found of them may be as large as the tensor.
+    std::erase_if(entries_, [](const auto& entry) { return entry.second.seen[0].gone(); });
     entries_.insert_or_assign(tensors[0]->unsafeGetTensorImpl(),
                               Entry{look(tensors, std::make_index_sequence<N>()), number, found});
   }
@@ -113,7 +111,6 @@ class Remembered {
 
   std::mutex mutex_;
   std::unordered_map<const c10::TensorImpl*, Entry> entries_;
-  size_t room_ = 64;
 };
 
 }  // namespace uasparse

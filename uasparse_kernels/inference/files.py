@@ -219,7 +219,7 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         key = f"{name}.weight" if name else "weight"
         weight = layer.pattern_view(tensors.pop(key).to(layer.weight.device))
         if layer.pattern.block == (1, 1):
-            mask = weight != 0
+            mask = (weight != 0).contiguous()  # a transposed view otherwise, as of SparseTransposedLinear
             if (places := zeros.get(key + _ZEROS)) is not None:
                 inside = places.dtype == torch.int64 and bool(((places >= 0) & (places < mask.numel())).all())
                 if not inside:

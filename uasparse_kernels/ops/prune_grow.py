@@ -429,10 +429,11 @@ def _apply_reference(weight, pattern, dropped, grown, states, reset_regrown=Fals
 
 
 def _of_own_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those that are not the memory of one before."""
+    """Those that are not the memory of one before, nor one number at all places (of ``expand``)."""
     seen: dict[tuple[int, tuple[int, ...]], Tensor] = {}
     for tensor in tensors:
-        seen.setdefault((tensor.data_ptr(), tensor.stride()), tensor)
+        if tensor.numel() < 2 or any(tensor.stride()):
+            seen.setdefault((tensor.data_ptr(), tensor.stride()), tensor)
     return list(seen.values())
 
 

@@ -317,9 +317,8 @@ class DynamicSparsity:
             if layer.weight.grad is not None:
                 moving.append(layer.weight.grad)
             if layer.storage == "packed":  # what others keep with the values, such as AdaHessian's weight.hess
-                moving += [
-                    t for t in vars(layer.weight).values() if isinstance(t, Tensor) and t.shape == moving[0].shape
-                ]
+                kept = [t for t in vars(layer.weight).values() if isinstance(t, Tensor)]
+                moving += [t for t in kept if t.shape == layer.weight.shape and t.device == layer.weight.device]
             change = apply if dropped.numel() == grown.numel() else resize
             grown = broadcast(grown, self.group) if self.group is not None else grown
             with whole(moving) as (weight, *others):

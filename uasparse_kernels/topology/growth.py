@@ -158,7 +158,9 @@ class GradientCapture:
         recorded: list[Tensor] = []  # the output's gradient in a pass that records a graph
         output.register_hook(partial(self._of_output, kept, recorded))
         if input.requires_grad:
-            input.register_hook(partial(self._of_input, recorded))
+            hook = input.register_hook(partial(self._of_input, recorded))
+            if input.is_leaf:  # a learned input outlives the pass, and its hooks would add up
+                self._hooks.append(hook)
 
     def pair_in_graph(self, input: Tensor, grad: Tensor) -> None:
         """What an op of a compiled backward pass saw, whose memory the compiler may use again."""

@@ -248,7 +248,8 @@ class LoadWatch:
     def check_nobody_else(self) -> None:
         """Raises ValueError where another optimiser has stepped that has state of a weight."""
         known = [optimizer.state for optimizer in self._states.optimizers]
-        for name, layer in self._layers.items():
+        trained = {name: layer for name, layer in self._layers.items() if layer.weight.requires_grad}
+        for name, layer in trained.items():
             mine = {id(t) for state in known for t in _tensors(state.get(layer.weight) or {})}
             for optimizer in list(self._stepped):
                 state = optimizer.state if isinstance(optimizer.state, Mapping) else {}
