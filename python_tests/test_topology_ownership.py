@@ -8,6 +8,7 @@ import pytest
 import torch
 from topology_support import METHODS, data, dynamic, loss_of, network, patterns, same
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import uasparse_kernels as ua
 
@@ -89,6 +90,7 @@ def test_a_second_one_takes_over_and_a_dead_one_leaves_nothing(method):
     del second
     gc.collect()
     assert dead() is None
+    model(data()[0])  # they go when they are called: never while others loop over hooks
     assert not any(m._forward_hooks for m in model.modules())
     assert not model._load_state_dict_pre_hooks
     third, _ = dynamic(model, optimizer, method=method)
@@ -96,6 +98,69 @@ def test_a_second_one_takes_over_and_a_dead_one_leaves_nothing(method):
     assert not any(m._forward_hooks for m in model.modules())
     with pytest.raises(RuntimeError, match="detach"):
         third.step()
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_it_may_be_collected_while_torch_loops_over_hooks(method):
+    """The garbage collector runs anywhere, and a loop over hooks that change ends in an error."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+    def garbage():
+        topology, _ = dynamic(model, optimizer, method=method)
+        topology.itself = topology
+        return weakref.ref(topology)
+
+    def collect(*_):
+        gc.collect()
+
+    def nothing(*_):
+        return None
+
+    def use():
+        loss_of(model, *data()).backward()
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        model(data()[0])
+
+    hold = gc.isenabled()
+    for register in (
+        register_optimizer_step_pre_hook,
+        register_optimizer_step_post_hook,
+        optimizer.register_step_pre_hook,
+        optimizer.register_step_post_hook,
+        optimizer.register_load_state_dict_pre_hook,
+        optimizer.register_load_state_dict_post_hook,
+        model[2].register_forward_pre_hook,
+        model[2].register_forward_hook,
+        model[2].weight.register_post_accumulate_grad_hook,
+        model[2].register_load_state_dict_post_hook,
+    ):
+        gc.disable()
+        first = register(collect)
+        try:
+            dead = garbage()
+            last = register(nothing)
+            use()
+            model.load_state_dict(model.state_dict())
+            assert dead() is None
+        finally:
+            if hold:
+                gc.enable()
+            first.remove(), last.remove()
+
+
+def test_a_loaded_state_is_checked_before_the_hooks_of_others():
+    model = network()
+    topology, optimizer = dynamic(model)
+    seen = []
+    for _ in range(2):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.register_step_pre_hook(lambda *_: seen.append(1))
+        loss_of(model, *data()).backward()
+        optimizer.step()
+        assert topology.step()
+    assert len(seen) == 3
 
 
 def test_input_by_keyword_is_seen():
@@ -383,3 +448,24 @@ def test_calls_for_every_micro_batch_are_said(micro_batches, instead, caplog):
     loss_of(model, *data()).backward()
     optimizer.step()
     assert resumed.step() and not caplog.messages
+
+
+@pytest.mark.parametrize("each", ["in turn", "together"])
+def test_calls_for_every_micro_batch_are_said_of_two_optimizers(each, caplog):
+    for micro_batches in (1, 2, 4):
+        model = network()
+        parts = [model[0].parameters(), [*model[2].parameters(), *model[4].parameters()]]
+        optimizers = [torch.optim.SGD(part, 0.05) for part in parts]
+        topology = ua.DynamicSparsity(model, optimizers, method="set", total_steps=200, delta_t=20)
+        caplog.clear()
+        for i in range(44):
+            loss_of(model, *data()).backward()
+            if i % micro_batches == micro_batches - 1:
+                turn = i // micro_batches % 2
+                for optimizer in optimizers if each == "together" else [optimizers[turn]]:
+                    optimizer.step()
+                model.zero_grad()
+            topology.step()
+        said = [r.getMessage() for r in caplog.records if "once per optimizer step" in r.getMessage()]
+        assert len(said) == (micro_batches > 1)
+        assert all(f"called 20 times for {20 // micro_batches} steps" in line for line in said)

@@ -146,7 +146,8 @@ class DynamicSparsity:
             generator = torch.Generator()
             generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         self.generator = generator
-        self.steps = self._counted = 0  # the latter: when calls were last compared with the optimiser's steps
+        self.steps = 0
+        self._calls = self._idle_calls = 0  # since calls were last compared with the optimiser's steps
         self._postponed = 0  # the step whose update waits for finite gradients
         self._states_seen = self.method is None
         self._said_postponed = self._said_unseen = self._said_extra_calls = False
@@ -184,6 +185,7 @@ class DynamicSparsity:
         if not self._states_seen:  # once: those of a checkpoint may lie outside of the pattern
             self._states.mask(self.layers)
             self._states_seen = True
+        self._compare_calls()
         step = self.steps + 1
         due = step if self.method is not None and self.schedule.is_update(step) else self._postponed
         updated = self._update(due) if due else False
@@ -230,9 +232,7 @@ class DynamicSparsity:
         self.generator.set_state(state["generator"].cpu())
         self.initial_blocks = {names[name]: count for name, count in blocks.items()}
         self.steps, self._postponed = state["steps"], state.get("postponed", 0)
-        self._counted = self.steps
-        if self.method is not None:
-            self._watch.count_steps()
+        self._calls = self._idle_calls = 0
         self._arm()
 
     # ---- hooks ----
@@ -243,26 +243,29 @@ class DynamicSparsity:
             if owner is not None and (other := owner()) is not None:
                 other._detach("another DynamicSparsity was made for the same layers")
             for hook in [h for h in layer._forward_hooks.values() if isinstance(h, GradientCapture)]:
-                _remove_hook(layer, hook)  # of a copied model
+                hook.remove_from(layer)  # of a copied model
         self._detached, self._armed = "", False
         self._captures: dict[str, GradientCapture] = {}
-        handles = []
         if self.method is None:
             return
         for name, layer in self.layers.items():
             self._captures[name] = GradientCapture()
-            handles.append(layer.register_forward_hook(self._captures[name], prepend=True, with_kwargs=True))
+            layer.register_forward_hook(self._captures[name], prepend=True, with_kwargs=True)
             _OWNERS[layer] = weakref.ref(self)
             layer._watched += 1
         self._watch = LoadWatch(self.layers, self._states)
-        # The hooks know nothing of this object, and go with it.
-        self._release = weakref.finalize(self, _release, handles, list(self._captures.values()), self._watch)
-        self._release.atexit = False
+        self._steps_seen = self._watch.steps
+        # The hooks know nothing of this object. They idle when it is gone, and captures go when next called: garbage
+        # is collected anywhere, in the middle of torch's loops over hooks too.
+        self._finalizer = weakref.finalize(self, _forget, list(self._captures.values()), self._watch)
+        self._finalizer.atexit = False
 
     def _detach(self, reason: str) -> None:
         self._detached = reason
-        if self.method is not None:
-            self._release()
+        if self.method is not None and self._finalizer.detach():
+            for name, layer in self.layers.items():
+                self._captures[name].remove_from(layer)
+            self._watch.remove()
 
     def _arm(self) -> None:
         method, armed = self.method, False
@@ -432,17 +435,24 @@ class DynamicSparsity:
         assert self.method is not None
         if not self.method.needs_gradient:
             for name, layer in self.layers.items():
-                _remove_hook(layer, self._captures[name])
+                self._captures[name].remove_from(layer)
 
     def _say_postponed(self, reason: str) -> None:
         if not self._said_postponed:
             self._said_postponed = True
             logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
 
+    def _compare_calls(self) -> None:
+        """Notes calls before which no optimiser stepped."""
+        if self.method is not None:
+            self._calls += 1
+            self._idle_calls += self._watch.steps == self._steps_seen
+            self._steps_seen = self._watch.steps
+
     def _say_extra_calls(self) -> None:
         """One line, once, where step() is called for every micro-batch."""
-        calls, self._counted = self.steps + 1 - self._counted, self.steps + 1
-        steps = self._watch.count_steps()
+        calls, steps = self._calls, self._calls - self._idle_calls
+        self._calls = self._idle_calls = 0
         # An update may replace an optimiser step, and a GradScaler skip a few.
         if steps and 3 * (steps + 1) < 2 * calls and not self._said_extra_calls:
             self._said_extra_calls = True
@@ -600,20 +610,11 @@ def _unowned(layer: SparseLayer) -> str | None:
     return None
 
 
-def _remove_hook(layer: SparseLayer, hook: GradientCapture) -> None:
-    hook.clear()
-    hook.removed = True
-    for key in [key for key, other in layer._forward_hooks.items() if other is hook]:
-        del layer._forward_hooks[key]
-        layer._forward_hooks_with_kwargs.pop(key, None)
-
-
-def _release(handles: list[Any], captures: list[GradientCapture], watch: LoadWatch) -> None:
-    for handle in handles:
-        handle.remove()
+def _forget(captures: list[GradientCapture], watch: LoadWatch) -> None:
     for capture in captures:
         capture.clear()
-    watch.remove()
+        capture.removed = True
+    watch.forget()
 
 
 def _no_tiles() -> Any:

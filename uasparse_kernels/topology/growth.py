@@ -56,7 +56,8 @@ class GradientCapture:
 
     In a graph of ``torch.compile``, which takes no hooks of tensors, an op in the backward pass hands over the pairs.
 
-    It is a forward hook of the layer (``with_kwargs=True``); a copy or a pickle of the layer carries an idle one.
+    It is a forward hook of the layer (``with_kwargs=True``); a copy or a pickle of the layer carries an idle one. Its
+    owner may be collected, and everything be let go of, in the middle of any of its methods that hooks call.
     """
 
     only_for_sparse_layers = True  # densify() leaves it behind
@@ -102,6 +103,14 @@ class GradientCapture:
         self._layer, self._weight = layer, layer.weight
         self.armed = True
 
+    def remove_from(self, layer: SparseLayer) -> None:
+        """Ends it. Not to be called where torch may be in the middle of a loop over the layer's hooks."""
+        self.clear()
+        self.removed = True
+        for key in [key for key, hook in layer._forward_hooks.items() if hook is self]:
+            del layer._forward_hooks[key]
+            layer._forward_hooks_with_kwargs.pop(key, None)
+
     def clear(self) -> None:
         """Lets go of everything and idles."""
         self.armed = False
@@ -124,6 +133,8 @@ class GradientCapture:
     def __call__(self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not torch.compiler.is_compiling():
             self.ran = True
+            if self.removed:  # its owner is gone. torch calls hooks from a copy of their list
+                self.remove_from(module)
         if not self.armed:
             return None
         input = args[0] if args else kwargs["input"]
@@ -164,12 +175,12 @@ class GradientCapture:
 
     def pair_in_graph(self, input: Tensor, grad: Tensor) -> None:
         """What an op of a compiled backward pass saw, whose memory the compiler may use again."""
-        if not self.armed:
+        weight = self._weight
+        if weight is None:
             return
-        assert self._weight is not None
-        if self._hooked is not self._weight:
-            self._hooked = self._weight
-            self._hooks.append(self._weight.register_post_accumulate_grad_hook(self._confirm))
+        if self._hooked is not weight:
+            self._hooked = weight
+            self._hooks.append(weight.register_post_accumulate_grad_hook(self._confirm))
         self._pair(input.clone(), grad)
 
     def _of_output(self, input: Tensor, recorded: list[Tensor], grad: Tensor) -> None:
@@ -190,12 +201,13 @@ class GradientCapture:
         if not self.armed:
             return
         task = torch._C._current_graph_task_id()
-        if task not in self._open:
+        pairs = self._open.get(task)
+        if pairs is None:
             self._forget_discarded()
-            self._open[task] = []
+            pairs = self._open[task] = []
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._close, task))
         self.ran = True
-        self._open[task].append((input, grad.detach().clone()))  # it may be the caller's own: output.backward(grad)
+        pairs.append((input, grad.detach().clone()))  # it may be the caller's own: output.backward(grad)
 
     def _close(self, task: int) -> None:
         """At the end of a pass: what it did not add to ``.grad`` does not count."""
@@ -203,10 +215,10 @@ class GradientCapture:
 
     def _forget_discarded(self) -> None:
         """Before a pass: pairs whose gradient was let go do not count any more."""
-        if not self._confirmed or self._coming:
+        weight = self._weight
+        if not self._confirmed or self._coming or weight is None:
             return
-        assert self._weight is not None
-        grad = self._weight.grad
+        grad = weight.grad
         if grad is None or (_place(grad) != self._standing and _is_zeroed(grad)):
             self._drop()
             self._discarded = True
@@ -214,7 +226,8 @@ class GradientCapture:
     @torch.no_grad()
     def _confirm(self, weight: Tensor) -> None:
         pairs = self._open.pop(torch._C._current_graph_task_id(), [])
-        if not self.armed or not pairs:
+        layer = self._layer
+        if layer is None or not pairs:
             return
         self.pairs += pairs
         self._confirmed = True
@@ -222,8 +235,6 @@ class GradientCapture:
             self._stand(weight)
         else:
             self._coming = True
-        layer = self._layer
-        assert layer is not None
         held = sum(tensor.numel() * tensor.element_size() for pair in self.pairs for tensor in pair)
         if self._dense is not None or held > math.prod(layer.pattern.shape) * _dtype(layer).itemsize:
             dense = [tile for _, tile in self.tiles(layer)]
@@ -267,10 +278,11 @@ class GradientCapture:
         rows = rows_of_blocks * layer.pattern.block[0]
         for first in range(0, shape[0], rows):
             last = min(first + rows, shape[0])
-            if self._dense is None:
+            dense = self._dense
+            if dense is None:
                 tile = torch.zeros((last - first, *shape[1:]), dtype=_dtype(layer), device=layer.weight.device)
             else:
-                tile = self._dense[first:last].clone()
+                tile = dense[first:last].clone()
             for input, grad in self.pairs:
                 common = torch.promote_types(input.dtype, grad.dtype)
                 tile += layer.weight_gradient(input.to(common), grad.to(common), first, last)

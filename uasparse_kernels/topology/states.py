@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import weakref
@@ -33,6 +34,26 @@ _START: dict[str, dict[str, Callable[[dict[str, Any]], float]]] = {
     "Rprop": {"step_size": lambda group: float(group["lr"])},
     "Adagrad": {"sum": lambda group: float(group.get("initial_accumulator_value", 0.0))},
 }
+
+
+# How often each optimiser of the process has stepped since there was a DynamicSparsity.
+_steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _steps[optimizer] = _steps.get(optimizer, 0) + 1
+
+
+def _stepped() -> list[Any]:
+    return [optimizer for reference in _steps.keyrefs() if (optimizer := reference()) is not None]
+
+
+@functools.cache
+def _count_steps_of_all() -> None:
+    """One hook, which stays: garbage is collected anywhere, and one that went with its owner could go in the middle of
+    torch's loop over hooks, which ends in an error then."""
+    register_optimizer_step_post_hook(_count)
 
 
 class State(NamedTuple):
@@ -203,18 +224,13 @@ class LoadWatch:
         self._layers, self._states = layers, states
         self._loaded = False
         self._running: set[int] = set()
-        self._once: list[Any] = []
-        self.handles: list[Any] = []
+        self._checking: weakref.WeakSet[Any] = weakref.WeakSet()  # optimisers whose steps are preceded by settle()
+        self._handles: list[Any] = []
         for layer in layers.values():
             told_of_patterns[layer] = weakref.WeakMethod(self._layer_loaded)
+        _count_steps_of_all()
+        self._before = weakref.WeakKeyDictionary({optimizer: _steps[optimizer] for optimizer in _stepped()})
         me = weakref.ref(self)  # an optimiser is no owner
-        self._stepped: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # how often
-
-        def stepped(optimizer, args, kwargs, me=me):
-            if not torch.compiler.is_compiling() and (watch := me()) is not None:
-                watch._stepped[optimizer] = watch._stepped.get(optimizer, 0) + 1
-
-        self.handles.append(register_optimizer_step_post_hook(stepped))
         for optimizer in states.optimizers:
             if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
 
@@ -227,31 +243,35 @@ class LoadWatch:
                     if (watch := me()) is not None and not watch._memory_of_state(optimizer) <= watch._running:
                         watch._optimizer_loaded(optimizer)
 
-                self.handles.append(optimizer.register_load_state_dict_pre_hook(loading))
-                self.handles.append(optimizer.register_load_state_dict_post_hook(loaded))
+                self._handles.append(optimizer.register_load_state_dict_pre_hook(loading))
+                self._handles.append(optimizer.register_load_state_dict_post_hook(loaded))
 
-    def remove(self) -> None:
-        for handle in (*self.handles, *self._once):
-            handle.remove()
+    def forget(self) -> None:
+        """Lets go of everything. Hooks stay, and idle: those who call this may be in the middle of a loop over them."""
         for layer in self._layers.values():
             if (reference := told_of_patterns.get(layer)) and reference() == self._layer_loaded:
                 del told_of_patterns[layer]
         self._layers = {}
 
-    def count_steps(self) -> int:
-        """Steps of the optimiser that made most of them since this was last called; 0 where they do not show."""
-        known = [optimizer for optimizer in self._stepped if any(optimizer is mine for mine in self._states.optimizers)]
-        most = max((self._stepped[optimizer] for optimizer in known), default=0)
-        self._stepped.update(dict.fromkeys(self._stepped, 0))
-        return most
+    def remove(self) -> None:
+        """The same, hooks included."""
+        self.forget()
+        for handle in self._handles:
+            handle.remove()
+
+    @property
+    def steps(self) -> int:
+        """Steps of all optimisers so far. 0 where they do not show."""
+        return sum(_steps.get(optimizer, 0) for optimizer in self._states.optimizers)
 
     def check_nobody_else(self) -> None:
         """Raises ValueError where another optimiser has stepped that has state of a weight."""
         known = [optimizer.state for optimizer in self._states.optimizers]
         trained = {name: layer for name, layer in self._layers.items() if layer.weight.requires_grad}
+        others = [optimizer for optimizer in _stepped() if _steps[optimizer] > self._before.get(optimizer, 0)]
         for name, layer in trained.items():
             mine = {id(t) for state in known for t in _tensors(state.get(layer.weight) or {})}
-            for optimizer in list(self._stepped):
+            for optimizer in others:
                 state = optimizer.state if isinstance(optimizer.state, Mapping) else {}
                 theirs = [t for t in _tensors(state.get(layer.weight) or {}) if t.numel() > 1]
                 if any(id(tensor) not in mine for tensor in theirs):
@@ -293,24 +313,21 @@ class LoadWatch:
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
         self._loaded = True
-
         me = weakref.ref(self)
 
         def check(optimizer, args, kwargs):
             if (watch := me()) is not None:
                 watch.settle()
 
-        if not self._once:
-            self._once.append(optimizer.register_step_pre_hook(check))
+        if optimizer not in self._checking:
+            self._checking.add(optimizer)
+            self._handles.append(optimizer.register_step_pre_hook(check))
 
     def settle(self) -> None:
         """Before a step: what was loaded must fit, and belongs to the weights from now on."""
         if self._loaded:
             self._states.mask(self._layers)
             self._loaded = False
-            for handle in self._once:
-                handle.remove()
-            self._once.clear()
 
 
 def _with_wrapped(optimizer: Any, seen: set[int]) -> Iterator[Any]:
