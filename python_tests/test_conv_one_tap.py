@@ -53,6 +53,15 @@ def test_copies(dtype, block, size, batch, stride, groups):
     check("cpu", (96, 88 // groups, 1, 1), size, batch, 0.7, dtype, block=block, stride=stride, groups=groups)
 
 
+@pytest.mark.parametrize("density", [0.02, 0.45, 0.95])
+@pytest.mark.parametrize(
+    ("size", "batch", "groups"),
+    [((12, 16), 3, 1), ((17, 16), 2, 1), ((25, 24), 1, 2), ((8, 8), 5, 1), ((4, 4), 9, 2), ((14, 14), 2, 1)],
+)
+def test_pieces_by_density_and_blocks_of_channels(density, size, batch, groups):
+    check("cpu", (40, 300, 1, 1), size, batch, density, groups=groups)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_dense_kernel(stride):
     check("dense", (24, 32, 1, 1), (20, 20), 4, 0.9, stride=stride)

@@ -7,6 +7,7 @@
 //
 // T: the type of sums; S: of maps and weights.
 
+#include <cmath>
 #include <limits>
 #include <numeric>
 
@@ -35,21 +36,32 @@ struct Tile {
   int64_t plane, piece, images;
 };
 
-// Vectors of a piece at most: what registers hold, or several times that, so that a channel's visits to memory are few.
+// Vectors of a piece at least: with fewer, an entry's own cost weighs more than what L1 gains.
+template <typename T>
+int64_t least_piece(const ConvKernels<T>& kernels) {
+  constexpr int64_t kBytes = 512;
+  return std::min<int64_t>(kBytes / (int64_t(sizeof(T)) * kernels.lanes), kernels.max_vectors);
+}
+int64_t least_piece(const ConvBf16Kernels& kernels) { return kernels.max_vectors; }
+
+// And at most: what registers hold, but where weights are few no more than leave room in L1 for the channels of 20 nonzeros an
+// output; or, of quads, several times what registers hold, so that a channel's visits to memory are few.
 template <typename Kernels, typename T>
-int64_t max_piece(const Kernels& kernels, const ConvEntries<T>*) {
-  return kernels.max_vectors;
+int64_t max_piece(const Kernels& kernels, double density, const ConvEntries<T>*) {
+  constexpr double kL1Bytes = 32 << 10, kNonzeros = 20;
+  const double few = kL1Bytes * density / kNonzeros / double(int64_t(sizeof(T)) * kernels.lanes);
+  return std::clamp<int64_t>(int64_t(std::ceil(few)), least_piece(kernels), kernels.max_vectors);
 }
 template <typename T>
-int64_t max_piece(const ConvKernels<T>& kernels, const ConvQuads<T>*) {
+int64_t max_piece(const ConvKernels<T>& kernels, double, const ConvQuads<T>*) {
   constexpr int64_t kBytes = 1152;
   const int64_t registers = int64_t(sizeof(T)) * kernels.lanes * kernels.max_quad_vectors;
   return std::max<int64_t>(1, kBytes / registers) * kernels.max_quad_vectors;
 }
 
 template <typename Lists, typename Kernels>
-Tile product_tile(const Geometry& g, const Kernels& kernels) {
-  return Tile(g.height * g.width, kernels.lanes, max_piece(kernels, static_cast<const Lists*>(nullptr)),
+Tile product_tile(const Geometry& g, const Kernels& kernels, double density) {
+  return Tile(g.height * g.width, kernels.lanes, max_piece(kernels, density, static_cast<const Lists*>(nullptr)),
               std::min<int64_t>(kernels.max_rows, g.batch));
 }
 
@@ -60,13 +72,14 @@ bool can(const Geometry& g, const at::Tensor& source, const at::Tensor& other) {
          source.size(1) * source.stride(1) <= std::numeric_limits<int32_t>::max();
 }
 
-// Where planes are so small that even several leave half of the registers idle, conv_by_space.cpp is quicker; where one
-// with a rest leaves a third of them idle, conv_by_batch.cpp. bfloat16 has no other way than that, whose packing is dearer.
-template <typename S>
-bool is_filled(const Tile& tile, int64_t max_vectors) {
+// Where planes are so small that even several leave half of the least piece idle, conv_by_space.cpp is quicker; where one
+// with a rest leaves a third of it idle, conv_by_batch.cpp. bfloat16 has no other way than that, whose packing is dearer.
+template <typename S, typename Lists, typename Kernels>
+bool is_filled(const Tile& tile, const Kernels& kernels) {
   if (std::is_same_v<S, BFloat16>) return true;
-  if (tile.positions % tile.lanes != 0) return 3 * tile.piece >= 2 * max_vectors;
-  return 2 * tile.vectors() >= max_vectors;
+  const int64_t least = std::min<int64_t>(Lists::max_vectors(kernels), least_piece(kernels));
+  if (tile.positions % tile.lanes != 0) return 3 * tile.piece >= 2 * least;
+  return 2 * tile.vectors() >= least;
 }
 
 // The taps of a source as it is.
@@ -88,12 +101,19 @@ int64_t product_block(const Tile& tile, const at::Tensor& source, double nonzero
   return std::is_same_v<S, BFloat16> ? channels : source_block<S>(tile, source, nonzeros, channels);
 }
 
-// destination = product of the source with the weights of the lists.
+// destination = product of the source with the weights of the lists, whose blocks have `block` source channels.
 template <typename T, typename S, typename Lists>
-void run_products(const Tile& tile, const Lists& lists, const at::Tensor& source, const at::Tensor& destination,
-                  const T* bias) {
+void run_products(const Tile& tile, const Lists& lists, int64_t block, const at::Tensor& source,
+                  const at::Tensor& destination, const T* bias) {
   const auto& kernels = kernels_of<T, S>();
   const int64_t batch = source.size(0), channels = lists.channels, tiles = ceil_div(batch, tile.images);
+  // Of the piece at v of the tile from an image on, the channels of block b.
+  const auto source_of = [&](int64_t image, int64_t v, int64_t b) {
+    const int64_t first = b * block;
+    return ConvAhead<S>{numbers_of<S>(source) + image * source.stride(0) + first * source.stride(1) + v * tile.lanes,
+                        std::min(tile.images, batch - image), source.stride(0), std::min(block, source.size(1) - first),
+                        source.stride(1), tile.last_at(v) + tile.lanes};
+  };
   const int64_t parts = even_parts(tiles, channels);
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
@@ -101,12 +121,20 @@ void run_products(const Tile& tile, const Lists& lists, const at::Tensor& source
       const S* const from = numbers_of<S>(source) + image * source.stride(0);
       S* const to = mutable_numbers_of<S>(destination) + image * destination.stride(0);
       for (int64_t v = 0; v < tile.plane; v += tile.piece)
-        for (int64_t b = 0; b < lists.blocks; ++b)
+        for (int64_t b = 0; b < lists.blocks; ++b) {
+          ConvAhead<S> next = {};
+          if (b + 1 < lists.blocks)
+            next = source_of(image, v, b + 1);
+          else if (v + tile.piece < tile.plane)
+            next = source_of(image, v + tile.piece, 0);
+          else if (task + 1 < last)
+            next = source_of((task + 1) / parts * tile.images, 0, 0);
           multiply(kernels, ConvProductOf<T, typename Lists::Entry, S, S>{
                                 lists.entries(), lists.first(b), channels * part / parts, channels * (part + 1) / parts,
                                 from + v * tile.lanes, source.stride(0), to + v * tile.lanes, destination.stride(0),
                                 destination.stride(1), b == 0, bias, int(std::min(tile.images, batch - image)),
-                                int(tile.vectors_at(v)), tile.last_at(v), 1});
+                                int(tile.vectors_at(v)), tile.last_at(v), 1, next});
+        }
     }
   });
 }
@@ -115,11 +143,11 @@ template <typename T, typename S, typename Lists>
 bool forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                   const std::vector<T>& bias, const at::Tensor& output) {
   const auto& kernels = kernels_of<T, S>();
-  const Tile tile = product_tile<Lists>(g, kernels);
-  if (!is_filled<S>(tile, Lists::max_vectors(kernels))) return false;
+  const Tile tile = product_tile<Lists>(g, kernels, w.density());
+  if (!is_filled<S, Lists>(tile, kernels)) return false;
   const int64_t block = product_block<S>(tile, input, w.density(), w.in);
   const auto lists = Lists::forward(w, taps_of(input), block, numbers_of<S>(weight));
-  run_products<T, S>(tile, lists, input, output, bias.empty() ? nullptr : bias.data());
+  run_products<T, S>(tile, lists, block, input, output, bias.empty() ? nullptr : bias.data());
   return true;
 }
 
@@ -127,11 +155,11 @@ template <typename T, typename S, typename Lists>
 bool input_gradient_with(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input) {
   const auto& kernels = kernels_of<T, S>();
-  const Tile tile = product_tile<Lists>(g, kernels);
-  if (!is_filled<S>(tile, Lists::max_vectors(kernels))) return false;
+  const Tile tile = product_tile<Lists>(g, kernels, w.density());
+  if (!is_filled<S, Lists>(tile, kernels)) return false;
   const int64_t block = product_block<S>(tile, grad_output, w.density(), w.out / w.groups);
   const auto lists = Lists::backward(w, taps_of(grad_output), block, numbers_of<S>(weight));
-  run_products<T, S>(tile, lists, grad_output, grad_input, static_cast<const T*>(nullptr));
+  run_products<T, S>(tile, lists, block, grad_output, grad_input, static_cast<const T*>(nullptr));
   return true;
 }
 

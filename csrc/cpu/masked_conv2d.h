@@ -42,6 +42,16 @@ struct ConvQuadEntry {
   decltype(ConvEntry<T>::offset) offset;
 };
 
+// What the next call will read: `numbers` at the beginning of each of `rows` rows of each of `images` images. A call asks for
+// it ahead, an even part with each of its channels.
+template <typename T>
+struct ConvAhead {
+  const T* from;
+  int64_t images, image;
+  int64_t rows, row;
+  int64_t numbers;
+};
+
 // out[r][c][x][lane] (+)= sum over the entries of channel c of value * source[r][x][lane + offset], for a tile of
 // rows x vectors positions and the channels [begin, end).
 template <typename T, typename Entry, typename Packed = T, typename Out = T>
@@ -58,6 +68,7 @@ struct ConvProductOf {
   int rows, vectors;
   int64_t last;  // where a row's last vector begins: it may overlap the one before
   int64_t phases;
+  ConvAhead<Packed> ahead = {};  // nothing
 };
 template <typename T, typename Packed = T>
 using ConvProduct = ConvProductOf<T, ConvEntry<T>, Packed>;

@@ -17,15 +17,43 @@ constexpr int kMaxRows = 4;
 
 // --- product
 
+// Asks for what the next call will read, into L2: memory would stand still while this call multiplies.
+template <typename T>
+class AskAhead {
+ public:
+  AskAhead(const ConvAhead<T>& ahead, int64_t steps)
+      : ahead_(ahead), rows_(ahead.images * ahead.rows), steps_(steps) {}
+
+  UASPARSE_INLINE void step() {
+    for (due_ += rows_; due_ >= steps_; due_ -= steps_) {
+      const T* const from = ahead_.from + image_ * ahead_.image + row_ * ahead_.row;
+      for (int64_t i = 0; i < ahead_.numbers; i += kLine) __builtin_prefetch(from + i, 0, 2);
+      if (++row_ == ahead_.rows) row_ = 0, ++image_;
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(T);
+  const ConvAhead<T>& ahead_;
+  const int64_t rows_, steps_;
+  int64_t due_ = 0, image_ = 0, row_ = 0;
+};
+
 template <typename T, int kRows, int kVectors>
 void product_tile(const ConvProduct<T>& p) {
   constexpr int L = kLanes<T>;
   const int64_t last = p.last;
   const auto at = [last](int v) UASPARSE_LAMBDA { return v + 1 < kVectors ? int64_t(v * L) : last; };
+  AskAhead<T> ahead(p.ahead, p.end - p.begin);
   for (int64_t c = p.begin; c < p.end; ++c) {
     const ConvEntry<T>* entry = p.entries + p.first[c];
     const ConvEntry<T>* const end = p.entries + p.first[c + 1];
     T* const out = p.out + c * p.out_channel;
+    ahead.step();
+    // The next channel's place: where `out` is the output itself, it may be in memory.
+    if (c + 1 < p.end)
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + p.out_channel + r * p.out_row + at(v), 1);
     Vec<T> sum[kRows][kVectors];
     if (p.start) {
       const Vec<T> bias = broadcast<T>(p.bias ? p.bias[c] : T(0));
