@@ -139,11 +139,12 @@ void piece_sddmm_of(const ConvPieceSddmm<T>& p) {
   for (int64_t c = p.begin; c < p.end; ++c) {
     int64_t i = p.first[c * p.first_stride];
     const int64_t end = p.first[c * p.first_stride + 1];
-    // The next channel's piece comes from L2 or beyond.
-    if (c + 1 < p.end)
+    // The pieces of the next channels come from L2 or beyond: one ahead is too late for memory.
+    constexpr int kAhead = 2;
+    if (c + kAhead < p.end)
       for (int n = 0; n < kImages; ++n)
         for (int64_t x = 0; x < kVectors * L; x += 64 / sizeof(T))
-          __builtin_prefetch(p.grad_output + (c + 1) * p.grad_channel + n * p.grad_image + x);
+          __builtin_prefetch(p.grad_output + (c + kAhead) * p.grad_channel + n * p.grad_image + x);
     if (i == end) continue;
     Vec<T> grad_output[kImages][kVectors] = {};
 #pragma GCC unroll 4
