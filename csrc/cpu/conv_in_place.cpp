@@ -122,7 +122,7 @@ void run_products(const Tile& tile, const Lists& lists, int64_t block, const at:
       S* const to = mutable_numbers_of<S>(destination) + image * destination.stride(0);
       for (int64_t v = 0; v < tile.plane; v += tile.piece)
         for (int64_t b = 0; b < lists.blocks; ++b) {
-          ConvAhead<S> next = {};
+          ConvAhead<S> next{numbers_of<S>(source), 0, 0, 0, 0, 0};  // nothing
           if (b + 1 < lists.blocks)
             next = source_of(image, v, b + 1);
           else if (v + tile.piece < tile.plane)

@@ -51,14 +51,24 @@ void quad_product(const ConvQuadProduct<T>& p) {
   // Tiles of a row differ by at most a vector, and the last is no smaller: where its last vector overlaps the one before,
   // both are in one tile.
   const int64_t tiles = (p.vectors + kQuadVectors<T> - 1) / kQuadVectors<T>;
+  const auto out_of = [&](int64_t key) UASPARSE_LAMBDA {
+    const int64_t quad = key / p.phases;
+    return p.out + 4 * quad * step + (key - quad * p.phases) * p.out_channel;
+  };
+  AskAhead<T> ahead(p.ahead, p.end - p.begin);
   for (int64_t key = p.begin; key < p.end; ++key) {
     const ConvQuadEntry<T>* const entry = p.entries + p.first[key];
     const ConvQuadEntry<T>* const end = p.entries + p.first[key + 1];
+    ahead.step();
+    if (asks_for_out(p) && key + 1 < p.end)
+      for (int q = 0; q < 4; ++q)
+        for (int r = 0; r < p.rows; ++r)
+          for (int v = 0; v < p.vectors; ++v)
+            __builtin_prefetch(out_of(key + 1) + q * step + r * p.out_row + v * L, 1);
     if (!p.start && entry == end) continue;
-    const int64_t quad = key / p.phases;
-    T* const out = p.out + 4 * quad * step + (key - quad * p.phases) * p.out_channel;
+    T* const out = out_of(key);
     T bias[4] = {};
-    if (p.bias != nullptr) __builtin_memcpy(bias, p.bias + 4 * quad, sizeof bias);
+    if (p.bias != nullptr) __builtin_memcpy(bias, p.bias + key / p.phases * 4, sizeof bias);
     for (int r = 0; r < p.rows; ++r)
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t v = p.vectors * t / tiles, vectors = p.vectors * (t + 1) / tiles - v;

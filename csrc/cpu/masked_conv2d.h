@@ -43,7 +43,7 @@ struct ConvQuadEntry {
 };
 
 // What the next call will read: `numbers` at the beginning of each of `rows` rows of each of `images` images. A call asks for
-// it ahead, an even part with each of its channels.
+// it ahead, an even part with each of its channels. Without `from`, source and `out` are near.
 template <typename T>
 struct ConvAhead {
   const T* from;
@@ -68,7 +68,7 @@ struct ConvProductOf {
   int rows, vectors;
   int64_t last;  // where a row's last vector begins: it may overlap the one before
   int64_t phases;
-  ConvAhead<Packed> ahead = {};  // nothing
+  ConvAhead<Packed> ahead = {};
 };
 template <typename T, typename Packed = T>
 using ConvProduct = ConvProductOf<T, ConvEntry<T>, Packed>;

@@ -39,6 +39,12 @@ class AskAhead {
   int64_t due_ = 0, image_ = 0, row_ = 0;
 };
 
+// Whether to ask for the place of the next channel too: where `out` is a map it is in memory until the first sums are there.
+template <typename Product>
+UASPARSE_INLINE bool asks_for_out(const Product& p) {
+  return p.start && p.ahead.from != nullptr;
+}
+
 template <typename T, int kRows, int kVectors>
 void product_tile(const ConvProduct<T>& p) {
   constexpr int L = kLanes<T>;
@@ -50,8 +56,7 @@ void product_tile(const ConvProduct<T>& p) {
     const ConvEntry<T>* const end = p.entries + p.first[c + 1];
     T* const out = p.out + c * p.out_channel;
     ahead.step();
-    // The next channel's place: where `out` is the output itself, it may be in memory.
-    if (c + 1 < p.end)
+    if (asks_for_out(p) && c + 1 < p.end)
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < kVectors; ++v) __builtin_prefetch(out + p.out_channel + r * p.out_row + at(v), 1);
     Vec<T> sum[kRows][kVectors];
