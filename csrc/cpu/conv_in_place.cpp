@@ -44,24 +44,26 @@ int64_t least_piece(const ConvKernels<T>& kernels) {
 }
 int64_t least_piece(const ConvBf16Kernels& kernels) { return kernels.max_vectors; }
 
-// And at most: what registers hold, but where weights are few no more than leave room in L1 for the channels of 20 nonzeros an
-// output; or, of quads, several times what registers hold, so that a channel's visits to memory are few.
+// And at most. Registers hold max_vectors, but where weights are few no more leave room in L1 for the channels of 20 nonzeros
+// an output. Quads are the other way: where an output has fewer in all of its channels, several tiles of registers a visit.
+constexpr double kNonzeros = 20;
 template <typename Kernels, typename T>
-int64_t max_piece(const Kernels& kernels, double density, const ConvEntries<T>*) {
-  constexpr double kL1Bytes = 32 << 10, kNonzeros = 20;
+int64_t max_piece(const Kernels& kernels, double density, int64_t, const ConvEntries<T>*) {
+  constexpr double kL1Bytes = 32 << 10;
   const double few = kL1Bytes * density / kNonzeros / double(int64_t(sizeof(T)) * kernels.lanes);
   return std::clamp<int64_t>(int64_t(std::ceil(few)), least_piece(kernels), kernels.max_vectors);
 }
 template <typename T>
-int64_t max_piece(const ConvKernels<T>& kernels, double, const ConvQuads<T>*) {
-  constexpr int64_t kBytes = 1152;
+int64_t max_piece(const ConvKernels<T>& kernels, double density, int64_t channels, const ConvQuads<T>*) {
+  const int64_t bytes = density * double(channels) >= kNonzeros ? 384 : 1152;
   const int64_t registers = int64_t(sizeof(T)) * kernels.lanes * kernels.max_quad_vectors;
-  return std::max<int64_t>(1, kBytes / registers) * kernels.max_quad_vectors;
+  return std::max<int64_t>(1, bytes / registers) * kernels.max_quad_vectors;
 }
 
+// For sources of so many channels.
 template <typename Lists, typename Kernels>
-Tile product_tile(const Geometry& g, const Kernels& kernels, double density) {
-  return Tile(g.height * g.width, kernels.lanes, max_piece(kernels, density, static_cast<const Lists*>(nullptr)),
+Tile product_tile(const Geometry& g, const Kernels& kernels, double density, int64_t channels) {
+  return Tile(g.height * g.width, kernels.lanes, max_piece(kernels, density, channels, static_cast<const Lists*>(nullptr)),
               std::min<int64_t>(kernels.max_rows, g.batch));
 }
 
@@ -143,7 +145,7 @@ template <typename T, typename S, typename Lists>
 bool forward_with(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                   const std::vector<T>& bias, const at::Tensor& output) {
   const auto& kernels = kernels_of<T, S>();
-  const Tile tile = product_tile<Lists>(g, kernels, w.density());
+  const Tile tile = product_tile<Lists>(g, kernels, w.density(), w.in);
   if (!is_filled<S, Lists>(tile, kernels)) return false;
   const int64_t block = product_block<S>(tile, input, w.density(), w.in);
   const auto lists = Lists::forward(w, taps_of(input), block, numbers_of<S>(weight));
@@ -155,7 +157,7 @@ template <typename T, typename S, typename Lists>
 bool input_gradient_with(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                          const at::Tensor& weight, const at::Tensor& grad_input) {
   const auto& kernels = kernels_of<T, S>();
-  const Tile tile = product_tile<Lists>(g, kernels, w.density());
+  const Tile tile = product_tile<Lists>(g, kernels, w.density(), w.out / w.groups);
   if (!is_filled<S, Lists>(tile, kernels)) return false;
   const int64_t block = product_block<S>(tile, grad_output, w.density(), w.out / w.groups);
   const auto lists = Lists::backward(w, taps_of(grad_output), block, numbers_of<S>(weight));
