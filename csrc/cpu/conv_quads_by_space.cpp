@@ -16,12 +16,10 @@
 namespace uasparse {
 namespace {
 
-int64_t knob(const char* name, int64_t other) { return getenv(name) ? atoi(getenv(name)) : other; }
-int64_t kL2() { static int64_t v = knob("L2K", 640) << 10; return v; }
-int64_t kAhead() { static int64_t v = knob("AHEAD", 1); return v; }
-int64_t kChunk() { static int64_t v = knob("CHUNK", 4); return v; }
-int64_t kDotsMost() { static int64_t v = knob("DMOST", 1000); return v; }
-int64_t kDotsCost() { static int64_t v = knob("DCOST", 3); return v; }
+constexpr int64_t kL2Bytes = 640 << 10;  // of it both maps of a group of rows
+constexpr int64_t kDotsVectors = 18;     // of a plane whose dot products go together: the sources of many columns stay in L1
+// What a visit of a kernel costs beside its vectors, as so many of them: the end of a list; folded sums.
+constexpr int64_t kProductVisit = 1, kDotsVisit = 3;
 
 // Columns, or rows, of the source that lie in the image: [begin, end).
 struct Inside {
@@ -51,9 +49,9 @@ struct Planes {
   int64_t before;           // numbers before the first channel of the source
   int64_t source_channel, destination_channel;
 
-  // `visit`: what a group costs beside its vectors, as so many of them.
+  // `most`: vectors that a kernel takes at once, beside which each such visit costs as much as `visit` vectors more.
   Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t destination_channels, int64_t batch,
-         int64_t lanes, int64_t visit)
+         int64_t lanes, int64_t most, int64_t visit)
       : y(std::move(y_pass)),
         x(std::move(x_pass)),
         lanes(lanes),
@@ -73,16 +71,17 @@ struct Planes {
     };
     double best = std::numeric_limits<double>::max();
     for (int64_t n = 1; n <= std::min(batch, lanes); ++n) {
-      if (n > 1 && row_bytes(n) * (height + y.reach) > kL2()) break;
-      const double copied = is_direct(n) ? 1 : 1.1;
-      const double cost = copied * double((ceil_div(height * n * pitch, lanes) + visit) * ceil_div(batch, n));
+      if (n > 1 && row_bytes(n) * (height + y.reach) > kL2Bytes) break;
+      const int64_t vectors = ceil_div(height * n * pitch, lanes);
+      const double copied = is_direct(n) ? 1 : 1.2;
+      const double cost = copied * double((vectors + ceil_div(vectors, most) * visit) * ceil_div(batch, n));
       if (cost < 0.98 * best) {
         best = cost;
         images = n;
       }
     }
     row = images * pitch;
-    const int64_t fit = std::max<int64_t>(1, kL2() / row_bytes(images) - y.reach);
+    const int64_t fit = std::max<int64_t>(1, kL2Bytes / row_bytes(images) - y.reach);
     group = ceil_div(height, ceil_div(height, fit));
     direct = is_direct(images);
     if (direct) {  // whole vectors
@@ -165,38 +164,6 @@ struct Planes {
   }
 };
 
-// Asks for what the next part reads of a map, a few cache lines at a time, while this one is multiplied.
-class Ahead {
- public:
-  Ahead() = default;
-  // Over `calls` of next().
-  Ahead(const at::Tensor& t, const Part& part, int64_t calls)
-      : channels_(t.size(1)),
-        channel_(t.stride(1)),
-        image_(t.stride(0)),
-        lines_(ceil_div(part.rows * t.stride(2), kLine) + 1),
-        left_(part.images * channels_ * lines_),
-        at_once_(ceil_div(left_, calls)),
-        image_begin_(t.const_data_ptr<float>() + part.image * image_ + part.begin * t.stride(2)),
-        begin_(image_begin_) {}
-  void next() {
-    const int64_t count = std::min(at_once_, left_);
-    left_ -= count;
-    for (int64_t k = 0; k < count; ++k) {
-      __builtin_prefetch(begin_ + line_ * kLine, 0, 2);
-      if (++line_ < lines_) continue;
-      line_ = 0;
-      begin_ += channel_;
-      if (++done_ % channels_ == 0) begin_ = image_begin_ += image_;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 16;
-  int64_t channels_ = 1, channel_ = 0, image_ = 0, lines_ = 0, left_ = 0, at_once_ = 0, line_ = 0, done_ = 0;
-  const float *image_begin_ = nullptr, *begin_ = nullptr;
-};
-
 // destination = product of the source with the weights at the places of `order`.
 void run_products(const ConvKernels<float>& kernels, const Planes& p, const ConvQuadOrder& order, const float* values,
                   const at::Tensor& source, const at::Tensor& destination, const float* bias) {
@@ -229,18 +196,12 @@ void run_products(const ConvKernels<float>& kernels, const Planes& p, const Conv
       const int64_t to_channel = p.direct ? destination.stride(1) : p.destination_channel;
       // Tiles of much the same size, that begin with even vectors.
       const int64_t vectors = p.vectors(part.rows), units = ceil_div(vectors, p.period);
-      const int64_t tiles = ceil_div(vectors, kernels.max_quad_vectors), chunk = kAhead() ? kChunk() : quads;
-      Ahead ahead;
-      if (task + 1 < last && kAhead())
-        ahead = Ahead(source, p.part((task + 1) / parts), tiles * order.blocks * ceil_div(quad_end - quad_begin, chunk));
+      const int64_t tiles = ceil_div(vectors, kernels.max_quad_vectors);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t at = units * t / tiles * p.period, stop = std::min(units * (t + 1) / tiles * p.period, vectors);
         for (int64_t b = 0; b < order.blocks; ++b)
-          for (int64_t quad = quad_begin; quad < quad_end; quad += chunk) {
-            ahead.next();
-            kernels.plane_quad_product({entries, order.first(b), quad, std::min(quad + chunk, quad_end), from + at * p.lanes,
-                                        to + at * p.lanes, to_channel, b == 0, bias, int(stop - at)});
-          }
+          kernels.plane_quad_product({entries, order.first(b), quad_begin, quad_end, from + at * p.lanes, to + at * p.lanes,
+                                      to_channel, b == 0, bias, int(stop - at)});
       }
       if (p.direct) continue;
       kernels.copy_planes({4 * (quad_end - quad_begin), part.images, part.rows, p.width, to + 4 * quad_begin * to_channel,
@@ -291,24 +252,13 @@ void run_dots(const ConvKernels<float>& kernels, const Planes& p, const ConvQuad
                                  grad_output.stride(0), grad_output.stride(2),
                                  packed_grads.as<float>() + 4 * quad_begin * grad_channel, grad_channel, p.pitch, p.row});
         }
-        const int64_t vectors = p.vectors(part.rows), step = kAhead() ? kChunk() : quads;
-        Ahead ahead, grads_ahead;
-        if (i + 1 < end && kAhead()) {
-          const int64_t calls = order.blocks * ceil_div(quad_end - quad_begin, step);
-          ahead = Ahead(input, p.part(i + 1), calls);
-          grads_ahead = Ahead(grad_output, p.part(i + 1), calls);
-        }
-        const int64_t pieces = ceil_div(vectors, kDotsMost());
+        const int64_t vectors = p.vectors(part.rows), units = ceil_div(vectors, p.period);
+        const int64_t pieces = ceil_div(vectors, kDotsVectors);
         for (int64_t t = 0; t < pieces; ++t) {
-          const int64_t units = ceil_div(vectors, p.period);
           const int64_t at = units * t / pieces * p.period, stop = std::min(units * (t + 1) / pieces * p.period, vectors);
-        for (int64_t b = 0; b < order.blocks; ++b)
-          for (int64_t quad = quad_begin; quad < quad_end; quad += step) {
-            ahead.next();
-            grads_ahead.next();
-            kernels.plane_quad_dots({columns.data(), order.first(b), quad, std::min(quad + step, quad_end), from + at * p.lanes,
+          for (int64_t b = 0; b < order.blocks; ++b)
+            kernels.plane_quad_dots({columns.data(), order.first(b), quad_begin, quad_end, from + at * p.lanes,
                                      grads + at * p.lanes, grad_channel, stop - at, p.period, sums.weight(chunk)});
-          }
         }
       }
     }
@@ -318,7 +268,7 @@ void run_dots(const ConvKernels<float>& kernels, const Planes& p, const ConvQuad
 // Whether there are kernels, and planes that they can read.
 bool can(const Geometry& g, const ConvWeight& w, const at::Tensor& a, const at::Tensor& b) {
   return conv_kernels<float>().plane_quad_product != nullptr && g.batch > 0 && g.stride[0] == 1 && g.stride[1] == 1 &&
-         g.kernel_h * g.kernel_w > 1 && w.has_short_places() && has_plain_planes(a) && has_plain_planes(b) && !getenv("NOQ");
+         g.kernel_h * g.kernel_w > 1 && w.has_short_places() && has_plain_planes(a) && has_plain_planes(b);
 }
 
 }  // namespace
@@ -327,7 +277,8 @@ bool forward_quads_by_space(const Geometry& g, const ConvWeight& w, const at::Te
                             const std::vector<float>& bias, const at::Tensor& output) {
   if (!can(g, w, input, output)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
-  const Planes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, 1);
+  const Planes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kernels.max_quad_vectors,
+                      kProductVisit);
   if (!planes.fits()) return false;
   const auto order = forward_quad_order(w, planes.taps(), planes.source_block(kernels.max_quad_vectors, w, w.in));
   run_products(kernels, planes, *order, weight.const_data_ptr<float>(), input, output,
@@ -339,7 +290,8 @@ bool input_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, const
                                    const at::Tensor& weight, const at::Tensor& grad_input) {
   if (!can(g, w, grad_output, grad_input)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
-  const Planes planes(g.backward_y(), g.backward_x(), g.out, g.in, g.batch, kernels.lanes, 1);
+  const Planes planes(g.backward_y(), g.backward_x(), g.out, g.in, g.batch, kernels.lanes, kernels.max_quad_vectors,
+                      kProductVisit);
   if (!planes.fits()) return false;
   const int64_t block = planes.source_block(kernels.max_quad_vectors, w, w.out / w.groups);
   const auto order = backward_quad_order(w, planes.taps(), block);
@@ -351,10 +303,10 @@ bool weight_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, cons
                                     const at::Tensor& input, const at::Tensor& grad_weight) {
   if (!can(g, w, grad_output, input)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
-  const Planes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kDotsCost());
+  const Planes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kDotsVectors, kDotsVisit);
   if (!planes.fits()) return false;
   const auto order =
-      dots_quad_order(w, planes.taps(), planes.source_block(std::min(kDotsMost(), planes.vectors(planes.group)), w, w.in));
+      dots_quad_order(w, planes.taps(), planes.source_block(std::min(kDotsVectors, planes.vectors(planes.group)), w, w.in));
   PartialSums<float> sums(planes.tiles(), w.nonzeros(), 0);
   run_dots(kernels, planes, *order, grad_output, input, sums, sums.parts(g));
   sums.template finish<float>(Places{*order}, {at::Tensor(), grad_weight, at::Tensor()});
