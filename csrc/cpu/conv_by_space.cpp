@@ -12,6 +12,7 @@
 //                 is shorter than a vector, or the padding wider, the source is copied once for each column of the
 //                 kernel, already shifted. (Lists by shift would be short here, and a branch mispredicted for each costs
 //                 more than the copies.)
+// Weights in blocks: conv_quads_by_space.cpp.
 
 #include <limits>
 

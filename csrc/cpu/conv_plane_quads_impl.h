@@ -1,10 +1,10 @@
 // Inner loops for weights in blocks, in planes whose rows follow each other (contracts: masked_conv2d.h; planes:
-// conv_quads_by_space.cpp). AVX-512 and float32 alone: 24 sums stay in registers, and a load with a mask costs as much as one
-// without.
+// conv_quads_by_space.cpp). AVX-512 and float32 alone: 24 sums stay in registers, and a load with a mask costs no more
+// than one without.
 //
-// plane_quad_product: six vectors of a plane times four channels; an entry is at most six loads, which may cross cache lines,
-//   four broadcasts and 24 multiply-adds. With four vectors and more these are what takes the time.
-// plane_quad_dots: four channels of grad_output times six columns, over a plane as long as can be: sums are folded at the end.
+// plane_quad_product: six vectors of a plane times four channels: an entry is six loads, which may cross cache lines,
+//   four broadcasts and 24 multiply-adds, which are what takes the time.
+// plane_quad_dots: four channels of grad_output times six columns.
 
 namespace uasparse::UASPARSE_ISA {
 
@@ -110,10 +110,10 @@ UASPARSE_INLINE void plane_dots_of_rest(int64_t count, const ConvPlaneQuadDots& 
 
 inline void plane_quad_dots(const ConvPlaneQuadDots& p) {
   constexpr int kColumns = 6;
-  constexpr int64_t kShort = 24;  // vectors; a longer plane is asked for by the processor itself
   for (int64_t quad = p.begin; quad < p.end; ++quad) {
     const float* const grad_output = p.grad_output + 4 * quad * p.grad_channel;
-    if (quad + 1 < p.end && p.vectors <= kShort)
+    // The next quad's grad_output comes from L2 or beyond.
+    if (quad + 1 < p.end)
       for (int q = 4; q < 8; ++q)
         for (int64_t v = 0; v < p.vectors; ++v)
           __builtin_prefetch(grad_output + q * p.grad_channel + v * kLanes<float>);

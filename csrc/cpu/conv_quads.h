@@ -38,8 +38,8 @@ class ConvQuads {
   std::unique_ptr<Workspace> memory_;
 };
 
-// The places of quads in the order in which a pass takes them: made when first asked for, and kept until the pattern changes
-// or other taps are asked for.
+// The places of quads in the order in which a pass takes them: made when first asked for, and kept until the pattern
+// changes or other taps are asked for.
 using ConvQuadOrder = ConvQuads<int32_t>;
 std::shared_ptr<const ConvQuadOrder> forward_quad_order(const ConvWeight& weight, const ConvTaps& taps,
                                                         int64_t channels_a_block);

@@ -1,15 +1,17 @@
-// masked_conv2d by space for weights in blocks (conv_quads.h): several taps, stride 1, float32, planes that fit L2; AVX-512.
+// masked_conv2d by space for weights in blocks (conv_quads.h): several taps, stride 1, planes that fit L2; float32, AVX-512.
 //
-// A vector of the source, once loaded, meets four numbers, so that it may lie anywhere: a load that crosses a cache line takes
-// less time than the multiply-adds that it feeds. So neither sources nor sums are shifted: the rows of a plane follow each other, in
-// them a few images side by side; each tap is one offset, a plane of results is one run of positions, and a register tile is
-// any few vectors of it. What a tap would read from beyond the end of a row is zero
-//   by a mask     where the same two come again every two vectors (rows of 8, 16, 32): they are loaded with the entry
-//   by columns    elsewhere: there are as many zeros between rows as the padding has, shared by both neighbours. Results of
-//                 these columns are not used, and grad_output is zero there for dot products.
+// A vector of the source, once loaded, meets four numbers, so that it may lie anywhere: a load that crosses a cache line
+// takes less time than the multiply-adds that it feeds. So neither sources nor sums are shifted. The rows of a plane
+// follow each other, in them a few images side by side; each tap is one offset, a plane of results is one run of
+// positions, and a register tile is any few vectors of it. What a tap would read beyond the end of a row is made zero
+//   by masks    where rows of 4, 8, 16 or 32 make them the same every two vectors: they are loaded with the entry
+//   by columns  elsewhere: between rows are as many zeros as the padding has, shared by both neighbours. Results of these
+//               columns are not used, and grad_output is zero there for dot products (an infinity that meets these zeros
+//               is not a number, as in conv_by_space.cpp).
 // Where a plane of results is whole vectors without such columns, it is written, or grad_output read, where it is.
 
 #include <limits>
+#include <numeric>
 
 #include "cpu/conv_pass.h"
 
@@ -17,7 +19,7 @@ namespace uasparse {
 namespace {
 
 constexpr int64_t kL2Bytes = 640 << 10;  // of it both maps of a group of rows
-constexpr int64_t kDotsVectors = 18;     // of a plane whose dot products go together: the sources of many columns stay in L1
+constexpr int64_t kDotsVectors = 18;     // of a plane that dot products take together: its sources stay in L1
 // What a visit of a kernel costs beside its vectors, as so many of them: the end of a list; folded sums.
 constexpr int64_t kProductVisit = 1, kDotsVisit = 3;
 
@@ -200,13 +202,14 @@ void run_products(const ConvKernels<float>& kernels, const Planes& p, const Conv
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t at = units * t / tiles * p.period, stop = std::min(units * (t + 1) / tiles * p.period, vectors);
         for (int64_t b = 0; b < order.blocks; ++b)
-          kernels.plane_quad_product({entries, order.first(b), quad_begin, quad_end, from + at * p.lanes, to + at * p.lanes,
-                                      to_channel, b == 0, bias, int(stop - at)});
+          kernels.plane_quad_product({entries, order.first(b), quad_begin, quad_end, from + at * p.lanes,
+                                      to + at * p.lanes, to_channel, b == 0, bias, int(stop - at)});
       }
       if (p.direct) continue;
-      kernels.copy_planes({4 * (quad_end - quad_begin), part.images, part.rows, p.width, to + 4 * quad_begin * to_channel,
-                           to_channel, p.pitch, p.row, place + 4 * quad_begin * destination.stride(1),
-                           destination.stride(1), destination.stride(0), destination.stride(2)});
+      kernels.copy_planes({4 * (quad_end - quad_begin), part.images, part.rows, p.width,
+                           to + 4 * quad_begin * to_channel, to_channel, p.pitch, p.row,
+                           place + 4 * quad_begin * destination.stride(1), destination.stride(1),
+                           destination.stride(0), destination.stride(2)});
     }
   });
 }
@@ -250,12 +253,14 @@ void run_dots(const ConvKernels<float>& kernels, const Planes& p, const ConvQuad
           Planes::copy(kernels, {4 * (quad_end - quad_begin), part.images, part.rows, p.width,
                                  place + 4 * quad_begin * grad_output.stride(1), grad_output.stride(1),
                                  grad_output.stride(0), grad_output.stride(2),
-                                 packed_grads.as<float>() + 4 * quad_begin * grad_channel, grad_channel, p.pitch, p.row});
+                                 packed_grads.as<float>() + 4 * quad_begin * grad_channel, grad_channel, p.pitch,
+                                 p.row});
         }
         const int64_t vectors = p.vectors(part.rows), units = ceil_div(vectors, p.period);
         const int64_t pieces = ceil_div(vectors, kDotsVectors);
         for (int64_t t = 0; t < pieces; ++t) {
-          const int64_t at = units * t / pieces * p.period, stop = std::min(units * (t + 1) / pieces * p.period, vectors);
+          const int64_t at = units * t / pieces * p.period;
+          const int64_t stop = std::min(units * (t + 1) / pieces * p.period, vectors);
           for (int64_t b = 0; b < order.blocks; ++b)
             kernels.plane_quad_dots({columns.data(), order.first(b), quad_begin, quad_end, from + at * p.lanes,
                                      grads + at * p.lanes, grad_channel, stop - at, p.period, sums.weight(chunk)});

@@ -5,8 +5,8 @@
 //   large as the registers allow, because the entry's own cost (two loads) is spread over it.
 // shifted_product: the same for planes without columns of padding, where the sums are shifted by whole columns once for all
 //   entries that need it, instead of the source once for each column of the kernel.
-// Dot products: conv_dots_impl.h; copies and transposes: conv_moves_impl.h; weights in blocks: conv_quads_impl.h,
-// conv_plane_quads_impl.h.
+// Dot products: conv_dots_impl.h; copies and transposes: conv_moves_impl.h; weights in blocks: conv_quads_impl.h
+// and conv_plane_quads_impl.h.
 
 #include "cpu/conv_lanes_impl.h"
 
@@ -200,6 +200,7 @@ void shifted_product(const ConvShiftedProduct<T>& p) {
 #include "cpu/conv_dots_impl.h"
 #include "cpu/conv_moves_impl.h"
 #include "cpu/conv_quads_impl.h"
+
 #include "cpu/conv_plane_quads_impl.h"
 
 namespace uasparse::UASPARSE_ISA {
