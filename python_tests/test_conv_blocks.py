@@ -1,4 +1,4 @@
-"""masked_conv2d of several taps in blocks of rows: by space, where planes are masked or have gaps, and where it falls back."""
+"""masked_conv2d of several taps in blocks of rows: by space with masks or gaps, and where it falls back."""
 
 import random
 
