@@ -12,6 +12,7 @@
 //                 is shorter than a vector, or the padding wider, the source is copied once for each column of the
 //                 kernel, already shifted. (Lists by shift would be short here, and a branch mispredicted for each costs
 //                 more than the copies.)
+// Weights in blocks: conv_quads_by_space.cpp.
 
 #include <limits>
 
@@ -358,7 +359,11 @@ bool fits(const Planes<T>& p) {
 template <typename T>
 bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                       const std::vector<T>& bias, const at::Tensor& output) {
-  if (!is_plain(geometry, input, output) || ConvQuads<T>::can_forward(w)) return false;
+  if (ConvQuads<T>::can_forward(w)) {
+    if constexpr (std::is_same_v<T, float>) return forward_quads_by_space(geometry, w, input, weight, bias, output);
+    return false;
+  }
+  if (!is_plain(geometry, input, output)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
@@ -374,7 +379,12 @@ bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::T
 template <typename T>
 bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, const at::Tensor& grad_output,
                              const at::Tensor& weight, const at::Tensor& grad_input) {
-  if (!is_plain(geometry, grad_output, grad_input) || ConvQuads<T>::can_backward(w)) return false;
+  if (ConvQuads<T>::can_backward(w)) {
+    if constexpr (std::is_same_v<T, float>)
+      return input_gradient_quads_by_space(geometry, w, grad_output, weight, grad_input);
+    return false;
+  }
+  if (!is_plain(geometry, grad_output, grad_input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.backward_y(), g.backward_x(), g.out, g.batch, kernels);
@@ -389,7 +399,12 @@ bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, cons
 template <typename T>
 bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight) {
-  if (!is_plain(g, grad_output, input) || ConvQuads<T>::can_forward(w)) return false;
+  if (ConvQuads<T>::can_forward(w)) {
+    if constexpr (std::is_same_v<T, float>)
+      return weight_gradient_quads_by_space(g, w, grad_output, input, grad_weight);
+    return false;
+  }
+  if (!is_plain(g, grad_output, input)) return false;
   const ConvKernels<T>& kernels = conv_kernels<T>();
   if (kernels.shifted_dots) {
     Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);

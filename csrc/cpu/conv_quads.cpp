@@ -2,6 +2,10 @@
 
 #include <ATen/Parallel.h>
 
+#include <type_traits>
+
+#include "cpu/conv_kept.h"
+
 namespace uasparse {
 namespace {
 
@@ -48,9 +52,9 @@ ConvQuads<T>::ConvQuads(int64_t channels, int64_t blocks, int64_t phases, int64_
       memory_(std::make_unique<Workspace>(sizeof(ConvQuadEntry<T>) * quads)) {}
 
 template <typename T>
-template <typename S>
+template <typename Values>
 ConvQuads<T> ConvQuads<T>::forward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
-                                   const S* values) {
+                                   Values values) {
   ConvQuads lists(w.out / 4, blocks_of(w.in, channels_a_block), 1, w.nonzeros() / 4);
   const Steps steps(w);
   std::vector<int32_t>& first = lists.first_;
@@ -71,15 +75,16 @@ ConvQuads<T> ConvQuads<T>::forward(const ConvWeight& w, const ConvTaps& taps, in
         entry.offset = decltype(entry.offset)((base + in + x) * taps.channel + taps.offset[tap]);
         for (int64_t r = 0; r < 4; ++r)
           entry.value[r] = number(values[place + (4 * q + r) * steps.row + x * steps.column]);
+        if constexpr (std::is_same_v<T, int32_t>) entry.tap = int32_t(tap);
       }
   });
   return lists;
 }
 
 template <typename T>
-template <typename S>
+template <typename Values>
 ConvQuads<T> ConvQuads<T>::backward(const ConvWeight& w, const ConvTaps& taps, int64_t channels_a_block,
-                                    const S* values) {
+                                    Values values) {
   const int64_t out_a_group = w.out / w.groups, phases = taps.phases;
   ConvQuads lists(w.groups * w.in / 4 * phases, blocks_of(out_a_group, channels_a_block), phases, w.nonzeros() / 4);
   const Steps steps(w);
@@ -104,6 +109,7 @@ ConvQuads<T> ConvQuads<T>::backward(const ConvWeight& w, const ConvTaps& taps, i
         entry.offset = decltype(entry.offset)((out + y) * taps.channel + taps.offset[tap]);
         for (int64_t r = 0; r < 4; ++r)
           entry.value[r] = number(values[place + y * steps.row + (4 * q + r) * steps.column]);
+        if constexpr (std::is_same_v<T, int32_t>) entry.tap = int32_t(tap);
       }
   });
   return lists;
@@ -132,6 +138,27 @@ ConvQuadPlaces::ConvQuadPlaces(const ConvWeight& w, const ConvTaps& taps, int64_
         place_[i] = place + 4 * q * steps.row + x * steps.column;
       }
   });
+}
+
+std::shared_ptr<const ConvQuadOrder> forward_quad_order(const ConvWeight& w, const ConvTaps& taps,
+                                                        int64_t channels_a_block) {
+  static auto* const all = new AllKept<ConvQuadOrder>;
+  return keep(*all, w, taps, channels_a_block,
+              [&] { return ConvQuadOrder::forward(w, taps, channels_a_block, PlaceItself{}); });
+}
+
+std::shared_ptr<const ConvQuadOrder> backward_quad_order(const ConvWeight& w, const ConvTaps& taps,
+                                                         int64_t channels_a_block) {
+  static auto* const all = new AllKept<ConvQuadOrder>;
+  return keep(*all, w, taps, channels_a_block,
+              [&] { return ConvQuadOrder::backward(w, taps, channels_a_block, PlaceItself{}); });
+}
+
+std::shared_ptr<const ConvQuadOrder> dots_quad_order(const ConvWeight& w, const ConvTaps& taps,
+                                                     int64_t channels_a_block) {
+  static auto* const all = new AllKept<ConvQuadOrder>;
+  return keep(*all, w, taps, channels_a_block,
+              [&] { return ConvQuadOrder::forward(w, taps, channels_a_block, PlaceItself{}); });
 }
 
 template class ConvQuads<float>;

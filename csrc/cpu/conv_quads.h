@@ -21,10 +21,11 @@ class ConvQuads {
   static bool can_forward(const ConvWeight& w) { return w.block_rows % 4 == 0; }
   static bool can_backward(const ConvWeight& w) { return w.block_columns % 4 == 0; }
 
-  template <typename S>
-  static ConvQuads forward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, const S* values);
-  template <typename S>
-  static ConvQuads backward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, const S* values);
+  // `values` are indexed by places in the weight's storage.
+  template <typename Values>
+  static ConvQuads forward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, Values values);
+  template <typename Values>
+  static ConvQuads backward(const ConvWeight& weight, const ConvTaps& taps, int64_t channels_a_block, Values values);
 
   const int32_t* first(int64_t block) const { return first_.data() + block * channels; }
   const ConvQuadEntry<T>* entries() const { return memory_->template as<const ConvQuadEntry<T>>(); }
@@ -36,6 +37,17 @@ class ConvQuads {
   std::vector<int32_t> first_;
   std::unique_ptr<Workspace> memory_;
 };
+
+// The places of quads in the order in which a pass takes them: made when first asked for, and kept until the pattern
+// changes or other taps are asked for.
+using ConvQuadOrder = ConvQuads<int32_t>;
+std::shared_ptr<const ConvQuadOrder> forward_quad_order(const ConvWeight& weight, const ConvTaps& taps,
+                                                        int64_t channels_a_block);
+std::shared_ptr<const ConvQuadOrder> backward_quad_order(const ConvWeight& weight, const ConvTaps& taps,
+                                                         int64_t channels_a_block);
+// As forward, for dot products.
+std::shared_ptr<const ConvQuadOrder> dots_quad_order(const ConvWeight& weight, const ConvTaps& taps,
+                                                     int64_t channels_a_block);
 
 // Columns of the dot products of each quad of output channels: those of key quad * blocks + block are [first[key],
 // first[key + 1]), and each stands for four weights.

@@ -42,6 +42,12 @@ struct ConvQuadEntry {
   decltype(ConvEntry<T>::offset) offset;
 };
 
+// Of which the values are not known yet, only their places in the weight's storage.
+template <>
+struct ConvQuadEntry<int32_t> {
+  int32_t value[4], offset, tap;
+};
+
 // What the next call will read: `numbers` at the beginning of each of `rows` rows of each of `images` images. A call asks for
 // it ahead, an even part with each of its channels. Without `from`, source and `out` are near.
 template <typename T>
@@ -181,6 +187,45 @@ struct ConvShiftedDots {
   T* grad;
 };
 
+// What a quad of channels multiplies in planes whose rows follow each other (conv_quads_by_space.cpp): `inside` says of the
+// lanes of even and of odd vectors whether their source lies in the image; elsewhere it is zero.
+struct ConvPlaneColumn {
+  int32_t offset;
+  uint16_t inside[2];
+};
+struct ConvPlaneQuad {
+  float value[4];
+  ConvPlaneColumn column;
+};
+
+// out[4 * quad + q][x] (+)= sum over the entries of the quad of value[q] * source[x + offset], for a tile of vectors, of which
+// the first is an even one.
+struct ConvPlaneQuadProduct {
+  const ConvPlaneQuad* entries;
+  const int32_t* first;  // entries of a quad: [first[quad], first[quad + 1])
+  int64_t begin, end;
+  const float* source;
+  float* out;
+  int64_t out_channel;
+  bool start;         // begin with the bias (or zero) instead of what `out` holds
+  const float* bias;  // of each channel, or null
+  int vectors;
+};
+
+// grad[4 * i + q] += sum over x of grad_output[4 * quad + q][x] * input[x + offset[i]], i over the columns of the quads
+// [begin, end).
+struct ConvPlaneQuadDots {
+  const ConvPlaneColumn* columns;
+  const int32_t* first;
+  int64_t begin, end;
+  const float* input;
+  const float* grad_output;
+  int64_t grad_channel;
+  int64_t vectors;
+  int period;  // 2: even and odd vectors differ
+  float* grad;
+};
+
 // Copies rows of several images: to[c][i][r][x] = from[c][i][r][x].
 template <typename T>
 struct ConvPlanes {
@@ -208,6 +253,8 @@ struct ConvKernels {
   void (*quad_sddmm)(const ConvQuadSddmm<T>&);
   void (*shifted_product)(const ConvShiftedProduct<T>&);
   void (*shifted_dots)(const ConvShiftedDots<T>&);  // null where registers are too few for it
+  void (*plane_quad_product)(const ConvPlaneQuadProduct&);  // null where registers are too few, and for other types
+  void (*plane_quad_dots)(const ConvPlaneQuadDots&);
   void (*copy_planes)(const ConvPlanes<T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);

@@ -5,7 +5,8 @@
 //   large as the registers allow, because the entry's own cost (two loads) is spread over it.
 // shifted_product: the same for planes without columns of padding, where the sums are shifted by whole columns once for all
 //   entries that need it, instead of the source once for each column of the kernel.
-// Dot products: conv_dots_impl.h; copies and transposes: conv_moves_impl.h; weights in blocks: conv_quads_impl.h.
+// Dot products: conv_dots_impl.h; copies and transposes: conv_moves_impl.h; weights in blocks: conv_quads_impl.h
+// and conv_plane_quads_impl.h.
 
 #include "cpu/conv_lanes_impl.h"
 
@@ -233,6 +234,8 @@ void shifted_product(const ConvShiftedProduct<T>& p) {
 #include "cpu/conv_moves_impl.h"
 #include "cpu/conv_quads_impl.h"
 
+#include "cpu/conv_plane_quads_impl.h"
+
 namespace uasparse::UASPARSE_ISA {
 
 template <typename T>
@@ -247,6 +250,7 @@ template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
     kLanes<T>,       kMaxVectors<T>,     kMaxRows,       product<T>,   sddmm<T>,           kMaxPiece<T>,
     piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, shifted_dots_or_null<T>(),
+    plane_quad_product_or_null<T>(), plane_quad_dots_or_null<T>(),
     copy_planes<T>,  pack<T, T>,         unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 

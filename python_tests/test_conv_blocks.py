@@ -1,0 +1,118 @@
+"""masked_conv2d of several taps in blocks of rows: by space with masks or gaps, and where it falls back."""
+
+import random
+
+import pytest
+import torch
+
+from uasparse_kernels import SparsityPattern, _library
+from uasparse_kernels.ops import _common, masked_conv2d
+from uasparse_kernels.ops.masked_conv2d import masked_conv2d_reference
+
+pytestmark = pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
+
+
+def check(shape, size, batch, *, block, density=0.4, dtype=torch.float32, packed=True, groups=1, **options):
+    """Forward and all gradients, beside the reference in float64 of the same rounded numbers."""
+    pattern = SparsityPattern.random(shape, density, block=block)
+    x = torch.randn(batch, shape[1] * groups, *size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(shape, dtype=dtype)
+    weight = (pattern.pack(weight) if packed else weight).requires_grad_()
+    bias = torch.randn(shape[0], dtype=dtype, requires_grad=True)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    with _common.forced("cpu"):
+        found = masked_conv2d(x, weight, pattern, bias, groups=groups, **options)
+    wanted = masked_conv2d_reference(exact[0], exact[1], pattern, exact[2], groups=groups, **options)
+    grad = torch.randn_like(found)
+    found.backward(grad)
+    wanted.backward(grad.double())
+    sums = 1e-10 if dtype == torch.float64 else 1e-4
+    for ours, right in ((found, wanted), *zip((x.grad, weight.grad, bias.grad), (t.grad for t in exact), strict=True)):
+        torch.testing.assert_close(
+            ours.double(),
+            right,
+            rtol=max(sums, torch.finfo(dtype).eps / 2),
+            atol=sums * float(right.detach().abs().max()),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [(4, 1), (4, 4), (8, 8), (16, 16)])
+@pytest.mark.parametrize(
+    ("size", "batch"),
+    [
+        ((32, 32), 2),  # masks that alternate, planes where they are
+        ((16, 16), 3),
+        ((8, 8), 5),  # one mask; images side by side for dot products
+        ((7, 8), 3),  # half a vector at the end
+        ((4, 4), 9),
+        ((28, 28), 1),  # gaps
+        ((7, 7), 5),
+        ((5, 13), 1),
+        ((3, 2), 4),  # few positions
+        ((40, 33), 2),
+    ],
+)
+def test_sizes(dtype, block, size, batch):
+    check((32, 48, 3, 3), size, batch, block=block, dtype=dtype, padding=1)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_shape(seed):
+    rng = random.Random(seed)
+    block = rng.choice([(4, 1), (4, 4), (12, 1), (12, 12), (8, 8)])
+    groups = rng.choice([1, 1, 2, 3])
+    shape = (
+        block[0] * groups * rng.randint(1, 3),
+        block[1] * rng.randint(1, 4),
+        rng.randint(1, 5),
+        rng.randint(1, 5),
+    )
+    dilation = rng.randint(1, 2)
+    padding = (rng.randint(0, 3), rng.randint(0, 3))
+    # Of one position of output at least.
+    size = tuple(
+        max(1, dilation * (k - 1) + 1 - 2 * p) + rng.choice([0, 1, 3, 8, 15, 16, 31, rng.randint(0, 40)])
+        for k, p in zip(shape[2:], padding, strict=True)
+    )
+    check(
+        shape,
+        size,
+        rng.randint(1, 6),
+        block=block,
+        density=rng.choice([0.01, 0.1, 0.5, 1.0]),
+        packed=rng.random() < 0.5,
+        groups=groups,
+        stride=rng.choice([1, 1, 1, 2]),
+        padding=padding,
+        dilation=dilation,
+    )
+
+
+def test_groups_of_rows():
+    """Planes of which L2 holds some rows alone."""
+    check((64, 64, 3, 3), (61, 64), 1, block=(4, 4), density=0.1, padding=1)
+    check((64, 64, 3, 3), (59, 57), 1, block=(4, 4), density=0.1, padding=1)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 32)])
+def test_what_is_no_number_stays_where_it_is(size):
+    """Where edges are masked: an infinity in a column of the edge, and in a gradient there."""
+    pattern = SparsityPattern.random((8, 8, 3, 3), 0.5, block=(4, 4))
+    x = torch.randn(3, 8, *size)
+    x[0, 2, 1, 0], x[1, 5, 3, -1] = torch.inf, torch.nan
+    grad = torch.randn(3, 8, *size)
+    grad[0, 4, 2, -1] = torch.inf
+    leaves = x.requires_grad_(), pattern.pack(torch.randn(pattern.shape)).requires_grad_()
+    with _common.forced("cpu"):
+        output = masked_conv2d(*leaves, pattern, padding=1)
+    found = [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+    # Of each active weight alone: a dense reference would multiply by zeros too.
+    taps = torch.nn.functional.pad(x.detach().double(), (1, 1, 1, 1)).unfold(2, size[0], 1).unfold(3, size[1], 1)
+    weight, mask = pattern.unpack(leaves[1].detach()).double(), pattern.to_mask()
+    products = weight[None, :, :, :, :, None, None] * taps[:, None]
+    wanted = torch.where(mask[None, :, :, :, :, None, None], products, 0).sum((2, 3, 4))
+    to_weight = (grad.double()[:, :, None, None, None] * taps[:, None]).sum((0, -2, -1))
+    for ours, right in zip((found[0], found[2]), (wanted, pattern.pack(to_weight)), strict=True):
+        largest = float(right[right.isfinite()].abs().max())
+        torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4 * largest, equal_nan=True)
