@@ -25,7 +25,7 @@ constexpr int64_t kMaxSegments = 9;
 
 // destination = product of the source with the weights of the lists.
 template <typename T>
-void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const Blocks& blocks, const ConvEntries<T>& lists,
+void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvEntries<T>& lists,
                   const at::Tensor& source, const at::Tensor& destination, const T* bias) {
   const int64_t height = p.y.destination.length, channels = destination.size(1), phases = p.destination_phases();
   const bool direct = p.is_direct(p.images, p.pitch);
@@ -43,7 +43,7 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const Block
       const int64_t part = task % parts, image = task / parts / groups * p.images;
       const int64_t begin = task / parts % groups * p.group, end = std::min(begin + p.group, height);
       const int64_t channel_begin = channels * part / parts, channel_end = channels * (part + 1) / parts;
-      if (image + p.images > source.size(0)) std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
+      pack_source(kernels, p, source, image, begin, end, packed.as<T>());
       for (int64_t r = begin; r < end; r += p.rows) {
         const int64_t stop = std::min(r + p.rows, end);
         for (int64_t first = channel_begin; first < channel_end; first += together) {
@@ -51,17 +51,12 @@ void run_products(const ConvKernels<T>& kernels, const Planes<T>& p, const Block
           T* const out = direct ? destination.mutable_data_ptr<T>() + image * destination.stride(0) +
                                       first * destination.stride(1) + r * p.pitch
                                 : result.as<T>();
-          for (int64_t b = 0; b < lists.blocks; ++b) {
-            if (r == begin && first == channel_begin)
-              blocks.for_each(b, [&](int64_t from, int64_t to) {
-                pack_source(kernels, p, source, image, from, to, begin, end, packed.as<T>());
-              });
+          for (int64_t b = 0; b < lists.blocks; ++b)
             kernels.shifted_product({lists.entries(), lists.first(b) + first * phases * lists.segments, lists.segments,
                                      p.zero(), 0, (last - first) * phases, packed.as<const T>() + (r - begin) * p.pitch,
                                      out, direct ? destination.stride(1) : p.destination_plane, b == 0,
                                      bias ? bias + first : nullptr, edges.get(),
                                      int((stop - r) * p.pitch / kernels.lanes)});
-          }
           if (!direct) unpack_results(kernels, p, result.as<const T>(), destination, image, first, last, r, stop);
         }
       }
@@ -82,7 +77,7 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
       for (int64_t image = batch * chunk / sums.chunks; image < batch * (chunk + 1) / sums.chunks; ++image)
         for (int64_t begin = 0; begin < height; begin += p.group) {
           const int64_t end = std::min(begin + p.group, height);
-          pack_source(kernels, p, input, image, 0, p.source_channels, begin, end, packed.as<T>());
+          pack_source(kernels, p, input, image, begin, end, packed.as<T>());
           for (int64_t r = begin; r < end; r += p.rows) {
             const int64_t rows = std::min(r + p.rows, end) - r, vectors = p.pitch / kernels.lanes;
             const int64_t first_channel = channels * part / parts, last_channel = channels * (part + 1) / parts;
@@ -105,9 +100,8 @@ void run_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvPlace
 
 // sums = dot products of shifted grad_output with the input, over chunks of the tiles of images.
 template <typename T>
-void run_shifted_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const Blocks& blocks,
-                      const ConvShiftedPlaces& places, const at::Tensor& grad_output, const at::Tensor& input,
-                      PartialSums<T>& sums, int64_t parts) {
+void run_shifted_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const ConvShiftedPlaces& places,
+                      const at::Tensor& grad_output, const at::Tensor& input, PartialSums<T>& sums, int64_t parts) {
   const int64_t height = p.y.destination.length, channels = grad_output.size(1), batch = input.size(0);
   const int64_t tiles = ceil_div(batch, p.images);
   // Where a tile is a whole plane: parts of planes would come from far away, one by one.
@@ -124,10 +118,10 @@ void run_shifted_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const B
       const int64_t channel_begin = channels * part / parts, channel_end = channels * (part + 1) / parts;
       for (int64_t tile = tiles * chunk / sums.chunks; tile < tiles * (chunk + 1) / sums.chunks; ++tile) {
         const int64_t image = tile * p.images, images = std::min(p.images, batch - image);
-        if (images < p.images) std::fill_n(packed.as<T>(), p.source_channels * p.source_channel, T(0));
         if (!direct && images < p.images) std::fill_n(grads.as<T>(), channels * grad_channel, T(0));
         for (int64_t begin = 0; begin < height; begin += p.group) {
           const int64_t end = std::min(begin + p.group, height);
+          pack_source(kernels, p, input, image, begin, end, packed.as<T>());
           const T* const from =
               grad_output.const_data_ptr<T>() + image * grad_output.stride(0) + begin * grad_output.stride(2);
           if (!direct)
@@ -136,16 +130,11 @@ void run_shifted_dots(const ConvKernels<T>& kernels, const Planes<T>& p, const B
                                 grad_output.stride(0), grad_output.stride(2), grads.as<T>() + channel_begin * grad_channel,
                                 grad_channel, p.width, p.pitch});
           for (int64_t r = begin; r < end; r += p.rows)
-            for (int64_t b = 0; b < places.blocks; ++b) {
-              if (r == begin)
-                blocks.for_each(b, [&](int64_t from_channel, int64_t to_channel) {
-                  pack_source(kernels, p, input, image, from_channel, to_channel, begin, end, packed.as<T>());
-                });
+            for (int64_t b = 0; b < places.blocks; ++b)
               kernels.shifted_dots({places.offset(), places.first(b), places.segments, p.zero(), channel_begin, channel_end,
                                     packed.as<const T>() + (r - begin) * p.pitch,
                                     direct ? from : grads.as<const T>() + (r - begin) * p.pitch, grad_channel, edges.get(),
                                     int((std::min(r + p.rows, end) - r) * p.pitch / kernels.lanes), sums.weight(chunk)});
-            }
         }
       }
     }
@@ -192,9 +181,10 @@ bool forward_by_space(const Geometry& geometry, const ConvWeight& w, const at::T
   const Geometry g = without_rows(geometry, kernels);
   const Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
   if (!fits(planes)) return false;
-  const int64_t block = planes.source_block(w.density() * double(w.taps), w.in);
-  const auto lists = shifted_forward_entries(w, planes.taps(), block, weight.const_data_ptr<T>());
-  run_products(kernels, planes, {g.in, w.groups, block}, lists, without_rows(input, g.height, g.width),
+  const auto lists =
+      shifted_forward_entries(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in),
+                              weight.const_data_ptr<T>());
+  run_products(kernels, planes, lists, without_rows(input, g.height, g.width),
                without_rows(output, g.out_height, g.out_width), bias.empty() ? nullptr : bias.data());
   return true;
 }
@@ -210,7 +200,7 @@ bool input_gradient_by_space(const Geometry& geometry, const ConvWeight& w, cons
   const double taps = double(w.taps) / double(planes.destination_phases());
   const int64_t block = planes.source_block(w.density() * taps, w.out / w.groups);
   const auto lists = shifted_backward_entries(w, planes.taps(), block, weight.const_data_ptr<T>());
-  run_products(kernels, planes, {g.out, w.groups, block}, lists, without_rows(grad_output, g.out_height, g.out_width),
+  run_products(kernels, planes, lists, without_rows(grad_output, g.out_height, g.out_width),
                without_rows(grad_input, g.height, g.width), static_cast<const T*>(nullptr));
   return true;
 }
@@ -224,10 +214,10 @@ bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::
     Planes<T> planes(g.forward_y(), g.forward_x(), g.in, g.batch, kernels);
     if (!fits(planes) || !w.has_short_places()) return false;
     planes.share_l2();
-    const int64_t block = planes.source_block(w.density() * double(w.taps), w.in);
-    const auto places = ConvShiftedPlaces::of(w, planes.taps(), block);
+    const auto places =
+        ConvShiftedPlaces::of(w, planes.taps(), planes.source_block(w.density() * double(w.taps), w.in));
     PartialSums<T> sums(ceil_div(g.batch, planes.images), w.nonzeros(), 0);
-    run_shifted_dots(kernels, planes, {g.in, w.groups, block}, *places, grad_output, input, sums, sums.parts(g));
+    run_shifted_dots(kernels, planes, *places, grad_output, input, sums, sums.parts(g));
     sums.template finish<T>(*places, {at::Tensor(), grad_weight, at::Tensor()});
     return true;
   }

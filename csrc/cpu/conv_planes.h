@@ -200,11 +200,11 @@ void copy_rows(const ConvKernels<T>& kernels, ConvPlanes<T> planes) {
   kernels.copy_planes(planes);
 }
 
-// Rows of one phase for pack_source.
+// Rows of one phase, and `channels` channels from `first` onwards, for pack_source.
 template <typename T>
 void pack_rows_of(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Tensor& t, int64_t image, int64_t first,
-                 int64_t last, int64_t phase, int64_t begin, int64_t end, T* to) {
-  const int64_t images = std::min(p.images, t.size(0) - image), channels = last - first;
+                  int64_t channels, int64_t phase, int64_t begin, int64_t end, T* to) {
+  const int64_t images = std::min(p.images, t.size(0) - image);
   const Axis &y = p.y.source, &x = p.x.source;
   const int64_t planes = p.source_planes() / y.phases();
   const Run run = run_of(y, phase, begin, end);
@@ -235,17 +235,17 @@ void pack_rows_of(const ConvKernels<T>& kernels, const Planes<T>& p, const at::T
   }
 }
 
-// What rows [begin, end) of the result read of the channels [first, last) of the images from `image` onwards. `to` is zero
-// where nothing was packed yet.
+// What rows [begin, end) of the result read of the images from `image` onwards. `to` is zero where nothing was packed yet.
 template <typename T>
-void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Tensor& t, int64_t image, int64_t first,
-                 int64_t last, int64_t begin, int64_t end, T* to) {
+void pack_source(const ConvKernels<T>& kernels, const Planes<T>& p, const at::Tensor& t, int64_t image, int64_t begin,
+                 int64_t end, T* to) {
+  if (image + p.images > t.size(0)) std::fill_n(to, p.source_channels * p.source_channel, T(0));
   // Phases of a channel one after the other, which share its lines.
-  const int64_t phases = p.y.source.phases(), together = phases > 1 ? 1 : last - first;
-  for (int64_t c = first; c < last; c += together)
+  const int64_t phases = p.y.source.phases(), together = phases > 1 ? 1 : p.source_channels;
+  for (int64_t c = 0; c < p.source_channels; c += together)
     for (int64_t phase = 0; phase < phases; ++phase)
       if (p.y.source.phase[phase] >= 0)
-        pack_rows_of(kernels, p, t, image, c, c + together, phase, begin, end + p.reach[phase], to);
+        pack_rows_of(kernels, p, t, image, c, together, phase, begin, end + p.reach[phase], to);
 }
 
 // Results of the channels [first, last) of rows [begin, end) to their place.
@@ -269,16 +269,5 @@ void unpack_results(const ConvKernels<T>& kernels, const Planes<T>& p, const T* 
                            t.stride(0), y.step * t.stride(2)});
   }
 }
-
-// Calls visit(first, last) for the source channels of block b, of each group.
-struct Blocks {
-  int64_t channels, groups, block;  // source channels, of all groups and of a block of a group
-  template <typename Visit>
-  void for_each(int64_t b, Visit visit) const {
-    const int64_t of_group = channels / groups;
-    for (int64_t g = 0; g < groups; ++g)
-      visit(g * of_group + b * block, g * of_group + std::min((b + 1) * block, of_group));
-  }
-};
 
 }  // namespace uasparse
