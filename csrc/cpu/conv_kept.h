@@ -26,6 +26,7 @@ std::shared_ptr<const Lists> keep(AllKept<Lists>& all, const ConvWeight& w, cons
   std::vector<int64_t> key = {w.out, w.in, w.taps, w.groups, w.block_rows, w.block_columns, w.packed,
                               channels_a_block, taps.channel, taps.phases, taps.segments};
   key.insert(key.end(), taps.offset.begin(), taps.offset.end());
+  key.insert(key.end(), taps.phase.begin(), taps.phase.end());
   key.insert(key.end(), taps.segment.begin(), taps.segment.end());
   uint64_t number = 0;
   for (const int64_t part : key) {

@@ -3,6 +3,7 @@
 //
 // pack, unpack: lanes x lanes transposes in registers between images and packed vectors.
 // copy_planes: rows of images side by side.
+// split_columns, join_columns: the same between a map and planes of its even and of its odd columns.
 
 namespace uasparse::UASPARSE_ISA {
 
@@ -165,5 +166,81 @@ void copy_planes(const ConvPlanes<T>& p) {
     default: return copy_planes_as<T, 0>(p);
   }
 }
+
+#if UASPARSE_VECTOR_BYTES == 64
+struct EvenLanes {
+  static constexpr int of(int i) { return 2 * i; }
+};
+struct OddLanes {
+  static constexpr int of(int i) { return 2 * i + 1; }
+};
+
+// What is left of rows beyond whole vectors of both planes.
+struct ColumnsRest {
+  int64_t begin;  // in a plane
+  __mmask16 even, odd, lower, upper;  // lower and upper: of the map
+
+  ColumnsRest(int64_t even_width, int64_t odd_width)
+      : begin((even_width < odd_width ? even_width : odd_width) / 16 * 16),
+        even(lanes_below(even_width - begin)),
+        odd(lanes_below(odd_width - begin)) {
+    const int64_t width = even_width > odd_width ? 2 * even_width - 1 : 2 * odd_width;
+    lower = lanes_below(width - 2 * begin);
+    upper = lanes_below(width - 2 * begin - 16);
+  }
+  static __mmask16 lanes_below(int64_t n) { return __mmask16(n >= 16 ? 0xffff : n <= 0 ? 0 : (1 << n) - 1); }
+};
+
+// Calls visit(map row, even row, odd row) for all rows. The next channel, pages away, is asked for meanwhile.
+template <int kWrite, typename T, typename Map, typename Visit>
+UASPARSE_INLINE void for_each_row(const ConvColumns<T, Map>& p, Visit visit) {
+  const int64_t width = p.even_width + p.odd_width;
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t i = 0; i < p.images; ++i) {
+      Map* map = p.map + c * p.map_channel + i * p.map_image;
+      T* even = p.even + c * p.channel + i * p.image;
+      T* odd = p.odd + c * p.channel + i * p.image;
+      for (int64_t r = 0; r < p.rows; ++r, map += p.map_row, even += p.row, odd += p.row) {
+        for (int64_t x = 0; x < width; x += 16) __builtin_prefetch(map + p.map_channel + x, kWrite);
+        visit(map, even, odd);
+      }
+    }
+}
+
+inline void split_columns(const ConvColumns<float, const float>& p) {
+  const ColumnsRest rest(p.even_width, p.odd_width);
+  for_each_row<0>(p, [&](const float* map, float* even, float* odd) UASPARSE_LAMBDA {
+    for (int64_t x = 0; x < rest.begin; x += 16) {
+      const Vec<float> a = load(map + 2 * x), b = load(map + 2 * x + 16);
+      store(even + x, shuffle<float, EvenLanes>(a, b));
+      store(odd + x, shuffle<float, OddLanes>(a, b));
+    }
+    if (!rest.lower) return;
+    const float* const from = map + 2 * rest.begin;
+    const Vec<float> a = Vec<float>(_mm512_maskz_loadu_ps(rest.lower, from));
+    const Vec<float> b = rest.upper ? Vec<float>(_mm512_maskz_loadu_ps(rest.upper, from + 16)) : a;
+    _mm512_mask_storeu_ps(even + rest.begin, rest.even, __m512(shuffle<float, EvenLanes>(a, b)));
+    _mm512_mask_storeu_ps(odd + rest.begin, rest.odd, __m512(shuffle<float, OddLanes>(a, b)));
+  });
+}
+
+inline void join_columns(const ConvColumns<const float, float>& p) {
+  const ColumnsRest rest(p.even_width, p.odd_width);
+  for_each_row<1>(p, [&](float* map, const float* even, const float* odd) UASPARSE_LAMBDA {
+    for (int64_t x = 0; x < rest.begin; x += 16) {
+      Vec<float> a = load(even + x), b = load(odd + x);
+      interleave<float, 16, 1>(a, b);
+      store(map + 2 * x, a);
+      store(map + 2 * x + 16, b);
+    }
+    if (!rest.lower) return;
+    Vec<float> a = Vec<float>(_mm512_maskz_loadu_ps(rest.even, even + rest.begin));
+    Vec<float> b = Vec<float>(_mm512_maskz_loadu_ps(rest.odd, odd + rest.begin));
+    interleave<float, 16, 1>(a, b);
+    _mm512_mask_storeu_ps(map + 2 * rest.begin, rest.lower, __m512(a));
+    if (rest.upper) _mm512_mask_storeu_ps(map + 2 * rest.begin + 16, rest.upper, __m512(b));
+  });
+}
+#endif
 
 }  // namespace uasparse::UASPARSE_ISA

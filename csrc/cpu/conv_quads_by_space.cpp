@@ -13,35 +13,25 @@
 #include <limits>
 #include <numeric>
 
-#include "cpu/conv_pass.h"
+#include "cpu/conv_planes.h"
 
 namespace uasparse {
 namespace {
 
-constexpr int64_t kL2Bytes = 640 << 10;  // of it both maps of a group of rows
+constexpr int64_t kMapsBytes = 640 << 10;  // of L2 both maps of a group of rows
 constexpr int64_t kDotsVectors = 18;     // of a plane that dot products take together: its sources stay in L1
 // What a visit of a kernel costs beside its vectors, as so many of them: the end of a list; folded sums.
 constexpr int64_t kProductVisit = 1, kDotsVisit = 3;
-
-// Columns, or rows, of the source that lie in the image: [begin, end).
-struct Inside {
-  int64_t begin, end;
-  Inside(const Axis& axis, int64_t from, int64_t to)
-      : begin(std::clamp(-axis.origin, from, to)), end(std::clamp(axis.extent - axis.origin, begin, to)) {}
-};
-
-// Channels a multiple of 4096 bytes apart would share their sets of L1.
-int64_t apart(int64_t channel) { return channel % 512 == 0 ? channel + 2 * 16 : channel; }
 
 // The images of a tile, and their rows [begin, begin + rows) of the destination.
 struct Part {
   int64_t image, images, begin, rows;
 };
 
-struct Planes {
+struct QuadPlanes {
   AxisPass y, x;
   int64_t lanes, batch, height, width, source_channels;  // height, width: of the destination
-  Inside columns;
+  Run columns;
   int64_t pitch;  // from an image to the next
   int period;     // of the masks, in vectors; 1 without masks
   bool masked;
@@ -52,7 +42,7 @@ struct Planes {
   int64_t source_channel, destination_channel;
 
   // `most`: vectors that a kernel takes at once, beside which each such visit costs as much as `visit` vectors more.
-  Planes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t destination_channels, int64_t batch,
+  QuadPlanes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t destination_channels, int64_t batch,
          int64_t lanes, int64_t most, int64_t visit)
       : y(std::move(y_pass)),
         x(std::move(x_pass)),
@@ -61,7 +51,7 @@ struct Planes {
         height(y.destination.length),
         width(x.destination.length),
         source_channels(source_channels),
-        columns(x.source, 0, x.source.length) {
+        columns(run_of(x.source, 0, 0, x.source.length)) {
     pitch = std::max(width, columns.end - columns.begin);
     masked = 2 * lanes % pitch == 0;
     period = masked && pitch > lanes ? 2 : 1;
@@ -73,7 +63,7 @@ struct Planes {
     };
     double best = std::numeric_limits<double>::max();
     for (int64_t n = 1; n <= std::min(batch, lanes); ++n) {
-      if (n > 1 && row_bytes(n) * (height + y.reach) > kL2Bytes) break;
+      if (n > 1 && row_bytes(n) * (height + y.reach) > kMapsBytes) break;
       const int64_t vectors = ceil_div(height * n * pitch, lanes);
       const double copied = is_direct(n) ? 1 : 1.2;
       const double cost = copied * double((vectors + ceil_div(vectors, most) * visit) * ceil_div(batch, n));
@@ -83,7 +73,7 @@ struct Planes {
       }
     }
     row = images * pitch;
-    const int64_t fit = std::max<int64_t>(1, kL2Bytes / row_bytes(images) - y.reach);
+    const int64_t fit = std::max<int64_t>(1, kMapsBytes / row_bytes(images) - y.reach);
     group = ceil_div(height, ceil_div(height, fit));
     direct = is_direct(images);
     if (direct) {  // whole vectors
@@ -143,31 +133,22 @@ struct Planes {
   void pack_source(const ConvKernels<float>& kernels, const at::Tensor& t, const Part& part, float* to) const {
     if (part.images < images) std::fill_n(to, source_channels * source_channel, 0.0f);
     const int64_t end = part.begin + part.rows + y.reach;
-    const Inside rows(y.source, part.begin, end);
+    const Run rows = run_of(y.source, 0, part.begin, end);
     for (int64_t c = 0; c < source_channels; ++c) {
       float* const channel = to + c * source_channel;
       std::fill(channel, channel + (rows.begin - part.begin) * row, 0.0f);
       std::fill(channel + (rows.end - part.begin) * row, channel + (end - part.begin) * row, 0.0f);
     }
-    copy(kernels, {source_channels, part.images, rows.end - rows.begin, columns.end - columns.begin,
+    copy_rows<float>(kernels, {source_channels, part.images, rows.end - rows.begin, columns.end - columns.begin,
                    t.const_data_ptr<float>() + part.image * t.stride(0) + (rows.begin + y.source.origin) * t.stride(2) +
                        columns.begin + x.source.origin,
                    t.stride(1), t.stride(0), t.stride(2), to + (rows.begin - part.begin) * row, source_channel, pitch,
                    row});
   }
-
-  // Rows that follow each other on both sides go as one.
-  static void copy(const ConvKernels<float>& kernels, ConvPlanes<float> planes) {
-    if (planes.from_row == planes.width && planes.to_row == planes.width) {
-      planes.width *= planes.rows;
-      planes.rows = 1;
-    }
-    kernels.copy_planes(planes);
-  }
 };
 
 // destination = product of the source with the weights at the places of `order`.
-void run_products(const ConvKernels<float>& kernels, const Planes& p, const ConvQuadOrder& order, const float* values,
+void run_products(const ConvKernels<float>& kernels, const QuadPlanes& p, const ConvQuadOrder& order, const float* values,
                   const at::Tensor& source, const at::Tensor& destination, const float* bias) {
   const int64_t channels = destination.size(1), quads = channels / 4, count = order.first(order.blocks)[0];
   const Workspace memory(sizeof(ConvPlaneQuad) * count);
@@ -221,7 +202,7 @@ struct Places {
 };
 
 // sums = dot products of grad_output with the input, over chunks of the tiles of images.
-void run_dots(const ConvKernels<float>& kernels, const Planes& p, const ConvQuadOrder& order,
+void run_dots(const ConvKernels<float>& kernels, const QuadPlanes& p, const ConvQuadOrder& order,
               const at::Tensor& grad_output, const at::Tensor& input, PartialSums<float>& sums, int64_t parts) {
   const int64_t channels = grad_output.size(1), quads = channels / 4, groups = p.groups();
   std::vector<ConvPlaneColumn> columns(order.first(order.blocks)[0]);
@@ -250,7 +231,7 @@ void run_dots(const ConvKernels<float>& kernels, const Planes& p, const ConvQuad
         const int64_t grad_channel = p.direct ? grad_output.stride(1) : p.destination_channel;
         if (!p.direct) {
           if (part.images < p.images || part.rows < p.group) std::fill_n(packed_grads.as<float>(), grad_numbers, 0.0f);
-          Planes::copy(kernels, {4 * (quad_end - quad_begin), part.images, part.rows, p.width,
+          copy_rows<float>(kernels, {4 * (quad_end - quad_begin), part.images, part.rows, p.width,
                                  place + 4 * quad_begin * grad_output.stride(1), grad_output.stride(1),
                                  grad_output.stride(0), grad_output.stride(2),
                                  packed_grads.as<float>() + 4 * quad_begin * grad_channel, grad_channel, p.pitch,
@@ -282,7 +263,7 @@ bool forward_quads_by_space(const Geometry& g, const ConvWeight& w, const at::Te
                             const std::vector<float>& bias, const at::Tensor& output) {
   if (!can(g, w, input, output)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
-  const Planes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kernels.max_quad_vectors,
+  const QuadPlanes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kernels.max_quad_vectors,
                       kProductVisit);
   if (!planes.fits()) return false;
   const auto order = forward_quad_order(w, planes.taps(), planes.source_block(kernels.max_quad_vectors, w, w.in));
@@ -295,7 +276,7 @@ bool input_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, const
                                    const at::Tensor& weight, const at::Tensor& grad_input) {
   if (!can(g, w, grad_output, grad_input)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
-  const Planes planes(g.backward_y(), g.backward_x(), g.out, g.in, g.batch, kernels.lanes, kernels.max_quad_vectors,
+  const QuadPlanes planes(g.backward_y(), g.backward_x(), g.out, g.in, g.batch, kernels.lanes, kernels.max_quad_vectors,
                       kProductVisit);
   if (!planes.fits()) return false;
   const int64_t block = planes.source_block(kernels.max_quad_vectors, w, w.out / w.groups);
@@ -308,7 +289,7 @@ bool weight_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, cons
                                     const at::Tensor& input, const at::Tensor& grad_weight) {
   if (!can(g, w, grad_output, input)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
-  const Planes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kDotsVectors, kDotsVisit);
+  const QuadPlanes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kDotsVectors, kDotsVisit);
   if (!planes.fits()) return false;
   const auto order =
       dots_quad_order(w, planes.taps(), planes.source_block(std::min(kDotsVectors, planes.vectors(planes.group)), w, w.in));

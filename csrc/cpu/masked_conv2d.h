@@ -236,6 +236,17 @@ struct ConvPlanes {
   int64_t to_channel, to_image, to_row;
 };
 
+// Rows of a map whose even and odd columns lie apart, in two planes of `even` and `odd` columns: even[c][i][r][x] =
+// map[c][i][r][2 * x], and so on, or back.
+template <typename T, typename Map>
+struct ConvColumns {
+  int64_t channels, images, rows, even_width, odd_width;
+  Map* map;
+  int64_t map_channel, map_image, map_row;
+  T *even, *odd;
+  int64_t channel, image, row;  // of both planes
+};
+
 constexpr int kMaxLanes = 32;
 constexpr int kConvGroup = 8;  // dot products that sddmm takes together
 constexpr int kSmallPiece = 16;  // vectors of a piece of piece_sddmm, beside which registers have room for as many sums
@@ -256,6 +267,8 @@ struct ConvKernels {
   void (*plane_quad_product)(const ConvPlaneQuadProduct&);  // null where registers are too few, and for other types
   void (*plane_quad_dots)(const ConvPlaneQuadDots&);
   void (*copy_planes)(const ConvPlanes<T>&);
+  void (*split_columns)(const ConvColumns<T, const T>&);  // null, as join_columns, where by_batch serves strides
+  void (*join_columns)(const ConvColumns<const T, T>&);
   void (*pack)(const ConvMove<T>&, const T* const* images);
   void (*unpack)(const ConvMove<T>&, T* const* images);
   void (*pack_bf16)(const ConvMove<T>&, const BFloat16* const* images);

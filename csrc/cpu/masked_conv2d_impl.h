@@ -188,19 +188,20 @@ void shifted_product_tile(const ConvShiftedProduct<T>& p) {
     };
     // Sources on the right of their outputs, the farthest first; then those on the left; then those in place.
     T right[kVectors * L];
-    const bool has_right = first[zero + 1] != first[segments];
+    const bool has_left = first[0] != first[zero], has_right = first[zero + 1] != first[segments];
     Vec<T> sum[kVectors] = {};
     if (has_right) {
       for (int64_t s = segments - 1; s > zero; --s) {
         add(s, sum);
         shift_left<T>(sum, right_edge);
       }
-      for (int v = 0; v < kVectors; ++v) {
-        store(right + v * L, sum[v]);
-        sum[v] = Vec<T>{};
-      }
+      if (has_left)
+        for (int v = 0; v < kVectors; ++v) {
+          store(right + v * L, sum[v]);
+          sum[v] = Vec<T>{};
+        }
     }
-    if (first[0] != first[zero])
+    if (has_left)
       for (int64_t s = 0; s < zero; ++s) {
         add(s, sum);
         shift_right<T>(sum, left_edge);
@@ -212,7 +213,7 @@ void shifted_product_tile(const ConvShiftedProduct<T>& p) {
       for (int v = 0; v < kVectors; ++v) sum[v] += load(out + v * L);
     }
     add(zero, sum);
-    if (has_right)
+    if (has_left && has_right)
       for (int v = 0; v < kVectors; ++v) sum[v] += load(right + v * L);
     for (int v = 0; v < kVectors; ++v) store(out + v * L, sum[v]);
   }
@@ -247,11 +248,27 @@ constexpr auto shifted_dots_or_null() -> void (*)(const ConvShiftedDots<T>&) {
 }
 
 template <typename T>
+constexpr auto split_or_null() -> void (*)(const ConvColumns<T, const T>&) {
+#if UASPARSE_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return split_columns;
+#endif
+  return nullptr;
+}
+template <typename T>
+constexpr auto join_or_null() -> void (*)(const ConvColumns<const T, T>&) {
+#if UASPARSE_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) return join_columns;
+#endif
+  return nullptr;
+}
+
+template <typename T>
 constexpr ConvKernels<T> kConvKernels = {
     kLanes<T>,       kMaxVectors<T>,     kMaxRows,       product<T>,   sddmm<T>,           kMaxPiece<T>,
     piece_sddmm<T>,  kQuadVectors<T>,    quad_product<T>, quad_sddmm<T>, shifted_product<T>, shifted_dots_or_null<T>(),
     plane_quad_product_or_null<T>(), plane_quad_dots_or_null<T>(),
-    copy_planes<T>,  pack<T, T>,         unpack<T, T>,   pack<T, BFloat16>, unpack<T, BFloat16>,
+    copy_planes<T>,  split_or_null<T>(), join_or_null<T>(),
+    pack<T, T>,      unpack<T, T>,       pack<T, BFloat16>, unpack<T, BFloat16>,
 };
 
 const ConvKernels<float> conv_float = kConvKernels<float>;
