@@ -43,7 +43,7 @@ struct QuadPlanes {
 
   // `most`: vectors that a kernel takes at once, beside which each such visit costs as much as `visit` vectors more.
   QuadPlanes(AxisPass y_pass, AxisPass x_pass, int64_t source_channels, int64_t destination_channels, int64_t batch,
-         int64_t lanes, int64_t most, int64_t visit)
+             int64_t lanes, int64_t most, int64_t visit)
       : y(std::move(y_pass)),
         x(std::move(x_pass)),
         lanes(lanes),
@@ -52,11 +52,11 @@ struct QuadPlanes {
         width(x.destination.length),
         source_channels(source_channels),
         columns(run_of(x.source, 0, 0, x.source.length)) {
-    pitch = std::max(width, columns.end - columns.begin);
+    pitch = std::max(width, columns.size());
     masked = 2 * lanes % pitch == 0;
     period = masked && pitch > lanes ? 2 : 1;
     if (!masked)
-      pitch = std::max(width, columns.end - columns.begin + std::max(columns.begin, x.source.length - columns.end));
+      pitch = std::max(width, columns.size() + std::max(columns.begin, x.source.length - columns.end));
     const auto is_direct = [&](int64_t n) { return n == 1 && pitch == width && height * width % lanes == 0; };
     const auto row_bytes = [&](int64_t n) {
       return int64_t(sizeof(float)) * n * pitch * (source_channels + (is_direct(n) ? 0 : destination_channels));
@@ -117,7 +117,7 @@ struct QuadPlanes {
       const int64_t shift = x.shift[tap % x.shift.size()] - columns.begin;
       for (int64_t i = 0; i < 2 * lanes; ++i) {
         const int64_t to = i % pitch, from = to + shift;
-        const bool inside = to < width && from >= 0 && from < columns.end - columns.begin;
+        const bool inside = to < width && from >= 0 && from < columns.size();
         if (!inside) masks[tap].inside[i / lanes] &= uint16_t(~(1 << i % lanes));
       }
     }
@@ -139,11 +139,11 @@ struct QuadPlanes {
       std::fill(channel, channel + (rows.begin - part.begin) * row, 0.0f);
       std::fill(channel + (rows.end - part.begin) * row, channel + (end - part.begin) * row, 0.0f);
     }
-    copy_rows<float>(kernels, {source_channels, part.images, rows.end - rows.begin, columns.end - columns.begin,
-                   t.const_data_ptr<float>() + part.image * t.stride(0) + (rows.begin + y.source.origin) * t.stride(2) +
-                       columns.begin + x.source.origin,
-                   t.stride(1), t.stride(0), t.stride(2), to + (rows.begin - part.begin) * row, source_channel, pitch,
-                   row});
+    copy_rows<float>(kernels, {source_channels, part.images, rows.size(), columns.size(),
+                               t.const_data_ptr<float>() + part.image * t.stride(0) +
+                                   (rows.begin + y.source.origin) * t.stride(2) + columns.begin + x.source.origin,
+                               t.stride(1), t.stride(0), t.stride(2), to + (rows.begin - part.begin) * row,
+                               source_channel, pitch, row});
   }
 };
 
@@ -232,10 +232,10 @@ void run_dots(const ConvKernels<float>& kernels, const QuadPlanes& p, const Conv
         if (!p.direct) {
           if (part.images < p.images || part.rows < p.group) std::fill_n(packed_grads.as<float>(), grad_numbers, 0.0f);
           copy_rows<float>(kernels, {4 * (quad_end - quad_begin), part.images, part.rows, p.width,
-                                 place + 4 * quad_begin * grad_output.stride(1), grad_output.stride(1),
-                                 grad_output.stride(0), grad_output.stride(2),
-                                 packed_grads.as<float>() + 4 * quad_begin * grad_channel, grad_channel, p.pitch,
-                                 p.row});
+                                     place + 4 * quad_begin * grad_output.stride(1), grad_output.stride(1),
+                                     grad_output.stride(0), grad_output.stride(2),
+                                     packed_grads.as<float>() + 4 * quad_begin * grad_channel, grad_channel, p.pitch,
+                                     p.row});
         }
         const int64_t vectors = p.vectors(part.rows), units = ceil_div(vectors, p.period);
         const int64_t pieces = ceil_div(vectors, kDotsVectors);
@@ -264,7 +264,7 @@ bool forward_quads_by_space(const Geometry& g, const ConvWeight& w, const at::Te
   if (!can(g, w, input, output)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
   const QuadPlanes planes(g.forward_y(), g.forward_x(), g.in, g.out, g.batch, kernels.lanes, kernels.max_quad_vectors,
-                      kProductVisit);
+                          kProductVisit);
   if (!planes.fits()) return false;
   const auto order = forward_quad_order(w, planes.taps(), planes.source_block(kernels.max_quad_vectors, w, w.in));
   run_products(kernels, planes, *order, weight.const_data_ptr<float>(), input, output,
@@ -277,7 +277,7 @@ bool input_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, const
   if (!can(g, w, grad_output, grad_input)) return false;
   const ConvKernels<float>& kernels = conv_kernels<float>();
   const QuadPlanes planes(g.backward_y(), g.backward_x(), g.out, g.in, g.batch, kernels.lanes, kernels.max_quad_vectors,
-                      kProductVisit);
+                          kProductVisit);
   if (!planes.fits()) return false;
   const int64_t block = planes.source_block(kernels.max_quad_vectors, w, w.out / w.groups);
   const auto order = backward_quad_order(w, planes.taps(), block);
