@@ -399,6 +399,54 @@ def test_a_part_that_is_loaded_takes_its_momentum_along(how, storage):
     assert torch.equal(now, held * layer.pattern.to_mask())
 
 
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_momentum_of_an_optimizer_that_is_not_loaded_moves(storage, wrapped):
+    """Of several optimisers one is loaded, and the model: the state of the others is not the checkpoint's."""
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer, self.param_groups, self.step = optimizer, optimizer.param_groups, optimizer.step
+
+        state = property(lambda self: self.optimizer.state)
+
+    model = network(storage=storage)
+    parts = [model[0].parameters(), [*model[2].parameters(), *model[4].parameters()]]
+    optimizers = [torch.optim.SGD(part, 0.05, momentum=0.9) for part in parts]
+    topology, _ = dynamic(model, [Wrapper(o) if wrapped else o for o in optimizers], method="set")
+    saved = []
+    for _ in range(4):
+        loss_of(model, *data()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        topology.step()
+        model.zero_grad()
+        saved.append(copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers])))
+
+    def momentum(i):
+        layer = model[2 * i]
+        held = optimizers[i].state[layer.weight]["momentum_buffer"].clone()
+        return layer.pattern.unpack(held) if storage == "packed" else held
+
+    other = momentum(1)
+    optimizers[0].load_state_dict(copy.deepcopy(saved[0][1][0]))
+    model.load_state_dict(saved[0][0])
+    loaded = [momentum(0), momentum(1)]
+    assert torch.equal(loaded[0].flatten()[model[0].pattern.indices()], _packed(saved[0][1][0], model[0]))
+    assert torch.equal(loaded[1], other * model[2].pattern.to_mask())
+    # A step of one optimiser does not settle what was loaded into the other.
+    optimizers[1].load_state_dict(copy.deepcopy(saved[1][1][1]))
+    loss_of(model, *data()).backward()
+    optimizers[0].step()
+    model.load_state_dict(saved[1][0])
+    assert torch.equal(momentum(1).flatten()[model[2].pattern.indices()], _packed(saved[1][1][1], model[2]))
+
+
+def _packed(state, layer):
+    momentum = next(iter(state["state"].values()))["momentum_buffer"]
+    return momentum if layer.storage == "packed" else momentum.flatten()[layer.pattern.indices()]
+
+
 @pytest.mark.parametrize("what", ["weight", "pattern"])
 def test_what_layers_share_is_refused(what):
     model = nn.Sequential(*(ua.SparseLinear(8, 8, sparsity=0.5, storage="packed") for _ in range(2)))
