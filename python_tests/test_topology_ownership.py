@@ -150,6 +150,66 @@ def test_it_may_be_collected_while_torch_loops_over_hooks(method):
             first.remove(), last.remove()
 
 
+@pytest.mark.parametrize("holder", ["optimizer", "layer", "hook of the layer", "model"])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_who_holds_it_does_not_live_for_ever(holder, passes):
+    """Loops keep it where it is at hand; a sweep of trainings would fill the memory."""
+    model = network()
+    topology, optimizer = dynamic(model)
+    if holder == "optimizer":
+        optimizer.register_step_post_hook(lambda *_, topology=topology: topology.step())
+    elif holder == "layer":
+        object.__setattr__(model[0], "topology", topology)
+    elif holder == "hook of the layer":
+        model[0].register_forward_hook(lambda *_, topology=topology: None)
+    else:
+        model.topology = topology
+    for _ in range(passes):
+        loss_of(model, *data()).backward()
+    alive = [weakref.ref(o) for o in (topology, optimizer, model[0])]
+    del model, optimizer, topology
+    gc.collect()
+    assert not any(reference() for reference in alive)
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_copy_is_detached(method, together):
+    """It has no hooks: it would leave the state of the copied optimizer behind when a pattern is loaded."""
+    model = network()
+    topology, optimizer = dynamic(model, method=method)
+    model.topology = topology
+    held = (model, optimizer) if together else (model,)
+    model2, *rest = copy.deepcopy(held)
+    copied, optimizer2 = model2.topology, model2.topology.optimizer
+    assert rest in ([], [optimizer2]) and copied.layers["0"] is model2[0] and model2[0] is not model[0]
+    del topology, model, optimizer, held
+    gc.collect()
+    loss_of(model2, *data()).backward()
+    with pytest.raises(RuntimeError, match="it is a copy"):
+        copied.step()
+    copied.detach()
+    new, _ = dynamic(model2, optimizer2, method=method)
+    new.load_state_dict(copied.state_dict())
+    loss_of(model2, *data()).backward()
+    assert new.step()
+
+
+def test_a_copy_of_a_static_one_counts_on():
+    model = network()
+    topology, _ = dynamic(model, method="static")
+    assert not copy.deepcopy(topology).step()
+
+
+def test_it_may_be_detached_while_its_layer_is_called():
+    """torch loops over a copy of the hooks, and looks up then how to call each: other threads may be that far."""
+    model = network()
+    topology, _ = dynamic(model)
+    model[0].register_forward_hook(lambda *_: topology.detach(), prepend=True)
+    loss_of(model, *data()).backward()
+    assert not topology.layers["2"]._forward_hooks
+
+
 def test_a_loaded_state_is_checked_before_the_hooks_of_others():
     model = network()
     topology, optimizer = dynamic(model)

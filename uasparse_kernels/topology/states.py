@@ -258,16 +258,11 @@ class LoadWatch:
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(loading))
                 self._handles.append(optimizer.register_load_state_dict_post_hook(loaded))
 
-    def forget(self) -> None:
-        """Lets go of everything. Hooks stay, and idle: those who call this may be in the middle of a loop over them."""
+    def remove(self) -> None:
+        """Ends it. Where it is collected instead, its hooks stay and idle."""
         for layer in self._layers.values():
             if (reference := told_of_patterns.get(layer)) and reference() == self._layer_loaded:
                 del told_of_patterns[layer]
-        self._layers = {}
-
-    def remove(self) -> None:
-        """The same, hooks included."""
-        self.forget()
         for handle in self._handles:
             handle.remove()
 
