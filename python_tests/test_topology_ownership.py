@@ -201,6 +201,32 @@ def test_a_copy_of_a_static_one_counts_on():
     assert not copy.deepcopy(topology).step()
 
 
+@pytest.mark.parametrize("hash_", [None, lambda self: 1])
+def test_optimizers_that_are_equal_are_told_apart(hash_):
+    """Those that compare by settings, and so may have no hash, whoever's they are."""
+
+    class Equal(torch.optim.SGD):
+        def __eq__(self, other):
+            return self.defaults == other.defaults
+
+        __hash__ = hash_
+
+    model = network()
+    parts = [model[0].parameters(), [*model[2].parameters(), *model[4].parameters()]]
+    optimizers = [Equal(part, 0.05, momentum=0.9) for part in parts]
+    topology, _ = dynamic(model, optimizers)
+    for optimizer in optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        loss_of(model, *data()).backward()
+        optimizer.step()
+    assert topology.step() and topology._watch.steps == 2
+    stranger = Equal(model.parameters(), 0.05, momentum=0.9)
+    loss_of(model, *data()).backward()
+    stranger.step()
+    with pytest.raises(ValueError, match="another Equal has trained its weight"):
+        topology.step()
+
+
 def test_it_may_be_detached_while_its_layer_is_called():
     """torch loops over a copy of the hooks, and looks up then how to call each: other threads may be that far."""
     model = network()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from uasparse_kernels.nn.layers import SparseLayer, told_of_patterns
 from uasparse_kernels.ops._common import replace_data_
@@ -36,8 +37,9 @@ _START: dict[str, dict[str, Callable[[dict[str, Any]], float]]] = {
 }
 
 
-# How often each optimiser of the process has stepped since there was a DynamicSparsity.
-_steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+# How often each optimiser of the process has stepped since there was a DynamicSparsity. By identity: they may be equal,
+# or have no hash.
+_steps = WeakIdKeyDictionary()
 
 
 def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -236,12 +238,14 @@ class LoadWatch:
         self._layers, self._states = layers, states
         self._loaded: set[int] = set()  # the places in states.together of what was
         self._running: set[int] = set()
-        self._checking: weakref.WeakSet[Any] = weakref.WeakSet()  # optimisers whose steps are preceded by settle()
+        self._checking: set[int] = set()  # ids of the optimisers whose steps are preceded by settle()
         self._handles: list[Any] = []
         for layer in layers.values():
             told_of_patterns[layer] = weakref.WeakMethod(self._layer_loaded)
         _count_steps_of_all()
-        self._before = weakref.WeakKeyDictionary({optimizer: _steps[optimizer] for optimizer in _stepped()})
+        self._before = WeakIdKeyDictionary()
+        for optimizer in _stepped():
+            self._before[optimizer] = _steps[optimizer]
         me = weakref.ref(self)  # an optimiser is no owner
         for optimizer in states.optimizers:
             if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
@@ -325,8 +329,8 @@ class LoadWatch:
             if (watch := me()) is not None:
                 watch.settle(optimizer)
 
-        if optimizer not in self._checking:
-            self._checking.add(optimizer)
+        if id(optimizer) not in self._checking:
+            self._checking.add(id(optimizer))
             self._handles.append(optimizer.register_step_pre_hook(check))
 
     def settle(self, optimizer: Any) -> None:
