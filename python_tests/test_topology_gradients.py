@@ -1,8 +1,10 @@
 """The gradient by which an update grows is the one in ``.grad``, and an update waits until it is finite."""
 
 import copy
+import gc
 import logging
 import math
+import threading
 
 import pytest
 import torch
@@ -28,6 +30,10 @@ def passes(how, model, x, y, optimizer):
     elif how == "zeroed":
         other.backward()
         optimizer.zero_grad(set_to_none=False)
+    elif how == "zeroed through .data":
+        other.backward()
+        for parameter in model.parameters():
+            parameter.grad.data.zero_()
     elif how == "none":
         other.backward()
         optimizer.zero_grad()
@@ -59,7 +65,17 @@ def passes(how, model, x, y, optimizer):
 @pytest.mark.parametrize("storage", ["packed", "dense"])
 @pytest.mark.parametrize(
     "how",
-    ["frozen meanwhile", "zeroed", "none", "autograd.grad", "inputs=", "sam", "retain_graph", "create_graph"],
+    [
+        "frozen meanwhile",
+        "zeroed",
+        "zeroed through .data",
+        "none",
+        "autograd.grad",
+        "inputs=",
+        "sam",
+        "retain_graph",
+        "create_graph",
+    ],
 )
 def test_only_what_stands_in_grad_counts(how, storage):
     """The captured dense gradient equals .grad at the active weights, and so is of the same passes."""
@@ -73,6 +89,55 @@ def test_only_what_stands_in_grad_counts(how, storage):
         grad = layer.weight.grad if storage == "packed" else layer.pattern.pack(layer.weight.grad)
         torch.testing.assert_close(layer.pattern.pack(tiles), grad.detach())
     assert topology.step()
+
+
+def test_zeros_of_a_pass_are_no_zeroed_gradient():
+    """A micro-batch of which all that is active gets nothing counts nevertheless."""
+    pattern = ua.SparsityPattern.from_mask((torch.arange(8) < 2).expand(4, 8))
+    layer = ua.SparseLinear(8, 4, pattern=pattern, dtype=torch.float64)
+    topology, _ = dynamic(layer)
+    x = torch.randn(2, 3, 8, dtype=torch.float64)
+    x[0, :, :2] = 0
+    for micro in x:
+        layer(micro).sum().backward()
+    (capture,) = topology._captures.values()
+    tiles = torch.cat([tile for _, tile in capture.tiles(layer)])
+    torch.testing.assert_close(tiles, x.sum((0, 1)).expand(4, 8))
+
+
+def test_a_forward_pass_in_another_thread_takes_nothing_away():
+    """Threads that share a model: one begins a pass while another is in the middle of its own."""
+    model = network()
+    topology, _ = dynamic(model)
+
+    def begin(grad):
+        thread = threading.Thread(target=lambda: model(data()[0]))
+        thread.start()
+        thread.join()
+
+    x, y = data()
+    hidden = model[:3](x)
+    hidden.register_hook(begin)
+    model[2].weight.register_hook(begin)
+    nn.functional.cross_entropy(model[3:](hidden), y).backward()
+    for name, layer in topology.layers.items():
+        tiles = torch.cat([tile for _, tile in topology._captures[name].tiles(layer)])
+        torch.testing.assert_close(layer.pattern.pack(tiles), layer.weight.grad)
+
+
+def test_a_pass_that_fails_leaves_nothing():
+    model = network()
+    topology, _ = dynamic(model)
+
+    def fail(grad):
+        raise KeyboardInterrupt
+
+    hidden = model[:2](data()[0])
+    hidden.register_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        model[4](model[3](model[2](hidden))).square().sum().backward(inputs=[hidden, model[2].bias])
+    gc.collect()
+    assert kept(model) == 0 and topology.steps == 0
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

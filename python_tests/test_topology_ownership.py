@@ -150,6 +150,92 @@ def test_it_may_be_collected_while_torch_loops_over_hooks(method):
             first.remove(), last.remove()
 
 
+@pytest.mark.parametrize("holder", ["optimizer", "layer", "hook of the layer", "model"])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_who_holds_it_does_not_live_for_ever(holder, passes):
+    """Loops keep it where it is at hand; a sweep of trainings would fill the memory."""
+    model = network()
+    topology, optimizer = dynamic(model)
+    if holder == "optimizer":
+        optimizer.register_step_post_hook(lambda *_, topology=topology: topology.step())
+    elif holder == "layer":
+        object.__setattr__(model[0], "topology", topology)
+    elif holder == "hook of the layer":
+        model[0].register_forward_hook(lambda *_, topology=topology: None)
+    else:
+        model.topology = topology
+    for _ in range(passes):
+        loss_of(model, *data()).backward()
+    alive = [weakref.ref(o) for o in (topology, optimizer, model[0])]
+    del model, optimizer, topology
+    gc.collect()
+    assert not any(reference() for reference in alive)
+
+
+@pytest.mark.parametrize("method", ["rigl", "set"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_copy_is_detached(method, together):
+    """It has no hooks: it would leave the state of the copied optimizer behind when a pattern is loaded."""
+    model = network()
+    topology, optimizer = dynamic(model, method=method)
+    model.topology = topology
+    held = (model, optimizer) if together else (model,)
+    model2, *rest = copy.deepcopy(held)
+    copied, optimizer2 = model2.topology, model2.topology.optimizer
+    assert rest in ([], [optimizer2]) and copied.layers["0"] is model2[0] and model2[0] is not model[0]
+    del topology, model, optimizer, held
+    gc.collect()
+    loss_of(model2, *data()).backward()
+    with pytest.raises(RuntimeError, match="it is a copy"):
+        copied.step()
+    copied.detach()
+    new, _ = dynamic(model2, optimizer2, method=method)
+    new.load_state_dict(copied.state_dict())
+    loss_of(model2, *data()).backward()
+    assert new.step()
+
+
+def test_a_copy_of_a_static_one_counts_on():
+    model = network()
+    topology, _ = dynamic(model, method="static")
+    assert not copy.deepcopy(topology).step()
+
+
+@pytest.mark.parametrize("hash_", [None, lambda self: 1])
+def test_optimizers_that_are_equal_are_told_apart(hash_):
+    """Those that compare by settings, and so may have no hash, whoever's they are."""
+
+    class Equal(torch.optim.SGD):
+        def __eq__(self, other):
+            return self.defaults == other.defaults
+
+        __hash__ = hash_
+
+    model = network()
+    parts = [model[0].parameters(), [*model[2].parameters(), *model[4].parameters()]]
+    optimizers = [Equal(part, 0.05, momentum=0.9) for part in parts]
+    topology, _ = dynamic(model, optimizers)
+    for optimizer in optimizers:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        loss_of(model, *data()).backward()
+        optimizer.step()
+    assert topology.step() and topology._watch.steps == 2
+    stranger = Equal(model.parameters(), 0.05, momentum=0.9)
+    loss_of(model, *data()).backward()
+    stranger.step()
+    with pytest.raises(ValueError, match="another Equal has trained its weight"):
+        topology.step()
+
+
+def test_it_may_be_detached_while_its_layer_is_called():
+    """torch loops over a copy of the hooks, and looks up then how to call each: other threads may be that far."""
+    model = network()
+    topology, _ = dynamic(model)
+    model[0].register_forward_hook(lambda *_: topology.detach(), prepend=True)
+    loss_of(model, *data()).backward()
+    assert not topology.layers["2"]._forward_hooks
+
+
 def test_a_loaded_state_is_checked_before_the_hooks_of_others():
     model = network()
     topology, optimizer = dynamic(model)
@@ -397,6 +483,54 @@ def test_a_part_that_is_loaded_takes_its_momentum_along(how, storage):
     now = layer.pattern.unpack(momentum) if storage == "packed" else momentum
     assert not torch.equal(old, layer.pattern.to_mask())
     assert torch.equal(now, held * layer.pattern.to_mask())
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_momentum_of_an_optimizer_that_is_not_loaded_moves(storage, wrapped):
+    """Of several optimisers one is loaded, and the model: the state of the others is not the checkpoint's."""
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer, self.param_groups, self.step = optimizer, optimizer.param_groups, optimizer.step
+
+        state = property(lambda self: self.optimizer.state)
+
+    model = network(storage=storage)
+    parts = [model[0].parameters(), [*model[2].parameters(), *model[4].parameters()]]
+    optimizers = [torch.optim.SGD(part, 0.05, momentum=0.9) for part in parts]
+    topology, _ = dynamic(model, [Wrapper(o) if wrapped else o for o in optimizers], method="set")
+    saved = []
+    for _ in range(4):
+        loss_of(model, *data()).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        topology.step()
+        model.zero_grad()
+        saved.append(copy.deepcopy((model.state_dict(), [o.state_dict() for o in optimizers])))
+
+    def momentum(i):
+        layer = model[2 * i]
+        held = optimizers[i].state[layer.weight]["momentum_buffer"].clone()
+        return layer.pattern.unpack(held) if storage == "packed" else held
+
+    other = momentum(1)
+    optimizers[0].load_state_dict(copy.deepcopy(saved[0][1][0]))
+    model.load_state_dict(saved[0][0])
+    loaded = [momentum(0), momentum(1)]
+    assert torch.equal(loaded[0].flatten()[model[0].pattern.indices()], _packed(saved[0][1][0], model[0]))
+    assert torch.equal(loaded[1], other * model[2].pattern.to_mask())
+    # A step of one optimiser does not settle what was loaded into the other.
+    optimizers[1].load_state_dict(copy.deepcopy(saved[1][1][1]))
+    loss_of(model, *data()).backward()
+    optimizers[0].step()
+    model.load_state_dict(saved[1][0])
+    assert torch.equal(momentum(1).flatten()[model[2].pattern.indices()], _packed(saved[1][1][1], model[2]))
+
+
+def _packed(state, layer):
+    momentum = next(iter(state["state"].values()))["momentum_buffer"]
+    return momentum if layer.storage == "packed" else momentum.flatten()[layer.pattern.indices()]
 
 
 @pytest.mark.parametrize("what", ["weight", "pattern"])

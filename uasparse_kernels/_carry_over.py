@@ -50,7 +50,7 @@ def carry_over(old: Any, new: Any) -> None:
             continue
         after.__dict__.update(before.__dict__)
         accumulated = (before._post_accumulate_grad_hooks or {}).values()
-        if not all(_is_for_sparse_layers(getattr(hook, "__self__", None)) for hook in accumulated):
+        if not all(map(_is_for_sparse_layers, accumulated)):
             logger.warning("A hook after the accumulation of a gradient is not carried over to a new %s.", name)
         for hook in (before._backward_hooks or {}).values():
             maker = old

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import re
@@ -198,6 +199,17 @@ class DynamicSparsity:
         """Removes the hooks from the model and the optimiser, which are as without it then."""
         self._detach("detach() was called")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> DynamicSparsity:
+        """A detached one: hooks are of the layers and the optimiser that they were made for."""
+        copied = self.__new__(type(self))
+        memo[id(self)] = copied
+        hooks = ("_captures", "_watch", "_finalizer")
+        vars(copied).update(copy.deepcopy({key: v for key, v in vars(self).items() if key not in hooks}, memo))
+        copied._captures = {}
+        if self.method is not None:
+            copied._detached = "it is a copy; make one of copies of model and optimizer, and load its state_dict()"
+        return copied
+
     def state_dict(self) -> dict[str, Any]:
         """The step, the generator, the sizes at first, and what was asked for; patterns and weights are in the model's
         state_dict."""
@@ -256,13 +268,14 @@ class DynamicSparsity:
         self._watch = LoadWatch(self.layers, self._states)
         self._steps_seen = self._watch.steps
         # The hooks know nothing of this object. They idle when it is gone, and captures go when next called: garbage
-        # is collected anywhere, in the middle of torch's loops over hooks too.
-        self._finalizer = weakref.finalize(self, _forget, list(self._captures.values()), self._watch)
+        # is collected anywhere, in the middle of torch's loops over hooks too. Nor does what waits for its end hold
+        # anything: layers and optimisers may hold this object.
+        self._finalizer = weakref.finalize(self, _forget, [weakref.ref(c) for c in self._captures.values()])
         self._finalizer.atexit = False
 
     def _detach(self, reason: str) -> None:
         self._detached = reason
-        if self.method is not None and self._finalizer.detach():
+        if self._captures and self._finalizer.detach():
             for name, layer in self.layers.items():
                 self._captures[name].remove_from(layer)
             self._watch.remove()
@@ -610,11 +623,11 @@ def _unowned(layer: SparseLayer) -> str | None:
     return None
 
 
-def _forget(captures: list[GradientCapture], watch: LoadWatch) -> None:
-    for capture in captures:
-        capture.clear()
-        capture.removed = True
-    watch.forget()
+def _forget(captures: list[weakref.ref[GradientCapture]]) -> None:
+    for reference in captures:
+        if (capture := reference()) is not None:
+            capture.clear()
+            capture.removed = True
 
 
 def _no_tiles() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,24 @@ _keys = itertools.count()
 _captures: weakref.WeakValueDictionary[int, GradientCapture] = weakref.WeakValueDictionary()
 
 Pair = tuple[Tensor, Tensor]  # a layer's input and the gradient of its output
+
+
+class _Pass(list[Pair]):
+    """The pairs of a backward pass. Lists have no weak references."""
+
+
+class _WeakHook:
+    """A method as a hook of a weight that does not hold the object. The garbage collector does not look into the hooks
+    that a tensor has, and would never free a cycle through them."""
+
+    only_for_sparse_layers = True  # densify() leaves it behind
+
+    def __init__(self, method: Callable[[Tensor], None]):
+        self._method = weakref.WeakMethod(method)
+
+    def __call__(self, weight: Tensor) -> None:
+        if (method := self._method()) is not None:
+            method(weight)
 
 
 def tile_entries(device: torch.device) -> int:
@@ -76,7 +94,8 @@ class GradientCapture:
         self._weight: Tensor | None = None
         self._hooks: list[Any] = []
         self._hooked: Tensor | None = None
-        self._open: dict[int, list[Pair]] = {}  # by running backward pass, not confirmed yet
+        # By running backward pass, not confirmed yet. The pass holds them: they go with one that fails.
+        self._open: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
         self._discarded = False  # whether a pass was
         self._unseen = False  # whether there was something that pairs may not show
         self._drop()
@@ -130,7 +149,11 @@ class GradientCapture:
         """Whether anybody but backward passes wrote to ``weight.grad``."""
         return self._weight is not None and _place(self._weight.grad) != self._standing
 
-    def __call__(self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def __call__(
+        self, module: SparseLayer, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None
+    ) -> Tensor | None:
+        if output is None:  # removed since torch copied the list of hooks: it is called as one without kwargs
+            return None
         if not torch.compiler.is_compiling():
             self.ran = True
             if self.removed:  # its owner is gone. torch calls hooks from a copy of their list
@@ -157,13 +180,11 @@ class GradientCapture:
             return
         first = next(iter(layer._forward_hooks.values()))
         self._unseen |= "forward" in vars(layer) or first is not self or bool(mine._backward_hooks)  # may change it
-        if torch._C._current_graph_task_id() < 0:
-            self._open.clear()  # of passes that failed
         if self._hooked is not weight:
             self._hooked = weight
-            self._hooks.append(weight.register_post_accumulate_grad_hook(self._confirm))
+            self._hooks.append(weight.register_post_accumulate_grad_hook(_WeakHook(self._confirm)))
             if weight is not mine:
-                self._hooks.append(mine.register_post_accumulate_grad_hook(self._stand))
+                self._hooks.append(mine.register_post_accumulate_grad_hook(_WeakHook(self._stand)))
         # What is no result of a graph is somebody's own memory, which may hold the next batch before step() comes.
         kept = input.detach().clone() if input.is_leaf else input.detach()
         recorded: list[Tensor] = []  # the output's gradient in a pass that records a graph
@@ -180,7 +201,7 @@ class GradientCapture:
             return
         if self._hooked is not weight:
             self._hooked = weight
-            self._hooks.append(weight.register_post_accumulate_grad_hook(self._confirm))
+            self._hooks.append(weight.register_post_accumulate_grad_hook(_WeakHook(self._confirm)))
         self._pair(input.clone(), grad)
 
     def _of_output(self, input: Tensor, recorded: list[Tensor], grad: Tensor) -> None:
@@ -204,32 +225,33 @@ class GradientCapture:
         pairs = self._open.get(task)
         if pairs is None:
             self._forget_discarded()
-            pairs = self._open[task] = []
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._close, task))
+            pairs = self._open[task] = _Pass()
+            torch.autograd.Variable._execution_engine.queue_callback(pairs.clear)
         self.ran = True
         pairs.append((input, grad.detach().clone()))  # it may be the caller's own: output.backward(grad)
 
-    def _close(self, task: int) -> None:
-        """At the end of a pass: what it did not add to ``.grad`` does not count."""
-        self._open.pop(task, None)
-
     def _forget_discarded(self) -> None:
         """Before a pass: pairs whose gradient was let go do not count any more."""
-        weight = self._weight
-        if not self._confirmed or self._coming or weight is None:
+        weight, layer = self._weight, self._layer
+        if not self._confirmed or self._coming or weight is None or layer is None:
             return
         grad = weight.grad
-        if grad is None or (_place(grad) != self._standing and _is_zeroed(grad)):
+        if grad is None or (_is_zeroed(grad) and (_place(grad) != self._standing or self._was_zeroed(weight, layer))):
             self._drop()
             self._discarded = True
 
+    def _was_zeroed(self, weight: Tensor, layer: SparseLayer) -> bool:
+        """Whether a gradient of zeros is not what the passes gave. What ``.data`` writes leaves no version."""
+        return not is_sharded(weight) and self.is_withheld(layer)
+
     @torch.no_grad()
     def _confirm(self, weight: Tensor) -> None:
-        pairs = self._open.pop(torch._C._current_graph_task_id(), [])
+        pairs = self._open.get(torch._C._current_graph_task_id())
         layer = self._layer
         if layer is None or not pairs:
             return
         self.pairs += pairs
+        pairs.clear()
         self._confirmed = True
         if weight is self._weight:
             self._stand(weight)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from uasparse_kernels.nn.layers import SparseLayer, told_of_patterns
 from uasparse_kernels.ops._common import replace_data_
@@ -36,8 +37,9 @@ _START: dict[str, dict[str, Callable[[dict[str, Any]], float]]] = {
 }
 
 
-# How often each optimiser of the process has stepped since there was a DynamicSparsity.
-_steps: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+# How often each optimiser of the process has stepped since there was a DynamicSparsity. By identity: they may be equal,
+# or have no hash.
+_steps = WeakIdKeyDictionary()
 
 
 def _count(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -73,6 +75,7 @@ class OptimizerStates:
     def __init__(self, optimizers: Any):
         given = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
         self.optimizers: list[Any] = []
+        self.together: list[list[Any]] = []  # by what was given: it, and what it wraps
         self._given = given
         for optimizer in given:
             found = [o for o in _with_wrapped(optimizer, set()) if isinstance(o.state, Mapping)]
@@ -81,6 +84,7 @@ class OptimizerStates:
                     f"Expected an optimizer with param_groups and state, or several, got {type(optimizer).__name__}."
                 )
             self.optimizers += found
+            self.together.append(found)
 
     def check_holds(self, layers: Mapping[str, SparseLayer]) -> None:
         """Raises ValueError if a weight that requires gradients is in no param group."""
@@ -92,6 +96,16 @@ class OptimizerStates:
                 "state would not move with them. Make it after sparsify(), of model.parameters(); pass all optimizers "
                 "where there are several; requires_grad_(False) leaves a layer as it is."
             )
+
+    def places(self, optimizer: Any) -> set[int]:
+        """Where in ``together`` it is."""
+        return {i for i, optimizers in enumerate(self.together) if any(o is optimizer for o in optimizers)}
+
+    def held(self, layers: Mapping[str, SparseLayer], place: int) -> dict[str, SparseLayer]:
+        """The layers whose weights are in the param groups of ``together[place]``."""
+        groups = (group for optimizer in self.together[place] for group in optimizer.param_groups)
+        ids = {id(p) for group in groups for p in group["params"]}
+        return {name: layer for name, layer in layers.items() if id(layer.weight) in ids}
 
     def at_rest(self) -> set[int]:
         """Ids of the parameters that are held at a rate of 0 only."""
@@ -217,19 +231,21 @@ class LoadWatch:
 
     Loading a layer, by itself or in whatever module it is, moves the state by position: what becomes active starts
     anew. A state that was loaded into the optimiser since its last step is left as it is, for it belongs to the
-    checkpoint; it is checked, and masked where weights are dense-stored, before the optimiser's next step.
+    checkpoint; it is checked, and masked where weights are dense-stored, before that optimiser's next step.
     """
 
     def __init__(self, layers: dict[str, SparseLayer], states: OptimizerStates):
         self._layers, self._states = layers, states
-        self._loaded = False
+        self._loaded: set[int] = set()  # the places in states.together of what was
         self._running: set[int] = set()
-        self._checking: weakref.WeakSet[Any] = weakref.WeakSet()  # optimisers whose steps are preceded by settle()
+        self._checking: set[int] = set()  # ids of the optimisers whose steps are preceded by settle()
         self._handles: list[Any] = []
         for layer in layers.values():
             told_of_patterns[layer] = weakref.WeakMethod(self._layer_loaded)
         _count_steps_of_all()
-        self._before = weakref.WeakKeyDictionary({optimizer: _steps[optimizer] for optimizer in _stepped()})
+        self._before = WeakIdKeyDictionary()
+        for optimizer in _stepped():
+            self._before[optimizer] = _steps[optimizer]
         me = weakref.ref(self)  # an optimiser is no owner
         for optimizer in states.optimizers:
             if "_optimizer_load_state_dict_post_hooks" in vars(optimizer):
@@ -246,16 +262,11 @@ class LoadWatch:
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(loading))
                 self._handles.append(optimizer.register_load_state_dict_post_hook(loaded))
 
-    def forget(self) -> None:
-        """Lets go of everything. Hooks stay, and idle: those who call this may be in the middle of a loop over them."""
+    def remove(self) -> None:
+        """Ends it. Where it is collected instead, its hooks stay and idle."""
         for layer in self._layers.values():
             if (reference := told_of_patterns.get(layer)) and reference() == self._layer_loaded:
                 del told_of_patterns[layer]
-        self._layers = {}
-
-    def remove(self) -> None:
-        """The same, hooks included."""
-        self.forget()
         for handle in self._handles:
             handle.remove()
 
@@ -284,11 +295,10 @@ class LoadWatch:
 
     @torch.no_grad()
     def _layer_loaded(self, layer: SparseLayer, before: Tensor) -> None:
-        if self._loaded:
-            return
         pattern, weight = layer.pattern, layer.weight
         old = SparsityPattern.from_blocks(pattern.shape, before, block=pattern.block)
-        states, moved = [], {_memory(weight)}
+        loaded = [optimizer.state.get(weight) for place in self._loaded for optimizer in self._states.together[place]]
+        states, moved = [], {_memory(tensor) for tensor in (weight, *_tensors(loaded))}
         for optimizer in self._states.optimizers:
             for key, value in (optimizer.state.get(weight) or {}).items():
                 fits = isinstance(value, Tensor) and tuple(value.shape) in (old.packed_shape, pattern.shape)
@@ -312,22 +322,22 @@ class LoadWatch:
         return {_memory(tensor) for state in states for tensor in _tensors(state) if tensor.numel() > 1}
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
-        self._loaded = True
+        self._loaded |= self._states.places(optimizer)
         me = weakref.ref(self)
 
         def check(optimizer, args, kwargs):
             if (watch := me()) is not None:
-                watch.settle()
+                watch.settle(optimizer)
 
-        if optimizer not in self._checking:
-            self._checking.add(optimizer)
+        if id(optimizer) not in self._checking:
+            self._checking.add(id(optimizer))
             self._handles.append(optimizer.register_step_pre_hook(check))
 
-    def settle(self) -> None:
+    def settle(self, optimizer: Any) -> None:
         """Before a step: what was loaded must fit, and belongs to the weights from now on."""
-        if self._loaded:
-            self._states.mask(self._layers)
-            self._loaded = False
+        for place in self._loaded & self._states.places(optimizer):
+            self._states.mask(self._states.held(self._layers, place))
+            self._loaded.discard(place)
 
 
 def _with_wrapped(optimizer: Any, seen: set[int]) -> Iterator[Any]:
