@@ -75,8 +75,10 @@ class Remembered {
     const bool versioned = std::none_of(tensors.begin(), tensors.end(), [](const auto* t) { return t->is_inference(); });
     if (!versioned) return find();
     if (std::optional<Found> known = recall(tensors, number)) return *std::move(known);
+    // Looked at before: what another thread writes meanwhile must not pass for what was found.
+    auto seen = look(tensors, std::make_index_sequence<N>());
     Found found = find();
-    keep(tensors, number, found);
+    keep(tensors, Entry{std::move(seen), number, found});
     return found;
   }
 
@@ -96,12 +98,11 @@ class Remembered {
     return place->second.found;
   }
 
-  void keep(const Tensors<N>& tensors, int64_t number, const Found& found) {
+  void keep(const Tensors<N>& tensors, Entry entry) {
     const std::lock_guard<std::mutex> lock(mutex_);
     // Those whose tensor is gone leave at once: what was found of them may be as large as the tensor.
     std::erase_if(entries_, [](const auto& entry) { return entry.second.seen[0].gone(); });
-    entries_.insert_or_assign(tensors[0]->unsafeGetTensorImpl(),
-                              Entry{look(tensors, std::make_index_sequence<N>()), number, found});
+    entries_.insert_or_assign(tensors[0]->unsafeGetTensorImpl(), std::move(entry));
   }
 
   template <size_t... I>

@@ -73,16 +73,18 @@ Segments segments_of(const at::Tensor& offsets, const at::Tensor& index, int64_t
       }
     }
   }
+  Entry entry{Seen(offsets), Seen(index), {}};  // before, as in remembered.h
   const Starts starts = find_starts(offsets, index, columns, column_block);
   const std::lock_guard<std::mutex> lock(c.mutex);
   if (c.entries.size() >= c.room) {  // those whose tensor is gone leave
     std::erase_if(c.entries, [](const auto& entry) { return entry.second.index.gone(); });
     c.room = 2 * c.entries.size() + 64;
   }
-  const auto [place, is_new] = c.entries.try_emplace(key, Entry{Seen(offsets), Seen(index), {}});
+  const bool unchanged = entry.index.is(index) && entry.offsets.is(offsets);
+  const auto [place, is_new] = c.entries.try_emplace(key, std::move(entry));
   if (!is_new && !(place->second.index.is(index) && place->second.offsets.is(offsets)))
-    place->second = Entry{Seen(offsets), Seen(index), {}};
-  place->second.lists.emplace_back(column_block, starts);
+    place->second = std::move(entry);
+  if (unchanged) place->second.lists.emplace_back(column_block, starts);
   return result(starts);
 }
 
