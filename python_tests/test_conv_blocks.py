@@ -116,3 +116,37 @@ def test_what_is_no_number_stays_where_it_is(size):
     for ours, right in zip((found[0], found[2]), (wanted, pattern.pack(to_weight)), strict=True):
         largest = float(right[right.isfinite()].abs().max())
         torch.testing.assert_close(ours.double(), right, rtol=1e-4, atol=1e-4 * largest, equal_nan=True)
+
+
+def results(x, weight, pattern):
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    with _common.forced("cpu"):
+        output = masked_conv2d(*leaves, pattern, padding=1)
+    return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 32), (5, 8), (3, 13)])
+def test_threads_do_not_change_results(batch, size):
+    threads = torch.get_num_threads()
+    pattern = SparsityPattern.random((24, 40, 3, 3), 0.3, block=(4, 4))
+    x, weight = torch.randn(batch, 40, size, size), pattern.pack(torch.randn(pattern.shape))
+    try:
+        torch.set_num_threads(1)
+        expected = results(x, weight, pattern)
+        for count in (2, 3, 9):
+            torch.set_num_threads(count)
+            got = results(x, weight, pattern)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), f"{count} threads"
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_lists_follow_the_pattern_and_the_maps():
+    """Lists are kept with a pattern: other maps, and a pattern changed in place, have their own."""
+    pattern = SparsityPattern.random((16, 24, 3, 3), 0.3, block=(4, 4))
+    for _ in range(3):
+        for size, batch in [((32, 32), 1), ((7, 7), 3), ((8, 8), 2), ((32, 32), 1)]:
+            x, weight = torch.randn(batch, 24, *size), pattern.pack(torch.randn(pattern.shape))
+            wanted = masked_conv2d_reference(x.double(), weight.double(), pattern, padding=1)
+            torch.testing.assert_close(results(x, weight, pattern)[0].double(), wanted, rtol=1e-4, atol=1e-4)
+        pattern.assign_(SparsityPattern.random(pattern.shape, 0.3, block=(4, 4)))

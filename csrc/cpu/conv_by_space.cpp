@@ -1,5 +1,5 @@
 // masked_conv2d with neighbouring positions of a row a vector: for stride 1 and planes that fit L2, and with AVX-512 for
-// float32 with strides, columns by at most 2.
+// float32 with strides, of rows by at most 4 and of columns by at most 2.
 //
 // A few images lie side by side, so that a row of them is a whole number of vectors: planes [channels][rows][images *
 // columns], without columns of padding. A tap of the kernel is then a number of rows, which a vector is read away from

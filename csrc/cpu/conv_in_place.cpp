@@ -109,7 +109,7 @@ void run_products(const Tile& tile, const Lists& lists, int64_t block, const at:
                   const at::Tensor& destination, const T* bias) {
   const auto& kernels = kernels_of<T, S>();
   const int64_t batch = source.size(0), channels = lists.channels, tiles = ceil_div(batch, tile.images);
-  // Of the piece at v of the tile from an image on, the channels of block b.
+  // Of the piece at v of the tile from an image on, the channels of block b (of the first group).
   const auto source_of = [&](int64_t image, int64_t v, int64_t b) {
     const int64_t first = b * block;
     return ConvAhead<S>{numbers_of<S>(source) + image * source.stride(0) + first * source.stride(1) + v * tile.lanes,

@@ -246,6 +246,8 @@ bool input_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::T
 template <typename T>
 bool weight_gradient_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                               const at::Tensor& input, const at::Tensor& grad_weight);
+template <typename T, typename S>
+bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias);
 // Of weights in blocks (conv_quads_by_space.cpp), which forward_by_space and the others ask first.
 bool forward_quads_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& input, const at::Tensor& weight,
                             const std::vector<float>& bias, const at::Tensor& output);
@@ -253,8 +255,6 @@ bool input_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, const
                                    const at::Tensor& weight, const at::Tensor& grad_input);
 bool weight_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, const at::Tensor& grad_output,
                                     const at::Tensor& input, const at::Tensor& grad_weight);
-template <typename T, typename S>
-bool bias_gradient_by_space(const at::Tensor& grad_output, const at::Tensor& grad_bias);
 
 // Over copies of the positions that a kernel of one tap takes (conv_taken.cpp). The backward pass clears the gradients that
 // it has written.

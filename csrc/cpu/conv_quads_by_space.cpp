@@ -6,8 +6,9 @@
 // positions, and a register tile is any few vectors of it. What a tap would read beyond the end of a row is made zero
 //   by masks    where rows of 4, 8, 16 or 32 make them the same every two vectors: they are loaded with the entry
 //   by columns  elsewhere: between rows are as many zeros as the padding has, shared by both neighbours. Results of these
-//               columns are not used, and grad_output is zero there for dot products (an infinity that meets these zeros
-//               is not a number, as in conv_by_space.cpp).
+//               columns are not used, and grad_output is zero there for dot products.
+// Beyond the last row of a part, in its last vector, grad_output is zero too. An infinity that meets one of these zeros of
+// grad_output is not a number, as in conv_by_space.cpp.
 // Where a plane of results is whole vectors without such columns, it is written, or grad_output read, where it is.
 
 #include <limits>
@@ -294,7 +295,7 @@ bool weight_gradient_quads_by_space(const Geometry& g, const ConvWeight& w, cons
   const auto order =
       dots_quad_order(w, planes.taps(), planes.source_block(std::min(kDotsVectors, planes.vectors(planes.group)), w, w.in));
   PartialSums<float> sums(planes.tiles(), w.nonzeros(), 0);
-  run_dots(kernels, planes, *order, grad_output, input, sums, sums.parts(g));
+  run_dots(kernels, planes, *order, grad_output, input, sums, std::min(sums.parts(g), g.out / 4));
   sums.template finish<float>(Places{*order}, {at::Tensor(), grad_weight, at::Tensor()});
   return true;
 }

@@ -1,8 +1,8 @@
 // masked_conv2d on the CPU: checks, storage and the choice between the ways of conv_pass.h, the first that can:
 //   taken      (conv_taken.cpp)     one tap, NCHW, with strides or planes that are not whole vectors: copies, then in place
 //   in place   (conv_in_place.cpp)  one tap, stride 1, NCHW: neighbouring positions where they are
-//   by space   (conv_by_space.cpp)  NCHW, stride 1, or 2 in float32 with AVX-512: neighbouring positions of copied rows; in
-//              blocks (conv_quads_by_space.cpp) several taps, stride 1, float32 and AVX-512
+//   by space   (conv_by_space.cpp)  NCHW, stride 1, in float32 with AVX-512 small strides too: neighbouring positions of
+//              copied rows; in blocks (conv_quads_by_space.cpp) several taps, stride 1, float32 and AVX-512
 //   by batch   (conv_by_batch.cpp)  all else: one position of several images, or strips of them, transposed
 //
 // Every output is summed in the order of the entries, and grad weight in the order of fixed chunks of the batch, so

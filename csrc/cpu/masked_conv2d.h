@@ -49,7 +49,7 @@ struct ConvQuadEntry<int32_t> {
 };
 
 // What the next call will read: `numbers` at the beginning of each of `rows` rows of each of `images` images. A call asks for
-// it ahead, an even part with each of its channels. Without `from`, source and `out` are near.
+// it ahead, an even part with each of its channels; one of bfloat16 does not. Without `from`, source and `out` are near.
 template <typename T>
 struct ConvAhead {
   const T* from;
