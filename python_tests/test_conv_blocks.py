@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import test_conv_one_tap
 import torch
 
 from uasparse_kernels import SparsityPattern, _library
@@ -12,28 +13,8 @@ from uasparse_kernels.ops.masked_conv2d import masked_conv2d_reference
 pytestmark = pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
 
 
-def check(shape, size, batch, *, block, density=0.4, dtype=torch.float32, packed=True, groups=1, **options):
-    """Forward and all gradients, beside the reference in float64 of the same rounded numbers."""
-    pattern = SparsityPattern.random(shape, density, block=block)
-    x = torch.randn(batch, shape[1] * groups, *size, dtype=dtype, requires_grad=True)
-    weight = torch.randn(shape, dtype=dtype)
-    weight = (pattern.pack(weight) if packed else weight).requires_grad_()
-    bias = torch.randn(shape[0], dtype=dtype, requires_grad=True)
-    exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
-    with _common.forced("cpu"):
-        found = masked_conv2d(x, weight, pattern, bias, groups=groups, **options)
-    wanted = masked_conv2d_reference(exact[0], exact[1], pattern, exact[2], groups=groups, **options)
-    grad = torch.randn_like(found)
-    found.backward(grad)
-    wanted.backward(grad.double())
-    sums = 1e-10 if dtype == torch.float64 else 1e-4
-    for ours, right in ((found, wanted), *zip((x.grad, weight.grad, bias.grad), (t.grad for t in exact), strict=True)):
-        torch.testing.assert_close(
-            ours.double(),
-            right,
-            rtol=max(sums, torch.finfo(dtype).eps / 2),
-            atol=sums * float(right.detach().abs().max()),
-        )
+def check(shape, size, batch, *, density=0.4, **options):
+    test_conv_one_tap.check("cpu", shape, size, batch, density, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -10,16 +10,17 @@ from uasparse_kernels.ops.masked_conv2d import masked_conv2d_reference
 pytestmark = pytest.mark.skipif(_library.compiled is None, reason="needs the compiled kernels")
 
 
-def check(kernel, shape, size, batch, density, dtype=torch.float32, *, block=(1, 1), stride=1, groups=1):
+def check(kernel, shape, size, batch, density, dtype=torch.float32, *, block=(1, 1), packed=True, **options):
     """Forward and all gradients by a kernel, beside the reference in float64 of the same rounded numbers."""
     pattern = SparsityPattern.random(shape, density, block=block)
-    x = torch.randn(batch, shape[1] * groups, *size, dtype=dtype, requires_grad=True)
-    weight = pattern.pack(torch.randn(shape, dtype=dtype)).requires_grad_()
+    x = torch.randn(batch, shape[1] * options.get("groups", 1), *size, dtype=dtype, requires_grad=True)
+    weight = torch.randn(shape, dtype=dtype)
+    weight = (pattern.pack(weight) if packed else weight).requires_grad_()
     bias = torch.randn(shape[0], dtype=dtype, requires_grad=True)
     exact = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     with _common.forced(kernel):
-        found = masked_conv2d(x, weight, pattern, bias, stride, groups=groups)
-    wanted = masked_conv2d_reference(exact[0], exact[1], pattern, exact[2], stride, groups=groups)
+        found = masked_conv2d(x, weight, pattern, bias, **options)
+    wanted = masked_conv2d_reference(exact[0], exact[1], pattern, exact[2], **options)
     grad = torch.randn_like(found)
     found.backward(grad)
     wanted.backward(grad.double())
