@@ -23,13 +23,18 @@ def network():
     "arguments, error, said",
     [
         ({"sparsity": 90}, ValueError, r"in \[0, 1\), got 90; 90 % is 0.9"),
+        ({"sparsity": "0.9"}, TypeError, r"in \[0, 1\), got a str"),
         ({"distribution": "ERK"}, ValueError, r"'erk', 'er', 'uniform', 'global', got 'ERK'"),
         ({"distribution": {"0": 0.5}}, ValueError, "overrides="),
         ({"exempt": "0"}, TypeError, r"pass \['0'\]"),
         ({"block": 4}, ValueError, r"\(r, 1\) or \(b, b\), got 4"),
+        ({"block": "4x4"}, ValueError, r"\(b, b\), got '4x4'"),
+        ({"block": (4.0, 4.0)}, ValueError, r"\(b, b\), got \(4.0, 4.0\)"),
         ({"structure": "2:4"}, ValueError, "the sparsity 0.5 for structure '2:4', got 0.9"),
         ({"overrides": {"2": {"density": 0.5}}}, TypeError, "2: expected a sparsity, .*, got 'density'"),
         ({"overrides": {"2": 60}}, ValueError, r"2: expected a sparsity in \[0, 1\), got 60"),
+        ({"overrides": {"2": {"sparsity": None}}}, TypeError, r"2: expected a sparsity in \[0, 1\), got a NoneType"),
+        ({"overrides": {"2": {"block": 4}}}, ValueError, r"2: expected a block .*, got 4"),
         ({"overrides": {"2": torch.ones(8, 32) > 0}}, TypeError, r"SparsityPattern.from_mask\(mask\)"),
         ({"overrides": {"2": {"pattern": torch.ones(8, 32) > 0}}}, TypeError, "from_mask"),
         (
@@ -45,6 +50,22 @@ def test_sparsify_says_what_to_pass_and_changes_nothing(arguments, error, said):
     with pytest.raises(error, match=said):
         ua.sparsify(model, **{"sparsity": 0.9, **arguments})
     assert list(model) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, error, said",
+    [
+        ({"sparsity": "0.9"}, TypeError, r"in \[0, 1\), got a str"),
+        ({"sparsity": 1.0}, ValueError, r"in \[0, 1\), got 1.0"),
+        ({"sparsity": 0.9, "block": 4}, ValueError, r"\(b, b\), got 4"),
+        ({"pattern": torch.ones(8, 16) > 0}, TypeError, r"SparsityPattern.from_mask\(mask\)"),
+    ],
+)
+def test_a_layer_says_what_to_pass(arguments, error, said):
+    with pytest.raises(error, match=said):
+        ua.SparseLinear(16, 8, **arguments)
+    with pytest.raises(error, match=said):
+        ua.SparseConv2d(16, 8, 1, **arguments)
 
 
 def test_no_module_is_refused():

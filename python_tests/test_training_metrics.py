@@ -232,6 +232,10 @@ def test_combined_scores_are_the_largest_of_standardised_ones(num_outputs):
     torch.testing.assert_close(SCORES["combined-features"].make(judge)(outputs), torch.stack(parts).amax(0))
     joined = torch.stack([*parts, standardised("knn")]).amax(0)
     torch.testing.assert_close(SCORES["combined-all"].make(judge)(outputs), joined)
+    parts[1] = standardised("mahalanobis++")
+    joined = torch.stack([*parts, standardised("knn")]).amax(0)
+    torch.testing.assert_close(SCORES["combined++"].make(judge)(outputs), joined)
+    parts[1] = standardised("mahalanobis")
     if num_outputs == 4:
         expected = torch.maximum(parts[0], parts[2])
         torch.testing.assert_close(SCORES["combined"].make(judge)(outputs), expected)
@@ -278,6 +282,23 @@ def test_collect_gives_the_input_of_the_last_layer():
 def _judge_of_features(features, labels):
     outputs = Outputs(torch.zeros(len(features), 3).double(), features)
     return Judge(nn.Identity(), Normalise((0.0,), (1.0,)), 3, outputs, labels, torch.device("cpu")), outputs
+
+
+def test_mahalanobis_of_directions_does_not_see_lengths():
+    torch.manual_seed(0)
+    labels, features = torch.arange(300) % 3, torch.randn(300, 8) + 1
+    judge, fit = _judge_of_features(features, labels)
+    score = SCORES["mahalanobis++"].make(judge)
+    unit = features.double() / features.double().norm(dim=1, keepdim=True)
+    means = torch.stack([unit[labels == k].mean(0) for k in range(3)])
+    centred = unit - means[labels]
+    precision = torch.linalg.inv(centred.T @ centred)
+    off = unit - means[:, None]
+    expected = torch.einsum("kni,ij,knj->kn", off, precision, off).amin(0) / 2
+    torch.testing.assert_close(score(fit), expected.float(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(score(Outputs(fit.logits, 0.1 * features)), score(fit), atol=1e-6, rtol=1e-5)
+    nothing = score(Outputs(fit.logits, torch.zeros(300, 8)))  # no direction at all
+    assert nothing.isfinite().all()
 
 
 def test_a_feature_that_was_dead_in_fitting_counts_nothing():

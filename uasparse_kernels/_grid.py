@@ -7,8 +7,10 @@ given by their flat index into the grid, or by rows as ``crow`` and ``col`` (CSR
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,20 +21,30 @@ INDEX_LIMIT = 2**31 - 1
 SIGNATURE = 8  # numbers of a signature; 4 bits of the hash each
 
 
-def check_block(block: Sequence[int]) -> None:
-    """Raises ValueError for a block that is not (1, 1), (r, 1) or (b, b)."""
-    if not isinstance(block, Sequence):
-        raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {block!r}.")
-    if len(block) != 2 or min(block) < 1 or (block[1] != 1 and block[0] != block[1]):
-        raise ValueError(f"Expected a block (1, 1), (r, 1) or (b, b), got {tuple(block)}.")
+def check_sparsity(sparsity: Any, where: str = "") -> None:
+    """Raises TypeError for what is no number, and ValueError for one outside of [0, 1). `where` begins the message."""
+    said = f"{where}: expected" if where else "Expected"
+    if not isinstance(sparsity, numbers.Real):
+        raise TypeError(f"{said} a sparsity in [0, 1), got a {type(sparsity).__name__}.")
+    if not 0 <= sparsity < 1:
+        percent = f"; {sparsity:g} % is {sparsity / 100:g}" if 1 < sparsity < 100 else ""
+        raise ValueError(f"{said} a sparsity in [0, 1), got {sparsity}{percent}.")
+
+
+def check_block(block: Any, where: str = "") -> None:
+    """Raises ValueError for a block that is not (1, 1), (r, 1) or (b, b). `where` begins the message."""
+    fits = isinstance(block, Sequence) and len(block) == 2 and all(isinstance(b, numbers.Integral) for b in block)
+    if not fits or min(block) < 1 or (block[1] != 1 and block[0] != block[1]):
+        said = f"{where}: expected" if where else "Expected"
+        raise ValueError(f"{said} a block (1, 1), (r, 1) or (b, b), got {block!r}.")
 
 
 def check_shape(shape: Sequence[int], block: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, int]]:
     """A weight's shape and block as tuples of ints. Raises ValueError where they do not go together."""
+    check_block(block)
     shape, block = tuple(operator.index(s) for s in shape), tuple(operator.index(b) for b in block)
     if len(shape) not in (2, 4) or min(shape) < 0:
         raise ValueError(f"Expected a weight shape [out, in] or [out, in, kh, kw], got {shape}.")
-    check_block(block)
     if shape[0] % block[0] or shape[1] % block[1]:
         raise ValueError(
             f"Expected a block that divides the weight's output and input sizes {shape[:2]}, got {block}; "

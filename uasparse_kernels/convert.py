@@ -22,7 +22,7 @@ from uasparse_kernels._coverage import (
     pattern_shape,
     warn_of_the_rest,
 )
-from uasparse_kernels._grid import check_block
+from uasparse_kernels._grid import check_block, check_sparsity
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
@@ -135,9 +135,7 @@ def sparsify(
             a model without any layer of these classes or wrapped for several processes, sparse layers that a
             DynamicSparsity holds, and sparse deltas. The model is then unchanged.
     """
-    if not 0 <= sparsity < 1:
-        percent = f"; {sparsity:g} % is {sparsity / 100:g}" if 1 < sparsity < 100 else ""
-        raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}{percent}.")
+    check_sparsity(sparsity)
     if distribution not in DISTRIBUTIONS:
         raise ValueError(
             f"Expected a distribution of {', '.join(map(repr, DISTRIBUTIONS))}, got {distribution!r}; overrides= gives "
@@ -267,8 +265,8 @@ def _options_of(name: str, override: Any, layer: Any) -> dict[str, Any]:
         raise TypeError(f"{said}, got a {type(override).__name__}{mask}.")
     if unknown := override.keys() - {"sparsity", "pattern", "block", "storage"}:
         raise TypeError(f"{said}, got {', '.join(map(repr, sorted(unknown)))}.")
-    if not 0 <= (sparsity := override.get("sparsity", 0.0)) < 1:
-        raise ValueError(f"{name or type(layer).__name__}: expected a sparsity in [0, 1), got {sparsity}.")
+    check_sparsity(override.get("sparsity", 0.0), name or type(layer).__name__)
+    check_block(override.get("block", (1, 1)), name or type(layer).__name__)
     pattern = override.get("pattern")
     if pattern is not None and not isinstance(pattern, SparsityPattern):
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,6 +86,8 @@ class SparsityPattern(nn.Module):
             density: share of active weights, in (0, 1].
             generator: CPU generator of the draw (the draw does not depend on ``device``).
         """
+        if not isinstance(density, numbers.Real):
+            raise TypeError(f"Expected a density in (0, 1], got a {type(density).__name__}.")
         if not 0 < density <= 1:
             raise ValueError(f"Expected a density in (0, 1], got {density}.")
         shape, block = _grid.check_shape(shape, block)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from uasparse_kernels import ops
+from uasparse_kernels._grid import check_block
 from uasparse_kernels.nn.layers import SparseLayer, as_leaf, from_dense
 from uasparse_kernels.nn.registry import add_kind
 from uasparse_kernels.ops.masked_conv2d import as_pair
@@ -158,7 +159,8 @@ def conv_arguments(module: Any) -> Any:
 
 def check_rows_of_groups(per_group: int, pattern: SparsityPattern | None, block: Sequence[int]) -> None:
     """Raises ValueError for blocks that reach over the output channels of a group."""
-    rows = (pattern.block if pattern is not None else tuple(block))[0]
+    check_block(block)
+    rows = (pattern.block if isinstance(pattern, SparsityPattern) else block)[0]  # no pattern is refused later
     if per_group % rows:
         raise ValueError(f"Expected block rows that divide the {per_group} output channels of a group, got {rows}.")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Proxy
 
+from uasparse_kernels._grid import check_sparsity
 from uasparse_kernels._library import constant_when_compiled
 from uasparse_kernels.nn.registry import make_dense
 from uasparse_kernels.ops._common import replace_data_
@@ -401,9 +402,13 @@ def _resolve_pattern(shape, sparsity, pattern, block) -> SparsityPattern:
     if (sparsity is None) == (pattern is None):
         raise ValueError("Expected one of sparsity= and pattern=, got " + ("none." if pattern is None else "both."))
     if pattern is None:
-        if not 0 <= sparsity < 1:
-            raise ValueError(f"Expected a sparsity in [0, 1), got {sparsity}.")
+        check_sparsity(sparsity)
         return SparsityPattern.random(shape, 1 - sparsity, block=block)
+    if not isinstance(pattern, SparsityPattern):
+        raise TypeError(
+            f"Expected a SparsityPattern as pattern, got a {type(pattern).__name__}: SparsityPattern.from_mask(mask) "
+            "makes one."
+        )
     if pattern.shape != tuple(shape):
         raise ValueError(f"Expected a pattern of shape {tuple(shape)}, got {pattern.shape}.")
     return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)

@@ -1,16 +1,15 @@
 """Scores for "is this input unknown?", higher means more unknown. A new score is one more entry of SCORES.
 
-"combined", "combined-features" and "combined-all" join several. Those on class logits see the first K only. Post-hoc
-detectors are pytorch-ood's (except Mahalanobis, its relative and fDBD, which fail there on dead features or equal rows
-of a sparse head), with the hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted
-on training images.
+Those named "combined" join several. Those on class logits see the first K only. Post-hoc detectors are pytorch-ood's
+(except Mahalanobis, its kin and fDBD, which fail there on dead features or equal rows of a sparse head), with the
+hyper-parameters of their papers: nothing is tuned, and what has to be fitted is fitted on training images.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import torch
 from pytorch_ood.detector import GEN, KNN, ODIN, EnergyBased, Entropy, MaxLogit, MaxSoftmax, ViM
 from pytorch_ood.detector.ash import ash_s
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import uasparse_kernels as ua
 from uasparse_kernels.unknowns.errors import UnknownsError
@@ -154,6 +154,19 @@ def _mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
     """
     distances = _distances(*_class_means(judge))
     return lambda outputs: distances(outputs.features).amin(0).float()
+
+
+def _mahalanobis_of_directions(judge: Judge) -> Callable[[Outputs], Tensor]:
+    """Mahalanobis++: the same of features of length one, in fitting and after (Mueller and Hein, arXiv 2505.18032).
+
+    Lengths differ far more than classes do, and unknown images tend to have short features, which are near every mean.
+    """
+
+    def directions(outputs: Outputs) -> Outputs:
+        return Outputs(outputs.logits, F.normalize(outputs.features, dim=1))
+
+    score = _mahalanobis(replace(judge, fit=directions(judge.fit), scorers={}))
+    return lambda outputs: score(directions(outputs))
 
 
 def _relative_mahalanobis(judge: Judge) -> Callable[[Outputs], Tensor]:
@@ -324,6 +337,7 @@ SCORES: dict[str, Score] = {
     "react": Score(_react, "ReAct"),
     "knn": Score(_knn, "KNN"),
     "mahalanobis": Score(_mahalanobis, "Mahalanobis"),
+    "mahalanobis++": Score(_mahalanobis_of_directions, "Mahalanobis++"),
     "relative-mahalanobis": Score(_relative_mahalanobis, "relative Mahalanobis"),
     "vim": Score(_vim, "ViM"),
     "fdbd": Score(_fdbd, "fDBD"),
@@ -331,5 +345,6 @@ SCORES: dict[str, Score] = {
     "combined": Score(_combined(("u", "energy")), "max of u, energy", needs_unknown_output=True),
     "combined-features": Score(_combined(("u", "energy", "mahalanobis")), "max of (u,) energy, Mahalanobis"),
     "combined-all": Score(_combined(("u", "energy", "mahalanobis", "knn")), "max of (u,) energy, Mahalanobis, KNN"),
+    "combined++": Score(_combined(("u", "energy", "mahalanobis++", "knn")), "max of (u,) energy, Mahalanobis++, KNN"),
 }
 CHEAP_SCORES = ("moon", "u", "msp", "maxlogit", "energy", "entropy")
