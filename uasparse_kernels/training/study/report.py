@@ -18,7 +18,10 @@ from uasparse_kernels.training.study.claims import FAR, OURS, OURS_ARM, PUBLISHE
 from uasparse_kernels.training.study.statistics import Judgement, Row, judge, read_study, spread_of
 from uasparse_kernels.unknowns.scores import SCORES
 
-SHOWN_SCORES = ("msp", "energy", "knn", "mahalanobis", "moon", "u", "combined", "combined-features", "combined-all")
+SHOWN_SCORES = (
+    "msp", "energy", "knn", "mahalanobis", "mahalanobis++", "moon", "u",
+    "combined", "combined-features", "combined-all", "combined++",
+)  # fmt: skip
 DRAWN = (
     ("", "msp"), ("", "energy"), ("vote", "energy"), ("moon+vote", "moon"), (OURS_ARM, "u"),
     ("vote+mixed-shuffle", "u"), ("vote", "combined-all"), (OURS_ARM, "combined-all"),
@@ -146,12 +149,13 @@ def far_table(rows: Sequence[Row]) -> str:
     levels = sorted({row.sparsity for row in rows if row.method != "dense"})
     if not sets or not levels:
         return ""
+    shown = [score for score in SHOWN_SCORES if any(score in row.auroc[sets[0]] for row in rows)]
     listed = " / ".join(f"{100 * level:g}" for level in levels)
     lines = [f"## Far-OOD at {listed} %: AUROC, mean over {', '.join(sets)}\n"]
-    lines += ["| arm | " + " | ".join(SHOWN_SCORES) + " |", "|---" * (len(SHOWN_SCORES) + 1) + "|"]
+    lines += ["| arm | " + " | ".join(shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for arm in sorted({row.arm for row in rows}):
         cells = []
-        for score in SHOWN_SCORES:
+        for score in shown:
             means = []
             for level in (0.0,) if arm == "dense" else levels:
                 group = [row.auroc for row in rows if row.arm == arm and row.sparsity == level]
