@@ -144,7 +144,7 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Constant], dict[str, An
         _check(_are_sizes([*shape, begin, end]) and begin == expected and end <= body, f"odd offsets of {name!r}")
         _check(end - begin == math.prod(shape) * dtype.itemsize, f"a size of {name!r} that does not fit its shape")
         expected = end
-        parts[name] = torch.empty(shape, dtype=dtype)
+        parts[name] = torch.empty(shape, dtype=dtype, device="cpu")
         if end > begin:
             data: Any = parts[name].view(-1).view(torch.uint8).numpy()
             _check(file.readinto(data) == end - begin, f"too few bytes of {name!r}")  # type: ignore[attr-defined]
