@@ -406,3 +406,29 @@ def test_tied_sparse_layers_do_not_change(storage):
     with pytest.raises(ValueError, match="another sparse layer's too"):
         ua.sparsify(model, 0.8)
     assert torch.equal(a.dense_weight(), before) and a.pattern.equal(b.pattern)
+
+
+class Reused(nn.Module):
+    """A layer under three names, two of them of one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.b, self.layers = self.a, nn.ModuleList([nn.Linear(16, 16), self.a])
+
+    def forward(self, x):
+        return self.b(self.layers[1](self.layers[0](self.a(x))))
+
+
+def test_a_layer_of_several_names_stays_one(tmp_path):
+    model, x = ua.sparsify(Reused(), 0.8), torch.randn(3, 16)
+    assert isinstance(model.a, ua.nn.SparseLayer) and model.b is model.layers[1] is model.a
+    dense = ua.densify(copy.deepcopy(model))
+    assert type(dense.a) is nn.Linear and dense.b is dense.layers[1] is dense.a
+    torch.testing.assert_close(dense(x), model(x))
+    like = ua.sparsify_like(Reused(), model.state_dict())
+    like.load_state_dict(model.state_dict())
+    assert like.b is like.a and torch.equal(like(x), model(x))
+    ua.save_sparse(model, tmp_path / "a")
+    for other in (ua.sparsify(Reused(), 0.6), Reused()):
+        torch.testing.assert_close(ua.load_sparse(other, tmp_path / "a")(x), model(x))

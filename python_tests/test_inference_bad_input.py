@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 import uasparse_kernels as ua
 from uasparse_kernels import _library
-from uasparse_kernels.inference import files
+from uasparse_kernels.inference import files, run
 
 pytestmark = pytest.mark.skipif(not _library.has_kernel_for("serve_run", "cpu"), reason="needs the compiled part")
 X = torch.randn(2, 3, 12, 14)
@@ -324,3 +324,82 @@ def test_a_file_of_another_torch(tmp_path):
     files.write(tmp_path / "a", optimized._graph.constants, content)
     with pytest.raises(ValueError, match=r"was written with torch 2\.99\.0, and this torch, .* optimise and save"):
         ua.load_optimized(tmp_path / "a")
+
+
+def test_a_batch_in_parts_is_the_whole_batch(monkeypatch):
+    """Large batches run in parts, of one sample here, unless something but the samples depends on the batch."""
+    monkeypatch.setattr(run, "_NEAR_BYTES", 1)
+    for function, sizes in (
+        (lambda layer, x: layer(x) + x.shape[0], [8]),
+        (lambda layer, x: layer(x).reshape(x.shape[0], -1, 2), [8]),
+        (lambda layer, x, y: layer(x)[:, :1] + y, [8]),  # [N, 1] and [N] make [N, N]
+        (lambda layer, x: (layer(x), x.shape[0]), [8]),
+    ):
+        inputs = [torch.randn(3, *sizes), torch.randn(3)][: function.__code__.co_argcount - 1]
+        model = prune(Of(function), 0.5)
+        optimized = ua.optimize_for_inference(model, tuple(inputs))
+        for batch in (1, 2, 3, 40):
+            given = [t.repeat(14, *[1] * (t.dim() - 1))[:batch] for t in inputs]
+            torch.testing.assert_close(optimized(*given), model(*given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_norm_over_another_dimension_than_the_channels():
+    x = torch.randn(3, 6, 8)
+    for features in (6, 5):  # as many as the norm has, and others
+        model = prune(nn.Sequential(nn.Linear(8, features), nn.BatchNorm1d(6), nn.ReLU()), 0.5)
+        model[1].running_mean.normal_()
+        close(ua.optimize_for_inference(model, x)(x), model, x)
+    model = prune(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm1d(8)), 0.5)  # of images without a batch
+    model[1].running_mean.normal_()
+    x = torch.randn(6, 8, 9)
+    close(ua.optimize_for_inference(model, x, dynamic_batch=False)(x), model, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int64, torch.bool])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_sum_with_another_dtype(rows, dtype):
+    x, y = torch.randn(rows, 8), torch.randn(rows, 8) * 5
+    model = prune(Of(lambda layer, x, y: (layer(x) + y, (y + layer(x)).relu())), 0.5)
+    within = prune(Of(lambda layer, x, y: (lambda z: (layer(x) + z, (z + layer(x)).relu()))(y.to(dtype))), 0.5)
+    torch.testing.assert_close(ua.optimize_for_inference(within, (x, y))(x, y), within(x, y), rtol=1e-4, atol=1e-5)
+    if not dtype.is_floating_point:  # an input of it
+        optimized = ua.optimize_for_inference(model, (x, y.to(dtype)))
+        torch.testing.assert_close(optimized(x, y.to(dtype)), model(x, y.to(dtype)), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_without_numbers():
+    model = prune(
+        nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), Of(lambda _, y: (torch.cat([y[:, 1:], y], 1), y[:, 1:])))
+    )
+    for got, wanted in zip(ua.optimize_for_inference(model, X)(X), model(X), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    model = prune(nn.Sequential(nn.Conv2d(3, 1, 3, padding=1), Of(lambda _, y: y.split([1, 0], 1))))
+    assert [list(y.shape) for y in ua.optimize_for_inference(model, X)(X)] == [[2, 1, 12, 14], [2, 0, 12, 14]]
+
+
+def test_results_and_constants_share_no_memory():
+    outside = torch.ones(8)
+    model = prune(Of(lambda layer, x: (lambda y: (y, y.clone(), y[:, 1:] + 0))((layer(x) * outside).transpose(1, 2))))
+    x = torch.randn(2, 40, 8)
+    optimized = ua.optimize_for_inference(model, x)
+    one = ua.optimize_for_inference(prune(Of(lambda layer, x: (lambda y: (y, y.clone()))(layer(x).transpose(1, 2)))), x)
+    wanted = [y.clone() for y in optimized(x)]
+    outside.zero_()
+    for served in (optimized, one):
+        first, *others = served(x)
+        before = [y.clone() for y in others]
+        first.zero_()
+        assert all(torch.equal(y, z) for y, z in zip(others, before, strict=True))
+    assert all(torch.equal(y, z) for y, z in zip(optimized(x), wanted, strict=True))
+
+
+def test_a_default_device_is_not_that_of_a_served_model(tmp_path):
+    model = network()
+    optimized = ua.optimize_for_inference(model, X)
+    optimized.save(tmp_path / "a")
+    ua.save_sparse(model, tmp_path / "b")
+    with torch.device("meta"):
+        again = ua.load_optimized(tmp_path / "a")
+        results = optimized(X), again(X), ua.load_sparse(copy.deepcopy(model), tmp_path / "b")(X)
+    for got in results:
+        close(got, model, X)

@@ -1,9 +1,11 @@
 """Files of sparse models: read back as written, small, and refused where damaged."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -317,3 +319,82 @@ def test_active_zeros_of_a_transposed_layer(tmp_path):
     ua.save_sparse(source, tmp_path / "a")
     ua.load_sparse(target, tmp_path / "a")
     assert target.pattern.equal(source.pattern) and torch.equal(target.dense_weight(), source.dense_weight())
+
+
+class Noted(nn.Module):
+    """A layer with a state that is no tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.note = nn.Linear(3, 3), 0
+
+    def get_extra_state(self):
+        return {"note": self.note}
+
+    def set_extra_state(self, state):
+        self.note = state["note"]
+
+
+def test_a_state_that_a_file_cannot_hold_is_refused_before_anything_changes(tmp_path):
+    ua.save_sparse(nn.ModuleDict({"layer": nn.Linear(3, 3)}), tmp_path / "a")
+    noted = Noted()
+    before = noted.layer.weight.detach().clone()
+    meta = nn.Sequential(nn.Linear(3, 3)).to("meta")
+    optimized = ua.optimize_for_inference(model(), torch.randn(1, 3, 5, 5))
+    for odd, error, message in (
+        (noted, TypeError, "got a dict for '_extra_state'"),
+        (meta, ValueError, r"got 0\.weight on meta: call model\.to_empty"),
+        (model().to("meta"), ValueError, r"on meta: call model\.to_empty"),
+        (noted.state_dict(), TypeError, r"Expected a model \(nn\.Module\), got a OrderedDict"),
+        (nn.Sequential(optimized), RuntimeError, r"no state_dict: keep it by its save\(path\)"),
+    ):
+        with pytest.raises(error, match=message):
+            ua.save_sparse(odd, tmp_path / "b")
+        with pytest.raises(error, match=message):
+            ua.load_sparse(odd, tmp_path / "a")
+    assert torch.equal(noted.layer.weight, before) and [file.name for file in tmp_path.iterdir()] == ["a"]
+    for method in (optimized.state_dict, lambda: optimized.load_state_dict(model().state_dict())):
+        with pytest.raises(RuntimeError, match="no state_dict"):
+            method()
+
+
+def test_odd_names_and_buffers(tmp_path):
+    def named(name, buffer):
+        module = nn.Module()
+        module.register_buffer(name, buffer)
+        module.register_buffer("sparse", torch.eye(16))
+        return module
+
+    for name in ("0" * 64, "\u00e9 \n#", "#", "sparse#value"):
+        ua.save_sparse(named(name, torch.ones(3)), tmp_path / "a")
+        assert ua.load_sparse(named(name, torch.zeros(3)), tmp_path / "a").get_buffer(name).sum() == 3
+    for name in ("__metadata__", "sparse#values", "x#bitmask", "x#zeros"):
+        with pytest.raises(ValueError, match=f"other names than .* the file's format uses itself, got {name!r}"):
+            ua.save_sparse(named(name, torch.ones(3)), tmp_path / "b")
+    with pytest.raises(TypeError, match=r"Expected a dense tensor with values for 'x', got torch\.sparse_coo"):
+        ua.save_sparse(named("x", torch.eye(3).to_sparse()), tmp_path / "b")
+    ua.save_sparse(named("x", torch._neg_view(torch.ones(3))), tmp_path / "a")
+    assert torch.equal(ua.load_sparse(named("x", torch.ones(3)), tmp_path / "a").x, -torch.ones(3))
+
+
+def test_threads_that_write_one_file(tmp_path):
+    """As the processes of a distributed run may; a write that fails leaves nothing behind."""
+    written, wrong = model(), []
+
+    def write():
+        try:
+            for _ in range(10):
+                ua.save_sparse(written, tmp_path / "a")
+                ua.load_sparse(copy.deepcopy(written), tmp_path / "a")
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        ua.save_sparse(written, tmp_path / "folder")
+    assert not wrong and sorted(file.name for file in tmp_path.iterdir()) == ["a", "folder"]

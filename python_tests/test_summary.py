@@ -144,3 +144,10 @@ def test_what_has_no_sparse_form_is_named_with_the_reason():
         "fc": "",
     }.items():
         assert text in rows[name].dense_because if text else not rows[name].dense_because
+
+
+@pytest.mark.parametrize("function", [ua.summary, ua.densify])
+def test_what_is_no_model_is_refused(function):
+    for odd in (nn.Linear(3, 3).state_dict(), [nn.Linear(3, 3)], None):
+        with pytest.raises(TypeError, match=rf"Expected a model \(nn\.Module\), got a {type(odd).__name__}"):
+            function(odd)

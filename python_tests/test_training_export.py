@@ -202,6 +202,13 @@ def test_errors_of_predict_are_one_message(exported, runs, monkeypatch, capsys, 
         code, out, error = call(monkeypatch, capsys, "predict", run, good, image)
         assert code == 1 and error.startswith("error: ") and message in error and "Traceback" not in error + out
         assert error.count("\n") == 1 and not out
+    predictor = load_export(exported)
+    assert predictor.files([str(good)]) == predictor.files([good])
+    for odd in (good, str(good)):
+        with pytest.raises(DataError, match=r"Expected a list of paths, got one: pass \['"):
+            predictor.files(odd)
+    with pytest.raises(DataError, match="Expected images as a tensor, got a list"):
+        predictor([[0]])
 
 
 @pytest.mark.parametrize(

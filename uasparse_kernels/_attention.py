@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from uasparse_kernels._coverage import DENSE_BECAUSE
+from uasparse_kernels._coverage import DENSE_BECAUSE, check_model
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.attention import (
     SparseMultiheadAttention,
@@ -38,8 +38,7 @@ def with_open_attention(function: Function) -> Function:
 
     @functools.wraps(function)
     def wrapped(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Expected a model (nn.Module), got a {type(model).__name__}.")
+        check_model(model)
         if any(is_lazy(parameter) for parameter in model.parameters()):
             raise ValueError("The model has parameters without sizes (lazy layers); run it once first.")
         reasons = why_closed(model)
@@ -144,7 +143,7 @@ def as_own_names(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor
 
 def _named(model: nn.Module, state: dict[str, Tensor], names: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
     state = dict(state)
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SparseMultiheadAttention):
             state |= names(module, state, f"{name}." if name else "")
     return state

@@ -66,6 +66,12 @@ def pattern_view(layer: Any, weight: Tensor) -> Tensor:
     return weight if kind is None else kind.pattern_view(weight)
 
 
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected a model (nn.Module), got a {type(model).__name__}.")
+
+
 def check_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Names of modules as a set.
 

@@ -14,6 +14,7 @@ from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import (
     DENSE_BECAUSE,
+    check_model,
     check_names,
     dense_shape,
     describe_outputs,
@@ -27,7 +28,7 @@ from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wra
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.conv2d import SparseConv2d
-from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas
+from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas, put_in_place
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d, ReLU, ReLU6
 from uasparse_kernels.nn.pool import MaxPool2d
@@ -327,6 +328,7 @@ def densify(model: nn.Module) -> nn.Module:
 
     Batch norms, ReLUs and pooling become torch's again, and sparse deltas are merged into their layers.
     """
+    check_model(model)
     model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     _turn(model, {ours: torchs for torchs, ours in _BETWEEN.items()})
@@ -414,14 +416,9 @@ def _output_embeddings(model: nn.Module) -> set[str]:
 
 
 def _replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    new = {}
     for name, layer in layers.items():
         old = model.get_submodule(name)
         carry_over(old, layer)
-        if not name:
-            return layer
-        # A module may be registered under several names: all of them follow.
-        for parent in model.modules():
-            for child, module in parent.named_children():
-                if module is old:
-                    setattr(parent, child, layer)
-    return model
+        new[id(old)] = layer
+    return put_in_place(model, new)

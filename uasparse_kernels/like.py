@@ -35,13 +35,18 @@ def sparsify_like(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         >>> model.load_state_dict(checkpoint["model"])
     """
     layers: dict[str, dict[str, Any]] = {}
+    # A state_dict lists a module under all of its names, sparsify knows it by its first.
+    first = {module: name for name, module in model.named_modules()}
+    by_name = dict(model.named_modules(remove_duplicate=False))
     for key in state:
         if key == _LAYOUT or key.endswith(f".{_LAYOUT}"):
             prefix = key.removesuffix(_LAYOUT)
             pattern = SparsityPattern.from_state_dict(state, prefix + "pattern.")
             weight = state.get(prefix + "weight")
             packed = isinstance(weight, Tensor) and tuple(weight.shape) == pattern.packed_shape
-            layers[prefix.removesuffix(".")] = {"pattern": pattern, "storage": "packed" if packed else "dense"}
+            name = prefix.removesuffix(".")
+            name = first[by_name[name]] if name in by_name else name
+            layers[name] = {"pattern": pattern, "storage": "packed" if packed else "dense"}
     if any(hasattr(module, "pattern_view") for module in model.modules()):
         raise ValueError("Expected a dense model, got one with sparse layers; call densify(model) first.")
     return sparsify(model, 0.0, overrides=layers, filter=lambda *_: False) if layers else model

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from uasparse_kernels._attention import why_closed
-from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, describe_outputs, matrices, outputs_without_weights
+from uasparse_kernels._coverage import (
+    DENSE_BECAUSE,
+    Matrix,
+    check_model,
+    describe_outputs,
+    matrices,
+    outputs_without_weights,
+)
 from uasparse_kernels._table import bytes_of, render
 from uasparse_kernels.convert import _candidates
 from uasparse_kernels.nn.delta import SparseDelta
@@ -108,6 +115,7 @@ def summary(model: nn.Module) -> Summary:
     Args:
         model: any module; a shared parameter counts once, under its first name.
     """
+    check_model(model)
     rows, covered, active, held = [], 0, 0, 0
     candidates, skipped = _candidates(model)
     coverable = set(candidates)

@@ -268,7 +268,7 @@ class Builder:
             names = list(item.inputs)
             outputs = [name for name, _ in item.outputs]
             numbers = item.emit(names.index, outputs.index)
-            program = torch.tensor([int(n) for n in numbers])
+            program = torch.tensor([int(n) for n in numbers], device="cpu")
             calls.append(Call(item.entry, program=program, inputs=item.inputs, outputs=item.outputs))
         # Tensors are let go after their last reader.
         last: dict[str, int] = {}

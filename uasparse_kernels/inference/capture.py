@@ -150,7 +150,9 @@ def _convert(program: Any) -> Graph:
         if node.op == "placeholder":
             if node.name in parameters:
                 name = parameters[node.name]
-                constants[node.name] = state[name].detach()
+                # A copy of what is no part of the model, which was copied.
+                lifted = node.name in signature.inputs_to_lifted_tensor_constants
+                constants[node.name] = state[name].detach().clone() if lifted else state[name].detach()
                 names[node.name] = name
             else:
                 value = node.meta.get("val")
@@ -164,6 +166,13 @@ def _convert(program: Any) -> Graph:
                 dtypes.append(value.dtype)
         elif node.op == "call_function":
             arguments, keywords = _plain(list(node.args), within), _plain(dict(node.kwargs), within)
+            if node.target == torch.ops.aten.add.Tensor:  # which a layer may take in, its operands in one dtype
+                for i, operand in enumerate(node.args):
+                    value, to = getattr(operand, "meta", {}).get("val"), node.meta["val"].dtype
+                    if isinstance(value, Tensor) and value.dim() and value.dtype != to:
+                        converted = f"{node.name}_operand_{i}"
+                        nodes.append(Node(converted, "aten._to_copy.default", [arguments[i]], {"dtype": to}))
+                        arguments[i], sizes[converted] = Ref(converted), sizes[operand.name]
             nodes.append(Node(node.name, _name(node.target), arguments, keywords))
         elif node.op == "output":
             outputs = _plain(list(node.args[0]), within)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels._attention import as_dense_names, as_own_names
+from uasparse_kernels._coverage import check_model
 from uasparse_kernels.inference.compact import Compact, Constant, compact, dense
 from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
 from uasparse_kernels.nn.layers import SparseLayer
@@ -35,6 +37,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ZEROS = "#zeros"  # after a weight's name: places of active weights that are zero, int64, flat in the pattern's shape
+_PARTS = ("#values", "#bitmask", "#indices")  # after the name of a tensor that is held by its nonzeros
 _MOST_HEADER = 100 << 20
 
 
@@ -43,11 +46,17 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Constant], metadat
     parts: dict[str, Tensor] = {}
     sparse: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
+        if name == "__metadata__" or name.endswith(_PARTS):
+            raise ValueError(f"Expected other names than those that the file's format uses itself, got {name!r}.")
         if tensor.dtype not in _NAMES:
             raise TypeError(f"Expected a dtype of {', '.join(_DTYPES)} for {name!r}, got {tensor.dtype}.")
+        if isinstance(tensor, Tensor) and (tensor.layout != torch.strided or tensor.is_meta):
+            raise TypeError(
+                f"Expected a dense tensor with values for {name!r}, got {tensor.layout} on {tensor.device}."
+            )
         small = compact(tensor)
         if not isinstance(small, Compact):
-            parts[name] = small.detach().cpu().contiguous()
+            parts[name] = small.detach().cpu().resolve_neg().contiguous()
             continue
         parts[name + "#values"] = small.values
         if small.bitmask is not None:
@@ -75,13 +84,18 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Constant], metadat
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    text = text.replace(_NO_DIGEST, _digest(text, blocks))
-    temporary = Path(path).with_name(Path(path).name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for data in blocks:
-            file.write(data)
-    os.replace(temporary, path)  # a file that is there is whole
+    field = b'"sha256": "'  # a name may have as many zeros
+    text = text.replace(field + _NO_DIGEST, field + _digest(text, blocks))
+    # A file that is there is whole, also where several threads or processes write it.
+    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for data in blocks:
+                file.write(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Constant], dict[str, Any]]:
@@ -130,7 +144,7 @@ def _parse(file: BinaryIO, size: int) -> tuple[dict[str, Constant], dict[str, An
         _check(_are_sizes([*shape, begin, end]) and begin == expected and end <= body, f"odd offsets of {name!r}")
         _check(end - begin == math.prod(shape) * dtype.itemsize, f"a size of {name!r} that does not fit its shape")
         expected = end
-        parts[name] = torch.empty(shape, dtype=dtype)
+        parts[name] = torch.empty(shape, dtype=dtype, device="cpu")
         if end > begin:
             data: Any = parts[name].view(-1).view(torch.uint8).numpy()
             _check(file.readinto(data) == end - begin, f"too few bytes of {name!r}")  # type: ignore[attr-defined]
@@ -181,13 +195,18 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Layers are written as dense ones (their zeros cost a bit each), so that :func:`load_sparse` takes the file into
     sparse and dense models alike. Where active weights are exactly zero (just grown, or a delta that was not trained
     yet), their places are written too.
+
+    Raises:
+        TypeError: for what is no module, and a state that is no dense tensor, as a module's extra state may be.
+        ValueError: for a model on the meta device, and names that the file's format uses itself.
     """
+    state = _state(model)
     zeros: dict[str, Tensor] = {}
     for name, layer in _layers(model).items():
         places = layer.pattern.indices()[layer.pattern.pack(layer.unpacked_weight()) == 0]
         if layer.pattern.block == (1, 1) and places.numel():
             zeros[(f"{name}." if name else "") + "weight" + _ZEROS] = places
-    write(path, as_dense_names(model, _state(model)) | zeros, {"kind": "state"})
+    write(path, as_dense_names(model, state) | zeros, {"kind": "state"})
 
 
 def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -197,15 +216,17 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     its block is 1x1, else it keeps its pattern, into which all nonzeros must fall.
 
     Raises:
-        ValueError: for a damaged file, or one of other names or shapes than the model's; the model is unchanged then.
+        TypeError: for what is no module, and one whose state is not all tensors, as a module's extra state may be.
+        ValueError: for a damaged file, or one of other names or shapes than the model's, and for a model on the meta
+            device. The model is unchanged then.
     """
+    own = _state(model)
     found, content = read(path)
     if content.get("kind") == "optimized":
         raise ValueError(f"{os.fspath(path)} holds an optimised model; load it with load_optimized().")
     everything = {name: dense(tensor) for name, tensor in found.items()}
     zeros = {name: everything.pop(name) for name in found if name.endswith(_ZEROS)}
     tensors = as_own_names(model, everything)
-    own = _state(model)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
         raise ValueError(
@@ -237,18 +258,28 @@ def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> dict[str, SparseLayer]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseLayer)}
+    """By all their names, as in a state_dict."""
+    named = model.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in named if isinstance(layer, SparseLayer)}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state with dense weights and no patterns."""
+    """The model's state with dense weights and no patterns; refused where a file cannot hold all of it."""
+    check_model(model)
     state = dict(model.state_dict())
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"Expected tensors as the model's state, got a {type(value).__name__} for {key!r}.")
+        if value.is_meta:
+            raise ValueError(f"Expected weights with values, got {key} on meta: call model.to_empty(device=...) first.")
+        if key.endswith(_ZEROS):
+            raise ValueError(f"Expected other names than those that the file's format uses itself, got {key!r}.")
     for name, layer in _layers(model).items():
         prefix = f"{name}." if name else ""
         for key in [key for key in state if key.startswith(prefix + "pattern.")]:
             del state[key]
         state[prefix + "weight"] = layer.dense_weight()
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    return state
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:

@@ -144,9 +144,12 @@ def fuse(graph: Graph) -> list[Step]:
         found = users.get(name, [])
         return by_name.get(found[0]) if len(found) == 1 else None
 
-    def norm_after(name: str, node: Node | None) -> tuple[str, Tensor, Tensor] | None:
+    def norm_after(name: str, node: Node | None, layer: Layer | None = None) -> tuple[str, Tensor, Tensor] | None:
         """The result's name, scale and shift of a batch norm of ``name``."""
         if node is None or node.target != _NORM or node.args[0] != Ref(name):
+            return None
+        # Over dimension 1, which is not a layer's channels in [N, T, C] or without a batch.
+        if layer is not None and graph.shapes.get(name, "").count(", ") != (1 if layer.conv is None else 3):
             return None
         constants = [graph.constants.get(a.name) if isinstance(a, Ref) else None for a in node.args[1:5]]
         parts = [None if part is None else dense(part) for part in constants]
@@ -167,7 +170,7 @@ def fuse(graph: Graph) -> list[Step]:
         if layer := _layer(graph, node):
             current, fused = node.name, []
             after = only_user(current)
-            if layer.stored.dtype.is_floating_point and (norm := norm_after(current, after)):
+            if layer.stored.dtype.is_floating_point and (norm := norm_after(current, after, layer)):
                 assert after is not None
                 gone |= {after.name, norm[0]}
                 current = norm[0]
@@ -216,24 +219,32 @@ def by_sample(graph: Graph, steps: list[Step]) -> bool:
     batch = firsts.pop()
     if firsts or not batch.startswith("(s"):
         return False
+
+    def has_samples(name: str) -> bool:
+        """True where the first dimension is the batch, and no other depends on it."""
+        first, *rest = graph.shapes.get(name, "").split(",")
+        return first == batch and not any(batch[1:] in size for size in rest)
+
     sizes = {node.name for node in graph.nodes if node.target == "aten.sym_size.int"}
     for step in steps:
         if step.name in sizes and isinstance(step, Node):
             continue
         names = [name for name in step.refs() if name not in sizes]
-        if any(graph.shapes.get(name, "").split(",")[0] != batch for name in [step.name, *names]):
+        if not all(map(has_samples, [step.name, *names])):
             return False
         if isinstance(step, Layer) and step.conv is None and graph.shapes[step.input].count(",") < 1:
             return False
         if isinstance(step, Node):
             if step.target not in _BY_SAMPLE and activation_of(step) is None:
                 return False
+            if len(names) < len([*step.refs()]) and step.target != "aten.reshape.default":  # computes with the batch
+                return False
             if step.target == "aten.cat.default" and (len(step.args) < 2 or step.args[1] != 1):
                 return False
             if step.target == "aten.mean.dim" and (0 in step.args[1] or graph.shapes[names[0]].count(",") != 3
                                                    or -4 in step.args[1]):  # fmt: skip
                 return False
-    return all(isinstance(leaf, Ref) and graph.shapes[leaf.name].split(",")[0] == batch for leaf in graph.outputs)
+    return all(isinstance(leaf, Ref) and has_samples(leaf.name) for leaf in graph.outputs)
 
 
 def _layer(graph: Graph, node: Node) -> Layer | None:

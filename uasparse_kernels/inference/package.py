@@ -50,9 +50,10 @@ def package(model: OptimizedModel, path: str | os.PathLike[str], batch: int) -> 
     if batch < graph.least_batch:
         raise ValueError(f"Expected a batch of at least {graph.least_batch}, got {batch}.")
     sizes = [[batch if size is None else size for size in shape] for shape in graph.input_shapes]
-    inputs = [torch.zeros(size, dtype=dtype) for size, dtype in zip(sizes, graph.input_dtypes, strict=True)]
+    dtypes = zip(sizes, graph.input_dtypes, strict=True)
+    inputs = [torch.zeros(size, dtype=dtype, device="cpu") for size, dtype in dtypes]
     isa = compiled.cpu_isa() if compiled is not None else "portable"
-    made_for = torch.tensor([MADE_FOR, FORMAT, ISAS.index(isa)])
+    made_for = torch.tensor([MADE_FOR, FORMAT, ISAS.index(isa)], device="cpu")
     with torch.no_grad(), one_cudnn_precision():
         model._run_parts(inputs)  # makes the plans
         for call in (call for plan in model._plans.values() for call in plan.merged):

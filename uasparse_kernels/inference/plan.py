@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uasparse_kernels.inference.builder import Builder, Entry, Plan
 from uasparse_kernels.inference.fuse import Affine, Layer, Step
-from uasparse_kernels.inference.graph import Graph, fill, fill_all, resolve
+from uasparse_kernels.inference.graph import Graph, Ref, fill, fill_all, resolve
 from uasparse_kernels.inference.layers import add_layer
 from uasparse_kernels.inference.planes import add_affine, add_node
 
@@ -34,8 +34,13 @@ def make_plan(graph: Graph, steps: list[Step], shapes: dict[str, Any], dtype: to
         elif not add_node(b, step):
             entry = Entry(step.name, "torch", step.target, None, ())
             b.torch_call(entry, resolve(step.target), step.args, step.kwargs, step.name)
+    seen = set()
     for name in wanted:
         b.tensor(name)
+        if (view := b.views.get(name)) is not None:
+            if view.map in seen:  # no two results share memory: one may be a copy of the other
+                b.torch_call(Entry(name, "torch", "a copy", None, ()), torch.clone, [Ref(name)], {}, name)
+            seen.add(view.map)
     return b.finish(wanted)
 
 

@@ -30,6 +30,10 @@ _NO_EXPORT = (
     "An optimised model has steps of its own, which torch.export cannot see: its package() compiles it for C++, and "
     "other engines take the model that it was made from, by torch.onnx.export(densify(copy.deepcopy(model)), ...)."
 )
+_NO_STATE = (
+    "An optimised model has no state_dict: keep it by its save(path) and load_optimized(path), or keep the state of "
+    "the model that it was made from."
+)
 
 
 class LayerTime(NamedTuple):
@@ -134,6 +138,12 @@ class OptimizedModel(nn.Module):
         if mode:
             raise ValueError("An optimised model has no training mode; train the model that it was made from.")
         return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(_NO_STATE)  # an empty state would be taken for a whole one
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(_NO_STATE)
 
     @_library.apart_when_compiled  # its steps are compiled already
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -156,7 +156,7 @@ def _narrow(view: View, dim: int, first: int, size: int) -> View | None:
     if len(view.dims[dim]) > 1:
         return None
     if not view.dims[dim]:
-        return view
+        return view if size == 1 else None
     whole, axis, step = view.dims[dim][0]
     if first < 0 or size < 1 or first + size > whole:
         return None

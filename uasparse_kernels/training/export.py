@@ -51,6 +51,8 @@ def export_run(
     tuned = test if validation is None else validation
     tuned_logits = logits if validation is None else _logits(optimized, tuned.images, trained.normalise)
     _check_equal(logits, model, test.images, trained.normalise)
+    if not bool(logits.isfinite().all() and tuned_logits.isfinite().all()):
+        raise TrainingError("Expected finite outputs of the network, got NaN or infinite ones: its training diverged.")
     outputs = logits.shape[1]
     score = score or ("u" if config.unknowns != "none" else "energy")
     usable = [name for name in SCORES if outputs > k or name not in NEED_UNKNOWN_OUTPUT]

@@ -129,6 +129,8 @@ class Predictor:
         """Answers for images uint8 [N, in_channels, image_size, image_size]. Raises DataError for any other."""
         about, k = self.about, len(self.about.classes)
         size = (about.in_channels, about.image_size, about.image_size)
+        if not isinstance(images, Tensor):
+            raise DataError(f"Expected images as a tensor, got a {type(images).__name__}.")
         if images.dtype != torch.uint8 or images.dim() != 4 or tuple(images.shape[1:]) != size or not len(images):
             raise DataError(
                 f"Expected images of uint8 [N, {size[0]}, {size[1]}, {size[2]}], got {images.dtype} "
@@ -139,15 +141,17 @@ class Predictor:
         score = SCORES[about.score](logits, k)
         return Answers(label, confidence, score > about.threshold, score)
 
-    def files(self, paths: Sequence[Path]) -> list[dict[str, Any]]:
+    def files(self, paths: Sequence[Path | str]) -> list[dict[str, Any]]:
         """Answers for image files and folders of them, read and cropped as in training: a dictionary an image.
 
         Raises DataError for the first file that is no image.
         """
         from uasparse_kernels.training.sources import ImageFiles
 
+        if isinstance(paths, str | Path):
+            raise DataError(f"Expected a list of paths, got one: pass [{str(paths)!r}].")
         found: list[Path] = []
-        for path in paths:
+        for path in map(Path, paths):
             if not path.exists():
                 raise DataError(f"Expected an image, or a folder of images, at {path}, found none.")
             found += ImageFiles.of_folder(path).files if path.is_dir() else [path]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import uasparse_kernels as ua
-from uasparse_kernels.unknowns.head import head_of
+from uasparse_kernels.unknowns.head import head_of, logits_and_features
 
 
 class FeatureNetwork(nn.Module):
@@ -58,10 +58,5 @@ class FeatureNetwork(nn.Module):
         return layer.weight.detach().cpu().numpy(), layer.bias.detach().cpu().numpy()
 
     def _run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        seen: list[Tensor] = []
-        hook = head_of(self.model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        try:
-            logits = self.model(x)
-        finally:
-            hook.remove()
-        return logits[:, : self.num_classes], seen[-1]
+        logits, features = logits_and_features(self.model, x)
+        return logits[:, : self.num_classes], features

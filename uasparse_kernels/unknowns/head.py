@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -68,3 +70,38 @@ def head_of(model: nn.Module) -> nn.Module:
     if not heads:
         raise UnknownsError(f"{type(model).__name__} has no linear layer, so no penultimate features to score.")
     return heads[-1]
+
+
+def logits_and_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one pass: logits [N, outputs], and the features [N, D] that the last layer makes them of.
+
+    Raises UnknownsError unless the layer of `head_of`, called once, makes the logits: what is fitted on its input, or
+    reads its weights, would be of another layer.
+    """
+    head, seen = head_of(model), []
+
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        seen.append((args[0] if args else kwargs["input"], output))
+
+    hook = head.register_forward_hook(see, with_kwargs=True)
+    try:
+        logits = model(x)
+    finally:
+        hook.remove()
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        got = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UnknownsError(
+            f"Expected a network that gives logits [N, outputs], got {got}; wrap it in a module that does."
+        )
+    if len(seen) != 1 or not _are_equal(logits[:, : head.out_features], seen[0][1]):  # type: ignore[misc]
+        name = next(name for name, module in model.named_modules() if module is head)
+        raise UnknownsError(
+            f"Expected the network's last linear layer, {name or 'itself'}, to make its logits in one call, and "
+            f"nothing to change them afterwards; it was called {len(seen)} times. Define the head after all other "
+            "layers, and leave out what follows it."
+        )
+    return logits, seen[0][0]
+
+
+def _are_equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.detach(), b.detach().to(a), rtol=0, atol=0, equal_nan=True)

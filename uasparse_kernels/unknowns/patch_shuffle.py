@@ -55,6 +55,11 @@ class PatchShuffle:
             _patch_size(height, width, grid, seam)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        if x.dim() != 4 or not x.is_floating_point() or y.shape != x.shape[:1]:
+            raise UnknownsError(
+                f"Expected images [B, C, H, W] of floating point and their labels [B], got {list(x.shape)} of "
+                f"{x.dtype} and {list(y.shape)}; shuffle before labels become soft."
+            )
         num = round(len(x) * self.share)
         if num == 0:
             return x, y

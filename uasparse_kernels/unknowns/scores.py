@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import uasparse_kernels as ua
 from uasparse_kernels.unknowns.errors import UnknownsError
-from uasparse_kernels.unknowns.head import head_of
+from uasparse_kernels.unknowns.head import head_of, logits_and_features
 
 FIT_IMAGES = 10_000  # training images that KNN, Mahalanobis and ReAct are fitted on
 KNN_NEIGHBOURS = 50  # the paper's choice for CIFAR-10
@@ -68,9 +68,26 @@ class Judge:
         labels: Tensor,
         device: torch.device | str = "cpu",
     ) -> Judge:
-        """`images` and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used."""
+        """`images` and `labels` are training images; the first FIT_IMAGES after a fixed shuffle are used.
+
+        Raises UnknownsError for fewer than two, labels that are no classes, and a network of other outputs than K or
+        K + 1.
+        """
+        if len(images) < 2 or labels.shape != (len(images),) or labels.is_floating_point():
+            raise UnknownsError(
+                f"Expected two images or more, and a class for each, got images {list(images.shape)} and labels "
+                f"{list(labels.shape)} of {labels.dtype}."
+            )
+        if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise UnknownsError(
+                f"Expected classes from 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}."
+            )
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:FIT_IMAGES]
         fit = collect(model, images[order], normalise, device)
+        if fit.logits.shape[1] not in (num_classes, num_classes + 1):
+            raise UnknownsError(
+                f"Expected a network with {num_classes} or {num_classes + 1} outputs, got {fit.logits.shape[1]}."
+            )
         return cls(model.eval(), normalise, num_classes, fit, labels[order], torch.device(device))
 
     def scorer(self, name: str) -> Callable[[Any], Tensor]:
@@ -118,13 +135,9 @@ def collect(
     model: nn.Module, images: Tensor, normalise: Normalise, device: torch.device | str, batch_size: int = 500
 ) -> Outputs:
     """Runs images [N, C, H, W] through the network in eval mode; features are the input of its last layer."""
-    features: list[Tensor] = []
-    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].float().cpu()))
-    try:
-        model.eval()
-        logits = [model(normalise(part.to(device))).double().cpu() for part in images.split(batch_size)]
-    finally:
-        hook.remove()
+    model.eval()
+    passes = [logits_and_features(model, normalise(part.to(device))) for part in images.split(batch_size)]
+    logits, features = zip(*[(y.double().cpu(), x.float().cpu()) for y, x in passes], strict=True)
     return Outputs(torch.cat(logits), torch.cat(features))
 
 
