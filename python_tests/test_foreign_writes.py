@@ -412,13 +412,43 @@ def test_an_op_masks_a_weight_that_is_nobodys(rows):
     assert torch.equal(weight, before)
 
 
-def test_a_substituted_weight_is_not_written_to():
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_substituted_weight_is_not_written_to(recorded):
     module = ua.SparseLinear(40, 32, sparsity=0.4, storage="dense")
-    x, weight = torch.randn(64, 40), torch.randn(32, 40, requires_grad=True)
+    x, weight = torch.randn(64, 40), torch.randn(32, 40, requires_grad=recorded)
     scaled = weight * 2
     out = functional_call(module, {"weight": scaled}, x)
     torch.testing.assert_close(out, F.linear(x, scaled * module.pattern.to_mask(), module.bias))
     assert torch.equal(scaled, weight * 2)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, nn.Parameter])
+def test_every_substituted_weight_is_masked(kind):
+    """Also one that lies where another lay before."""
+    module, x = ua.SparseLinear(64, 64, sparsity=0.5, storage="dense"), torch.randn(32, 64)
+    outside = (~module.pattern.to_mask()).view(-1).nonzero().view(-1)
+
+    def changed(place):
+        weight = module.weight.detach().clone()
+        weight.view(-1)[place] += 1.0
+        return {"weight": weight if kind is torch.Tensor else nn.Parameter(weight)}
+
+    with torch.no_grad():
+        expected = module(x)
+        for place in outside[:300].tolist():
+            assert torch.equal(functional_call(module, changed(place), x), expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_parameters_of_another_layer_substituted(storage):
+    module, other = layer(storage, sparsity=0.5), layer(storage, seed=1, sparsity=0.5)
+    before, x = other.weight.detach().clone(), torch.randn(20, 300)
+    with pytest.raises(ValueError, match="of a layer of another one"):
+        functional_call(module, dict(other.named_parameters()), x)
+    assert torch.equal(other.weight, before)
+    same = ua.SparseLinear(300, 200, pattern=module.pattern, storage=storage)
+    torch.testing.assert_close(functional_call(module, dict(same.named_parameters()), x), same(x))
+    torch.testing.assert_close(module(x), masked_output(module, x))
 
 
 # ---- parametrisations, fusion, tracing ----

@@ -67,8 +67,9 @@ class SparseLayer(nn.Module):
     bias: nn.Parameter | None
     pattern: SparsityPattern
     dense_class: type[nn.Module]  # what it was made of, and becomes again
-    # The dense-stored weight that is known to be masked: id, version, address; and by which state of which pattern.
-    _clean: tuple[int, ...] | None = None
+    _taken: weakref.ref[Tensor] | None = None  # the weight that was seen last, by registering it or in a forward pass
+    # Where it is dense-stored and known to be masked: its version and address; and by which state of which pattern.
+    _clean: tuple[int, int, weakref.ref[SparsityPattern], int] | None = None
     _watched = 0  # how often hooks that watch its gradient came
 
     def _init_weight(
@@ -189,20 +190,24 @@ class SparseLayer(nn.Module):
             bias = self.bias  # none, or not registered as a parameter
         if weight is None:
             return self._unregistered_weight(), pattern, bias, False
+        if self._taken is None or self._taken() is not weight:  # put there past register_parameter: functional_call
+            self._take_weight(weight)
         if weight.dim() == len(pattern.shape):
             return weight, pattern, bias, self._mask_weight(weight, pattern)
         return weight, pattern, bias, False
 
     def _mask_weight(self, weight: Tensor, pattern: SparsityPattern) -> bool:
-        if not weight.is_leaf or weight.is_meta or weight.shape != pattern.shape or weight.device != pattern.device:
-            return False  # somebody's own tensor, which is not ours to change, or an error to come
+        if not (isinstance(weight, nn.Parameter) and weight.is_leaf):
+            return False  # somebody's own tensor, which is not ours to change
+        if weight.is_meta or weight.shape != pattern.shape or weight.device != pattern.device:
+            return False  # nothing to mask, or an error to come
         if torch._C._functorch.is_functorch_wrapped_tensor(weight) or isinstance(weight, FakeTensor):
             return False
         if hasattr(weight, "device_mesh"):  # a part of a sharded one, between forward passes
             return False
         state = None
         if not weight.is_inference():
-            state = (id(weight), weight._version, weight.data_ptr(), id(pattern), pattern.changes)
+            state = (weight._version, weight.data_ptr(), weakref.ref(pattern), pattern.changes)
         unwritten = state is not None and state == self._clean
         on_gpu = weight.device.type != "cpu"
         # On a GPU looking would wait: it is masked, or trusted.
@@ -224,18 +229,24 @@ class SparseLayer(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and param is not None:
             self._take_weight(param)
+            _holders[id(param)] = self
         super().register_parameter(name, param)
 
-    def _take_weight(self, weight: nn.Parameter) -> None:
-        """Raises ValueError for the weight of a layer of another pattern (``b.weight = a.weight``)."""
-        other = _holders.get(id(weight))
-        if other is not None and other._parameters.get("weight") is weight and not other.pattern.equal(self.pattern):
+    def _take_weight(self, weight: Tensor) -> None:
+        """Raises ValueError for the weight of a layer of another pattern: ``b.weight = a.weight``, and that in
+        ``functional_call(b, dict(a.named_parameters()), ...)``."""
+        other = _holders.get(id(weight), self)
+        if other is not self and other._parameters.get("weight") is weight and not other.pattern.equal(self.pattern):
+            self.pattern.tensors()  # says so where its signature came along
             raise ValueError(
                 "Expected a weight of this layer's own, or of a layer of the same pattern, got that of a layer of "
                 "another one: packed values would stand for other places, and each layer would zero dense-stored ones "
                 "that the other has. Make both with the same pattern=, or call one layer at both places."
             )
-        _holders[id(weight)] = self
+        self._taken, self._clean = weakref.ref(weight), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_taken", "_clean")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -254,7 +265,7 @@ class SparseLayer(nn.Module):
             return self.to_dense()
         copied = self.__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
     def __prepare_scriptable__(self) -> nn.Module:
