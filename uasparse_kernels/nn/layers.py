@@ -301,8 +301,9 @@ class SparseLayer(nn.Module):
         self._own_tensors()  # masked
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = destination.get(prefix + "weight")
-        if weight is not None and weight.shape == self.pattern.shape:
-            destination[prefix + "weight"] = self.dense_view(weight)  # as a dense layer's checkpoint has it
+        # As a dense layer's checkpoint has it, unless that would be read as packed: all blocks of some Conv1d.
+        if weight is not None and weight.shape == self.pattern.shape and self.dense_shape != self.pattern.packed_shape:
+            destination[prefix + "weight"] = self.dense_view(weight)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Takes a packed or a dense weight, with this or another pattern, or a dense layer's checkpoint (no pattern).
@@ -356,11 +357,12 @@ class SparseLayer(nn.Module):
             pattern = SparsityPattern.from_state_dict(own, prefix + "pattern.")
             self.pattern.check_fits(pattern)
         else:
-            if weight.shape == self.pattern.packed_shape:
+            if weight.shape == self.pattern.packed_shape != self.dense_shape:
                 names = ", ".join(f"{prefix}pattern.{name}" for name in ("layout", "crow", "col"))
                 raise ValueError(f"Expected packed values with their pattern, got them without {names}.")
             pattern = copy.deepcopy(self.pattern)
-        if weight.shape != pattern.packed_shape:
+        is_packed = has_pattern and weight.shape == pattern.packed_shape
+        if not is_packed and not (weight.shape == pattern.shape and self.dense_shape == pattern.packed_shape):
             if tuple(weight.shape) != self.dense_shape:
                 raise ValueError(
                     f"Expected a weight of shape {self.dense_shape} (dense-stored) or {pattern.packed_shape} (packed), "
