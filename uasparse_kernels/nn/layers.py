@@ -374,7 +374,8 @@ class SparseLayer(nn.Module):
         pattern = pattern.to(target) if pattern.device.type != "meta" else pattern.to_empty(device=target)
         weight = weight.detach().to(target)
         values = weight if pattern.is_packed(weight) else pattern.pack(weight)
-        return pattern, values if self.storage == "packed" else pattern.unpack(values)
+        # By dimensions: a weight that is shared may have its new size already, by another layer.
+        return pattern, pattern.unpack(values) if self.weight.dim() == len(pattern.shape) else values
 
 
 def from_dense(module, build, **sparse):
@@ -419,7 +420,8 @@ def _resolve_pattern(shape, sparsity, pattern, block) -> SparsityPattern:
         return SparsityPattern.random(shape, 1 - sparsity, block=block)
     if pattern.shape != tuple(shape):
         raise ValueError(f"Expected a pattern of shape {tuple(shape)}, got {pattern.shape}.")
-    return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)
+    crow, col, *_ = pattern._held  # with values on the meta device, too
+    return SparsityPattern(pattern.shape, crow.clone(), col.clone(), block=pattern.block)
 
 
 def resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype | None) -> str:
