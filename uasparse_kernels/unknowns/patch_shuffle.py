@@ -55,6 +55,11 @@ class PatchShuffle:
             _patch_size(height, width, grid, seam)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        if y.is_floating_point():
+            raise UnknownsError(
+                f"Expected labels as class indices, got {y.dtype} of shape {tuple(y.shape)}: give a batch its unknowns "
+                "before its labels are mixed."
+            )
         num = round(len(x) * self.share)
         if num == 0:
             return x, y
@@ -76,6 +81,8 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator | None = No
     pixels, so that no edge gives the shuffling away. Raises UnknownsError unless H and W are multiples of `grid` and
     patches are at least 2 * seam wide. The permutations come from `generator` (on the CPU; torch's own without).
     """
+    if x.dim() != 4:
+        raise UnknownsError(f"Expected images [B, C, H, W], got shape {tuple(x.shape)}.")
     num, channels, height, width = x.shape
     rows, columns = (grid, grid) if grid else (height, width)
     stride = _patch_size(height, width, grid, seam)
