@@ -188,6 +188,23 @@ def test_casts_copies_and_shared_memory_keep_the_pattern():
         torch.testing.assert_close(copied(x), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("way", ["swap", "overwrite"])
+def test_a_cast_that_makes_other_parameters(storage, way):
+    model, x = layer(storage, sparsity=0.5), torch.randn(20, 300)
+    expected = model(x).detach()
+    choose = getattr(torch.__future__, f"set_{way}_module_params_on_conversion")
+    choose(True)
+    try:
+        model.double().float()
+    finally:
+        choose(False)
+    with torch.no_grad():
+        if storage == "dense":
+            model.weight.masked_fill_(~model.pattern.to_mask(), 1.0)
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_what_is_another_patterns_stays_that_in_a_cast():
     module = layer()
     module.pattern.signature.mul_(2)

@@ -67,9 +67,9 @@ class SparseLayer(nn.Module):
     bias: nn.Parameter | None
     pattern: SparsityPattern
     dense_class: type[nn.Module]  # what it was made of, and becomes again
-    _taken: weakref.ref[Tensor] | None = None  # the weight that was seen last, by registering it or in a forward pass
-    # Where it is dense-stored and known to be masked: its version and address; and by which state of which pattern.
-    _clean: tuple[int, int, weakref.ref[SparsityPattern], int] | None = None
+    _own: int | None = None  # id of the weight; functional_call and fully_shard put others in its place for a while
+    # Of it, where it is dense-stored and known to be masked: version, address; and by which state of which pattern.
+    _clean: tuple[int, ...] | None = None
     _watched = 0  # how often hooks that watch its gradient came
 
     def _init_weight(
@@ -190,8 +190,8 @@ class SparseLayer(nn.Module):
             bias = self.bias  # none, or not registered as a parameter
         if weight is None:
             return self._unregistered_weight(), pattern, bias, False
-        if self._taken is None or self._taken() is not weight:  # put there past register_parameter: functional_call
-            self._take_weight(weight)
+        if id(weight) != self._own:
+            self._refuse_anothers(weight)
         if weight.dim() == len(pattern.shape):
             return weight, pattern, bias, self._mask_weight(weight, pattern)
         return weight, pattern, bias, False
@@ -206,8 +206,8 @@ class SparseLayer(nn.Module):
         if hasattr(weight, "device_mesh"):  # a part of a sharded one, between forward passes
             return False
         state = None
-        if not weight.is_inference():
-            state = (weight._version, weight.data_ptr(), weakref.ref(pattern), pattern.changes)
+        if id(weight) == self._own and not weight.is_inference():
+            state = (weight._version, weight.data_ptr(), id(pattern), pattern.changes)
         unwritten = state is not None and state == self._clean
         on_gpu = weight.device.type != "cpu"
         # On a GPU looking would wait: it is masked, or trusted.
@@ -228,11 +228,17 @@ class SparseLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and param is not None:
-            self._take_weight(param)
-            _holders[id(param)] = self
+            self._refuse_anothers(param)
         super().register_parameter(name, param)
+        if name == "weight":
+            self._take_weight()
 
-    def _take_weight(self, weight: Tensor) -> None:
+    def _take_weight(self) -> None:
+        self._own, self._clean = None, None
+        if (weight := self._parameters.get("weight")) is not None:
+            self._own, _holders[id(weight)] = id(weight), self
+
+    def _refuse_anothers(self, weight: Tensor) -> None:
         """Raises ValueError for the weight of a layer of another pattern: ``b.weight = a.weight``, and that in
         ``functional_call(b, dict(a.named_parameters()), ...)``."""
         other = _holders.get(id(weight), self)
@@ -243,15 +249,15 @@ class SparseLayer(nn.Module):
                 "another one: packed values would stand for other places, and each layer would zero dense-stored ones "
                 "that the other has. Make both with the same pattern=, or call one layer at both places."
             )
-        self._taken, self._clean = weakref.ref(weight), None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_taken", "_clean")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if (weight := self._parameters.get("weight")) is not None:
-            _holders[id(weight)] = self
+        self._take_weight()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._take_weight()  # on the meta device, and back, it is another parameter
+        return self
 
     def __delattr__(self, name: str) -> None:
         # torch.nn.utils.parametrize takes the parameter away before it puts its own in place: nothing has changed yet.
@@ -265,7 +271,7 @@ class SparseLayer(nn.Module):
             return self.to_dense()
         copied = self.__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
     def __prepare_scriptable__(self) -> nn.Module:
