@@ -182,3 +182,29 @@ def test_a_model_of_another_structure_is_refused(change):
         assert key == "_extra_state" or torch.equal(value, before[key])
     with pytest.raises(ValueError, match="decay"):
         ua.AveragedModel(model, 1.5)
+
+
+@pytest.mark.parametrize("decay", [None, 0.8])
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_weights_that_layers_share_are_averaged_once(storage, decay):
+    def make(pattern):
+        first, second = (ua.SparseLinear(12, 12, pattern=pattern, storage=storage) for _ in range(2))
+        second.weight = first.weight
+        model = nn.Sequential(first, second)
+        model.register_parameter("again", first.weight)
+        return model
+
+    model = make(ua.SparsityPattern.random((12, 12), 0.5))
+    averaged, mean = ua.AveragedModel(model, decay=decay), 0.0
+    for step in range(6):
+        if step == 4:
+            model.load_state_dict(make(ua.SparsityPattern.random((12, 12), 0.5)).state_dict())
+        with torch.no_grad():
+            model[0].weight.mul_(-1.1)
+        averaged.update_parameters(model)
+        share = 1 / (step + 1) if decay is None or step == 0 else 1 - decay
+        mean = (1 - share) * mean + share * model[0].dense_weight()
+    expected = mean * model[0].pattern.to_mask()
+    for layer in averaged.module:
+        assert layer.weight is averaged.module.again and layer.pattern.equal(model[0].pattern)
+        torch.testing.assert_close(layer.dense_weight(), expected)

@@ -432,3 +432,48 @@ def test_a_layer_of_several_names_stays_one(tmp_path):
     ua.save_sparse(model, tmp_path / "a")
     for other in (ua.sparsify(Reused(), 0.6), Reused()):
         torch.testing.assert_close(ua.load_sparse(other, tmp_path / "a")(x), model(x))
+
+
+class Shares(nn.Module):
+    """A layer of two names, and a bias of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        self.decoder = nn.Sequential(self.encoder[0], nn.Linear(16, 16))
+        self.bias = nn.Parameter(torch.zeros(16))
+        self.decoder[1].bias = self.bias
+
+    def forward(self, x):
+        return self.decoder(self.encoder(x))
+
+
+def test_layers_of_several_names_go_by_each():
+    model = ua.sparsify(Shares(), 0.5, exempt=["decoder"])
+    assert list(sparse_layers(model)) == ["encoder.1"]
+    model = ua.sparsify(Shares(), 0.5, exempt=["decoder.0"])
+    assert list(sparse_layers(model)) == ["encoder.1", "decoder.1"]
+    model = ua.sparsify(Shares(), 0.5, overrides={"decoder": 0.75, "decoder.1": 0.25})
+    densities = {name: layer.pattern.density for name, layer in sparse_layers(model).items()}
+    assert densities == {"encoder.0": 0.25, "encoder.1": 0.5, "decoder.1": 0.75}
+    model = ua.add_sparse_deltas(Shares(), 0.5, exempt=["decoder"])
+    assert isinstance(model.encoder[1], ua.SparseDelta) and type(model.encoder[0]) is nn.Linear
+
+
+def test_what_is_shared_stays_so():
+    model = Shares()
+    seen = []
+    model.bias.register_hook(seen.append)
+    for change in (lambda m: ua.sparsify(m, 0.5), ua.densify):
+        model = change(model)
+        assert model.decoder[1].bias is model.bias and model.decoder[0] is model.encoder[0]
+        model(torch.randn(3, 16)).sum().backward()
+    assert torch.equal(model.bias.grad, torch.full((16,), 6.0)) and len(seen) == 2
+    pattern = ua.SparsityPattern.random((16, 16), 0.5)
+    tied = nn.Sequential(*(ua.SparseLinear(16, 16, pattern=pattern) for _ in range(2)))
+    tied[1].weight = tied[0].weight
+    x = torch.randn(3, 16)
+    expected = tied(x)
+    dense = ua.densify(tied)
+    assert dense[0].weight is dense[1].weight
+    torch.testing.assert_close(dense(x), expected)

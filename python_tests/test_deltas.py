@@ -199,3 +199,42 @@ def test_a_lone_layer_and_what_is_refused(caplog):
     assert layer.weight.requires_grad
     with pytest.raises(TypeError, match=r"nn.Linear or nn.Conv2d, got Conv1d"):
         ua.SparseDelta(nn.Conv1d(3, 3, 1), 0.5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_delta_that_is_stored_dense(kind):
+    delta, _, x = make(kind)
+    nn.init.normal_(delta.delta.weight)
+    expected, weight = delta(x), delta.weight.detach()
+    ua.repack(delta, storage="dense")
+    assert delta.delta.storage == "dense"
+    torch.testing.assert_close(delta(x), expected)
+    assert torch.equal(delta.weight, weight)
+    delta.weight.sum().backward()
+    assert torch.equal(delta.delta.weight.grad, delta.delta.pattern.to_mask().to(weight))
+
+
+def test_deltas_on_the_meta_device():
+    dense = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = ua.add_sparse_deltas(model, 0.5).to_empty(device="cpu")
+    for name in ("0", "2"):
+        model.get_submodule(f"{name}.base").load_state_dict(dense.get_submodule(name).state_dict())
+        nn.init.zeros_(model.get_submodule(f"{name}.delta").weight)
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(model(x), dense(x))
+
+
+@pytest.mark.parametrize("name", ["0", "0.base", "0.delta"])
+def test_no_output_is_added_to_a_part_of_a_delta(name):
+    model = ua.add_sparse_deltas(nn.Sequential(nn.Linear(6, 1)), 0.5)
+    with pytest.raises(ValueError, match="merge_sparse_deltas"):
+        ua.add_unknown_output(model, name)
+    assert model(torch.randn(4, 6)).shape == (4, 1)
+
+
+def test_no_output_is_added_to_a_projection():
+    model = ua.sparsify(nn.Sequential(nn.MultiheadAttention(8, 2)), 0.5)
+    with pytest.raises(ValueError, match="a projection of an attention"):
+        ua.add_unknown_output(model, "0.in_proj")

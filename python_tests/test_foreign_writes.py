@@ -188,6 +188,23 @@ def test_casts_copies_and_shared_memory_keep_the_pattern():
         torch.testing.assert_close(copied(x), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("way", ["swap", "overwrite"])
+def test_a_cast_that_makes_other_parameters(storage, way):
+    model, x = layer(storage, sparsity=0.5), torch.randn(20, 300)
+    expected = model(x).detach()
+    choose = getattr(torch.__future__, f"set_{way}_module_params_on_conversion")
+    choose(True)
+    try:
+        model.double().float()
+    finally:
+        choose(False)
+    with torch.no_grad():
+        if storage == "dense":
+            model.weight.masked_fill_(~model.pattern.to_mask(), 1.0)
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_what_is_another_patterns_stays_that_in_a_cast():
     module = layer()
     module.pattern.signature.mul_(2)
@@ -412,13 +429,43 @@ def test_an_op_masks_a_weight_that_is_nobodys(rows):
     assert torch.equal(weight, before)
 
 
-def test_a_substituted_weight_is_not_written_to():
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_substituted_weight_is_not_written_to(recorded):
     module = ua.SparseLinear(40, 32, sparsity=0.4, storage="dense")
-    x, weight = torch.randn(64, 40), torch.randn(32, 40, requires_grad=True)
+    x, weight = torch.randn(64, 40), torch.randn(32, 40, requires_grad=recorded)
     scaled = weight * 2
     out = functional_call(module, {"weight": scaled}, x)
     torch.testing.assert_close(out, F.linear(x, scaled * module.pattern.to_mask(), module.bias))
     assert torch.equal(scaled, weight * 2)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, nn.Parameter])
+def test_every_substituted_weight_is_masked(kind):
+    """Also one that lies where another lay before."""
+    module, x = ua.SparseLinear(64, 64, sparsity=0.5, storage="dense"), torch.randn(32, 64)
+    outside = (~module.pattern.to_mask()).view(-1).nonzero().view(-1)
+
+    def changed(place):
+        weight = module.weight.detach().clone()
+        weight.view(-1)[place] += 1.0
+        return {"weight": weight if kind is torch.Tensor else nn.Parameter(weight)}
+
+    with torch.no_grad():
+        expected = module(x)
+        for place in outside[:300].tolist():
+            assert torch.equal(functional_call(module, changed(place), x), expected)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_parameters_of_another_layer_substituted(storage):
+    module, other = layer(storage, sparsity=0.5), layer(storage, seed=1, sparsity=0.5)
+    before, x = other.weight.detach().clone(), torch.randn(20, 300)
+    with pytest.raises(ValueError, match="of a layer of another one"):
+        functional_call(module, dict(other.named_parameters()), x)
+    assert torch.equal(other.weight, before)
+    same = ua.SparseLinear(300, 200, pattern=module.pattern, storage=storage)
+    torch.testing.assert_close(functional_call(module, dict(same.named_parameters()), x), same(x))
+    torch.testing.assert_close(module(x), masked_output(module, x))
 
 
 # ---- parametrisations, fusion, tracing ----

@@ -337,3 +337,17 @@ def test_a_channels_last_layer_gives_channels_last_outputs(storage):
 def test_what_is_no_dense_tensor_is_refused(x):
     with pytest.raises(TypeError, match="masked_linear: expected"):
         ua.SparseLinear(8, 5, sparsity=0.5)(x)
+
+
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_layers_that_share_a_weight_load_another_pattern(storage):
+    def make(density):
+        pattern = ua.SparsityPattern.random((12, 12), density)
+        model = nn.Sequential(*(ua.SparseLinear(12, 12, pattern=pattern, storage=storage) for _ in range(2)))
+        model[1].weight = model[0].weight
+        return model
+
+    model, other, x = make(0.5), make(0.3), torch.randn(4, 12)
+    model.load_state_dict(other.state_dict())
+    assert model[0].weight is model[1].weight
+    torch.testing.assert_close(model(x), other(x))

@@ -89,3 +89,20 @@ def test_what_does_not_fit_changes_nothing():
     assert ua.sparsify_like(model, model.state_dict()) is model and list(model) == layers
     with pytest.raises(ValueError, match="sparse layers; call densify"):
         ua.sparsify_like(ua.sparsify(convnet(), 0.5), state)
+
+
+@pytest.mark.parametrize("make", [convnet, encoder])
+def test_a_model_without_values(make):
+    model = ua.sparsify(make(), 0.6, block=(2, 1))
+    state = model.state_dict()
+    with torch.device("meta"):
+        other = make()
+    ua.sparsify_like(other, state).load_state_dict(state, assign=True)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), other.state_dict().values(), strict=True))
+
+
+def test_the_pattern_of_a_layer_without_values():
+    layer = ua.SparseLinear(8, 6, sparsity=0.5)
+    before = layer.pattern.to_mask()
+    layer.to("meta")
+    assert torch.equal(ua.SparseLinear(8, 6, pattern=layer.pattern).pattern.to_mask(), before)

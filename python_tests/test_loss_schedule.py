@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import uasparse_kernels as ua
 
@@ -99,3 +100,23 @@ def test_state_dict_continues():
 def test_bad_input_is_explained(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("schedule", [{"total_steps": 20, "warmup_steps": 2}, {"warmup_epochs": 1, "total_epochs": 3}])
+def test_a_checkpoint_calls_it_twice_for_one_step(schedule, reentrant):
+    plain, repeated = (ua.UnknownAwareLoss(4, **schedule) for _ in range(2))
+    for logits, target in epoch_batches(6, 0):
+        mine = logits.detach().clone().requires_grad_()
+        plain(logits, target).backward()
+        checkpoint(repeated, mine, target, use_reentrant=reentrant).backward()
+        torch.testing.assert_close(mine.grad, logits.grad)
+    assert torch.equal(plain.average, repeated.average) and torch.equal(plain.alpha, repeated.alpha)
+    if "total_steps" in schedule:
+        assert int(repeated.steps) == 6
+
+
+@pytest.mark.parametrize("options", [{"rho": float("nan")}, {"alpha_final": float("inf")}, {"weight": [1.0] * 5}])
+def test_options_that_are_no_numbers_or_tensors_are_refused(options):
+    with pytest.raises(ValueError, match="Expected a"):
+        ua.UnknownAwareLoss(4, **options)

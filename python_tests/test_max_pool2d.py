@@ -4,6 +4,7 @@ import copy
 import pickle
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -102,3 +103,14 @@ def test_only_indices_and_integers_are_torchs():
     assert torch.equal(
         ua.nn.MaxPool2d(2)(torch.arange(16).view(1, 1, 4, 4)), F.max_pool2d(torch.arange(16).view(1, 1, 4, 4), 2)
     )
+
+
+def test_sizes_are_numbers_of_any_kind():
+    """Numpy's too, here and for convolutions; of a sequence one or two."""
+    x, two, one = torch.randn(1, 3, 8, 8), np.int64(2), np.int64(1)
+    torch.testing.assert_close(ua.nn.MaxPool2d(two, two, np.int32(1))(x), F.max_pool2d(x, 2, 2, 1))
+    layer = ua.SparseConv2d(3, 4, 3, two, one, sparsity=0.5)
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    for size in ((2, 2, 2), ()):
+        with pytest.raises(ValueError, match="one number or two"):
+            max_pool2d(x, size)

@@ -69,6 +69,26 @@ def test_conv1d_in_blocks(block):
         ua.SparseConv1d(4, 6, 3, groups=2, block=(2, 1), sparsity=0.5)
 
 
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(("sizes", "block"), [((4, 16, 1), (4, 1)), ((2, 8, 2), (2, 2))])
+def test_all_blocks_of_a_conv1d_are_packed_in_the_dense_weights_shape(sizes, block, storage, assign):
+    """A checkpoint's shape then does not tell which of the two it is."""
+
+    def make():
+        model = nn.Sequential(nn.Conv1d(*sizes))
+        return ua.sparsify(model, 0.0, include_dense=True, block=block, storage=storage)
+
+    model, dense = make(), nn.Sequential(nn.Conv1d(*sizes))
+    assert model[0].dense_shape == model[0].pattern.packed_shape
+    like = ua.sparsify_like(copy.deepcopy(dense), model.state_dict())
+    for other in (make(), like):
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert other[0].storage == storage and torch.equal(other[0].dense_weight(), model[0].dense_weight())
+    model.load_state_dict(dense.state_dict())
+    assert torch.equal(model[0].dense_weight(), dense[0].weight)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 9), (9, 4), (2, 4, 9, 1), (9,)])
 def test_conv1d_says_what_it_expects(shape):
     with pytest.raises((ValueError, RuntimeError, IndexError), match=r"\[N, 4, L\]|Dimension"):

@@ -157,3 +157,11 @@ def test_own_groups_leave_nothing_to_say(caplog):
     optimizer = torch.optim.AdamW(ua.param_groups(model, weight_decay=0.1), lr=1e-3)
     ua.DynamicSparsity(model, optimizer, method="static", total_steps=1000)
     assert "The optimizer decays" not in caplog.text
+
+
+def test_a_shared_parameter_goes_by_each_of_its_names():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 16), "head": nn.Linear(16, 7, bias=False)})
+    model["head"].weight = model["embed"].weight
+    for name in ("embed.weight", "head.weight"):
+        decayed, others = ua.param_groups(model, 0.1, no_decay=[name])
+        assert decayed["params"] == [] and others["params"] == [model["embed"].weight]

@@ -336,6 +336,10 @@ def test_patch_shuffle_refuses_what_it_cannot_cut():
         shuffle_patches(torch.zeros(1, 1, 9, 9), 4, torch.Generator())
     with pytest.raises(UnknownsError, match=r"between 0 and 1, got 1.5"):
         PatchShuffle(3, share=1.5)
+    with pytest.raises(UnknownsError, match=r"of class indices, got .* and \[4, 4\] of torch.float32"):
+        PatchShuffle(3, share=0.5)(torch.zeros(4, 1, 8, 8), torch.eye(4))
+    with pytest.raises(UnknownsError, match=r"images \[B, C, H, W\], got shape \(2, 8, 8\)"):
+        PatchShuffle(3, share=0.5)(torch.zeros(4, 8, 8), torch.zeros(4, dtype=torch.int64))
 
 
 def test_train_test_with_other_channels_is_refused(tmp_path):

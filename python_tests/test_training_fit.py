@@ -220,6 +220,11 @@ def test_vote_is_the_mean_with_fresh_batch_norm():
     assert not result.training
     with pytest.raises(UnknownsError, match=r"at least one update"):
         Vote(model).result(batches)
+    expected, batches = result[1].running_mean.clone(), iter(batches)
+    assert torch.equal(vote.result(batches)[1].running_mean, expected)
+    with pytest.raises(UnknownsError, match=r"got none; a generator"):
+        vote.result(batches)
+    assert torch.equal(result[1].running_mean, expected)
 
 
 def test_fit_refuses_a_vote_before_the_topology_is_frozen(digits):

@@ -41,7 +41,7 @@ def carry_over(old: Any, new: Any) -> None:
         for key in [key for key, hook in new._forward_hooks.items() if _is_for_sparse_layers(hook)]:
             del new._forward_hooks[key]
             new._forward_hooks_with_kwargs.pop(key, None)
-    own = {"_clean", "_channels_last", "_pad", "dense_class"}
+    own = {"_own", "_clean", "_channels_last", "_pad", "dense_class"}
     own = own.union(*map(_attributes, (nn.Conv2d, nn.Conv1d, nn.Linear)))
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in own | new.__dict__.keys()})
     for name in ("weight", "bias"):

@@ -73,7 +73,8 @@ def check_model(model: Any) -> None:
 
 
 def check_names(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Names of modules as a set.
+    """The names of modules and of all modules in them. Where one has several names it is found by each, and called by
+    that of ``named_modules()``.
 
     Raises:
         TypeError: for one string, which would be taken letter by letter.
@@ -81,16 +82,18 @@ def check_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     """
     if isinstance(names, str):
         raise TypeError(f"Expected a list of names, got a string; pass [{names!r}].")
-    names = set(names)
-    if unknown := names - {name for name, _ in model.named_modules()}:
+    own = {id(module): name for name, module in model.named_modules()}
+    found, unknown = set(), set()
+    for name in names:
+        try:
+            inside = [id(module) for module in model.get_submodule(name).modules()] if name else [id(model)]
+            found |= {own[module] for module in inside}
+        except (AttributeError, KeyError):  # none, none of the model's, or no name at all
+            unknown.add(name)
+    if unknown:
         listed = ", ".join(sorted(map(repr, unknown)))
         raise ValueError(f"No layer of the model is named {listed}; see model.named_modules().")
-    return names
-
-
-def is_in(layer: str, names: Collection[str]) -> bool:
-    """Whether a layer has one of these names, or is in a module that has."""
-    return layer in names or any(name and layer.startswith(f"{name}.") for name in names)
+    return found
 
 
 def warn_of_the_rest(model: nn.Module, covered: Collection[str]) -> None:

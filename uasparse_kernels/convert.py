@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,6 @@ from uasparse_kernels._coverage import (
     check_names,
     dense_shape,
     describe_outputs,
-    is_in,
     outputs_without_weights,
     pattern_shape,
     warn_of_the_rest,
@@ -160,7 +160,7 @@ def sparsify(
         if tuple(block) != (1, 1):
             raise ValueError(f"Expected block (1, 1) for structure {structure!r}, got {tuple(block)}.")
     exempt, overrides = check_names(model, exempt), dict(overrides or {})
-    check_names(model, overrides)
+    inside = {name: check_names(model, [name]) for name in overrides}
 
     candidates, skipped = _candidates(model)
     for name, reason in skipped.items():
@@ -169,9 +169,9 @@ def sparsify(
     if not candidates and not skipped and not held:
         raise ValueError("Expected a model with an nn.Linear, nn.Conv2d or nn.Conv1d, got one without.")
     layers: dict[str, Any] = {n: m for n, m in model.named_modules() if n in candidates or n in held}
-    overrides = _by_layer(overrides, layers, skipped)
+    overrides = _by_layer(overrides, inside, layers, skipped)
     uncovered = set(skipped)
-    exempt = {name for name in layers if is_in(name, exempt)}
+    exempt &= layers.keys()
     skipped |= dict.fromkeys(exempt, "exempt")
     if structure is not None and ":" in structure:
         distribution = "uniform"
@@ -244,13 +244,15 @@ def sparsify(
     return model
 
 
-def _by_layer(overrides: Mapping[str, Any], layers: Iterable[str], skipped: Mapping[str, str]) -> dict[str, Any]:
+def _by_layer(
+    overrides: Mapping[str, Any], inside: Mapping[str, set[str]], layers: Iterable[str], skipped: Mapping[str, str]
+) -> dict[str, Any]:
     """Overrides of modules as those of all layers in them; the longer name has the last word."""
     found: dict[str, Any] = {}
     for name in sorted(overrides, key=len):
-        if not (inside := [layer for layer in layers if is_in(layer, {name})]):
+        if not (covered := [layer for layer in layers if layer in inside[name]]):
             raise ValueError(f"Cannot override {name!r}: {skipped.get(name, 'its class has no sparse form')}.")
-        found |= dict.fromkeys(inside, overrides[name])
+        found |= dict.fromkeys(covered, overrides[name])
     return found
 
 
@@ -415,10 +417,18 @@ def _output_embeddings(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in heads}
 
 
-def _replace(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    new = {}
+def _replace(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    dense: dict[int, tuple[Any, Any]] = {}  # weights, and what they become, by the id of the former
+    new: dict[int, nn.Module] = {}
     for name, layer in layers.items():
-        old = model.get_submodule(name)
+        old: Any = model.get_submodule(name)
         carry_over(old, layer)
+        # What was shared stays so: a bias is the very one, of a shared sparse weight there is one dense one.
+        if old.bias is not None and users[id(old.bias)] > 1:
+            layer.bias = old.bias
+        _, weight = dense.setdefault(id(old.weight), (old.weight, layer.weight))
+        if weight is not layer.weight and weight.shape == layer.weight.shape:
+            layer.weight = weight
         new[id(old)] = layer
     return put_in_place(model, new)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from uasparse_kernels._coverage import check_names, is_in
+from uasparse_kernels._coverage import check_names
 from uasparse_kernels._grid import check_block
 from uasparse_kernels._keep import Keep, check_not_wrapped
 from uasparse_kernels.convert import _candidates, logger
@@ -64,7 +64,7 @@ def add_sparse_deltas(
             skipped[name] = f"sparse deltas serve nn.Linear and nn.Conv2d, not {type(module).__name__}"
             continue
         rows = module.weight.shape[0] // getattr(module, "groups", 1)
-        if is_in(name, exempt) or (filter is not None and not filter(name, module)):
+        if name in exempt or (filter is not None and not filter(name, module)):
             continue
         if rows % block[0] or module.weight.shape[1] % block[1]:
             skipped[name] = f"its weight {tuple(module.weight.shape)} is not made of {block[0]}x{block[1]} blocks"
@@ -76,5 +76,5 @@ def add_sparse_deltas(
     for name, reason in skipped.items():
         logger.warning("%s gets no sparse delta: %s", name or "the layer", reason)
     model.requires_grad_(False)
-    deltas = {id(m): SparseDelta(m, pattern=patterns[name].to(m.weight.device)) for name, m in chosen.items()}
+    deltas = {id(m): SparseDelta(m, pattern=patterns[name]) for name, m in chosen.items()}
     return put_in_place(model, deltas)

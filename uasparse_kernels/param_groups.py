@@ -25,7 +25,7 @@ def param_groups(model: nn.Module, weight_decay: float, *, no_decay: Collection[
     for a matrix, but refuse one dimension, or treat it entry by entry, which is correct.
 
     Args:
-        model: a parameter that is shared counts under its first name.
+        model: a parameter that is shared counts once; ``no_decay`` may have any name of it.
         weight_decay: of the first group; the second has 0.
         no_decay: names of further parameters that do not decay.
 
@@ -47,11 +47,12 @@ def param_groups(model: nn.Module, weight_decay: float, *, no_decay: Collection[
             excluded |= {".".join(filter(None, (prefix, name))) for name in listed()}
         if isinstance(module, SparseLayer):
             packed.add(id(module.weight))
+    of_all_names = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in excluded}
     groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         is_matrix = (parameter.dim() > 1 or id(parameter) in packed) and name.rpartition(".")[2] != "bias"
-        decays = is_matrix and name not in excluded and not getattr(parameter, "_no_weight_decay", False)
+        decays = is_matrix and id(parameter) not in of_all_names and not getattr(parameter, "_no_weight_decay", False)
         groups[0 if decays else 1].append(parameter)
     return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from uasparse_kernels._keep import check_changeable, check_not_wrapped
 from uasparse_kernels.nn.conv2d import SparseConv2d
+from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.ops.topk_indices import topk_indices
@@ -37,13 +38,20 @@ def add_unknown_output(model: nn.Module, name: str) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: if there is no such layer, its weight is shared, parametrised or sharded, it is a grouped
-            convolution, or its blocks have more than one row, which does not divide K + 1 outputs. The model is then
-            unchanged.
+        ValueError: if there is no such layer, its weight is shared, parametrised or sharded, it is a part of a sparse
+            delta or of an attention, it is a grouped convolution, or its blocks have more than one row, which does not
+            divide K + 1 outputs. The model is then unchanged.
     """
     check_not_wrapped(model)
     modules = dict(model.named_modules())
     layer: Any = modules.get(name)
+    owner = layer if isinstance(layer, SparseDelta) else modules.get(str(name).rpartition(".")[0])
+    if isinstance(owner, SparseDelta):
+        raise ValueError(
+            f"{name!r}: the layers of a sparse delta are of one shape; call merge_sparse_deltas(model) first."
+        )
+    if isinstance(owner, nn.MultiheadAttention) and layer is not owner and layer is not None:
+        raise ValueError(f"{name!r}: expected a last layer of K outputs, got a projection of an attention.")
     if not isinstance(layer, nn.Linear | nn.Conv2d | SparseLinear | SparseConv2d):
         found = "nothing" if layer is None else type(layer).__name__
         raise ValueError(

@@ -15,7 +15,7 @@ from uasparse_kernels import ops
 from uasparse_kernels._grid import check_block
 from uasparse_kernels.nn.layers import SparseLayer, as_leaf, from_dense
 from uasparse_kernels.nn.registry import add_kind
-from uasparse_kernels.ops.masked_conv2d import as_pair
+from uasparse_kernels.ops._common import as_pair
 from uasparse_kernels.pattern import SparsityPattern
 
 

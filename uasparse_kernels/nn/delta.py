@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
+from uasparse_kernels.ops._common import dense_form
 from uasparse_kernels.pattern import SparsityPattern
 
 
@@ -84,7 +85,7 @@ class SparseDelta(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The sum as a dense tensor, for code that reads a layer's weight; its gradient reaches the delta alone."""
-        return self.base.weight + self.delta.pattern.unpack(self.delta.weight)
+        return self.base.weight + dense_form(self.delta.weight, self.delta.pattern)
 
     @property
     def bias(self) -> Tensor | None:

@@ -68,7 +68,8 @@ class SparseLayer(nn.Module):
     bias: nn.Parameter | None
     pattern: SparsityPattern
     dense_class: type[nn.Module]  # what it was made of, and becomes again
-    # The dense-stored weight that is known to be masked: id, version, address; and by which state of which pattern.
+    _own: int | None = None  # id of the weight; functional_call and fully_shard put others in its place for a while
+    # Of it, where it is dense-stored and known to be masked: version, address; and by which state of which pattern.
     _clean: tuple[int, ...] | None = None
     _watched = 0  # how often hooks that watch its gradient came
 
@@ -190,20 +191,24 @@ class SparseLayer(nn.Module):
             bias = self.bias  # none, or not registered as a parameter
         if weight is None:
             return self._unregistered_weight(), pattern, bias, False
+        if id(weight) != self._own:
+            self._refuse_anothers(weight)
         if weight.dim() == len(pattern.shape):
             return weight, pattern, bias, self._mask_weight(weight, pattern)
         return weight, pattern, bias, False
 
     def _mask_weight(self, weight: Tensor, pattern: SparsityPattern) -> bool:
-        if not weight.is_leaf or weight.is_meta or weight.shape != pattern.shape or weight.device != pattern.device:
-            return False  # somebody's own tensor, which is not ours to change, or an error to come
+        if not (isinstance(weight, nn.Parameter) and weight.is_leaf):
+            return False  # somebody's own tensor, which is not ours to change
+        if weight.is_meta or weight.shape != pattern.shape or weight.device != pattern.device:
+            return False  # nothing to mask, or an error to come
         if torch._C._functorch.is_functorch_wrapped_tensor(weight) or isinstance(weight, FakeTensor):
             return False
         if hasattr(weight, "device_mesh"):  # a part of a sharded one, between forward passes
             return False
         state = None
-        if not weight.is_inference():
-            state = (id(weight), weight._version, weight.data_ptr(), id(pattern), pattern.changes)
+        if id(weight) == self._own and not weight.is_inference():
+            state = (weight._version, weight.data_ptr(), id(pattern), pattern.changes)
         unwritten = state is not None and state == self._clean
         on_gpu = weight.device.type != "cpu"
         # On a GPU looking would wait: it is masked, or trusted.
@@ -224,24 +229,36 @@ class SparseLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight" and param is not None:
-            self._take_weight(param)
+            self._refuse_anothers(param)
         super().register_parameter(name, param)
+        if name == "weight":
+            self._take_weight()
 
-    def _take_weight(self, weight: nn.Parameter) -> None:
-        """Raises ValueError for the weight of a layer of another pattern (``b.weight = a.weight``)."""
-        other = _holders.get(id(weight))
-        if other is not None and other._parameters.get("weight") is weight and not other.pattern.equal(self.pattern):
+    def _take_weight(self) -> None:
+        self._own, self._clean = None, None
+        if (weight := self._parameters.get("weight")) is not None:
+            self._own, _holders[id(weight)] = id(weight), self
+
+    def _refuse_anothers(self, weight: Tensor) -> None:
+        """Raises ValueError for the weight of a layer of another pattern: ``b.weight = a.weight``, and that in
+        ``functional_call(b, dict(a.named_parameters()), ...)``."""
+        other = _holders.get(id(weight), self)
+        if other is not self and other._parameters.get("weight") is weight and not other.pattern.equal(self.pattern):
+            self.pattern.tensors()  # says so where its signature came along
             raise ValueError(
                 "Expected a weight of this layer's own, or of a layer of the same pattern, got that of a layer of "
                 "another one: packed values would stand for other places, and each layer would zero dense-stored ones "
                 "that the other has. Make both with the same pattern=, or call one layer at both places."
             )
-        _holders[id(weight)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if (weight := self._parameters.get("weight")) is not None:
-            _holders[id(weight)] = self
+        self._take_weight()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._take_weight()  # on the meta device, and back, it is another parameter
+        return self
 
     def __delattr__(self, name: str) -> None:
         # torch.nn.utils.parametrize takes the parameter away before it puts its own in place: nothing has changed yet.
@@ -291,8 +308,9 @@ class SparseLayer(nn.Module):
         self._own_tensors()  # masked
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = destination.get(prefix + "weight")
-        if weight is not None and weight.shape == self.pattern.shape:
-            destination[prefix + "weight"] = self.dense_view(weight)  # as a dense layer's checkpoint has it
+        # As a dense layer's checkpoint has it, unless that would be read as packed: all blocks of some Conv1d.
+        if weight is not None and weight.shape == self.pattern.shape and self.dense_shape != self.pattern.packed_shape:
+            destination[prefix + "weight"] = self.dense_view(weight)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Takes a packed or a dense weight, with this or another pattern, or a dense layer's checkpoint (no pattern).
@@ -346,11 +364,12 @@ class SparseLayer(nn.Module):
             pattern = SparsityPattern.from_state_dict(own, prefix + "pattern.")
             self.pattern.check_fits(pattern)
         else:
-            if weight.shape == self.pattern.packed_shape:
+            if weight.shape == self.pattern.packed_shape != self.dense_shape:
                 names = ", ".join(f"{prefix}pattern.{name}" for name in ("layout", "crow", "col"))
                 raise ValueError(f"Expected packed values with their pattern, got them without {names}.")
             pattern = copy.deepcopy(self.pattern)
-        if weight.shape != pattern.packed_shape:
+        is_packed = has_pattern and weight.shape == pattern.packed_shape
+        if not is_packed and not (weight.shape == pattern.shape and self.dense_shape == pattern.packed_shape):
             if tuple(weight.shape) != self.dense_shape:
                 raise ValueError(
                     f"Expected a weight of shape {self.dense_shape} (dense-stored) or {pattern.packed_shape} (packed), "
@@ -362,7 +381,8 @@ class SparseLayer(nn.Module):
         pattern = pattern.to(target) if pattern.device.type != "meta" else pattern.to_empty(device=target)
         weight = weight.detach().to(target)
         values = weight if pattern.is_packed(weight) else pattern.pack(weight)
-        return pattern, values if self.storage == "packed" else pattern.unpack(values)
+        # By dimensions: a weight that is shared may have its new size already, by another layer.
+        return pattern, pattern.unpack(values) if self.weight.dim() == len(pattern.shape) else values
 
 
 def from_dense(module, build, **sparse):
@@ -411,7 +431,8 @@ def _resolve_pattern(shape, sparsity, pattern, block) -> SparsityPattern:
         )
     if pattern.shape != tuple(shape):
         raise ValueError(f"Expected a pattern of shape {tuple(shape)}, got {pattern.shape}.")
-    return SparsityPattern(pattern.shape, pattern.crow.clone(), pattern.col.clone(), block=pattern.block)
+    crow, col, *_ = pattern._held  # with values on the meta device, too
+    return SparsityPattern(pattern.shape, crow.clone(), col.clone(), block=pattern.block)
 
 
 def resolve_storage(storage: str, pattern: SparsityPattern, dtype: torch.dtype | None) -> str:

@@ -18,8 +18,9 @@ class UnknownAwareLoss(nn.Module):
     over K+1 outputs. Every training step, also of the warm-up, updates a running mean ``a`` of the loss's threshold:
     ``a <- 0.05 * threshold + 0.95 * a``, starting at the first value; a threshold that is not finite is skipped. A
     training step is a call in training mode whose logits require gradients, so that validation does not change the
-    mean. After the warm-up alpha starts at ``a / rho`` and rises by the same amount each epoch, to ``alpha_final`` in
-    the last one. Call :meth:`step_epoch` after each epoch. Nothing here waits for the device.
+    mean; one that ``torch.utils.checkpoint`` repeats in the backward pass is one step. After the warm-up alpha starts
+    at ``a / rho`` and rises by the same amount each epoch, to ``alpha_final`` in the last one. Call :meth:`step_epoch`
+    after each epoch. Nothing here waits for the device.
 
     With ``total_steps``, for a short fine-tuning, alpha rises at every training step instead. The loss counts the steps
     itself (every micro-batch is one), and you need not call anything.
@@ -87,15 +88,16 @@ class UnknownAwareLoss(nn.Module):
             warmup_steps = max(1, total_steps // 20) if warmup_steps is None else warmup_steps
             if not 1 <= warmup_steps < total_steps:
                 raise ValueError(f"Expected 1 <= warmup_steps < total_steps, got {warmup_steps} and {total_steps}.")
-        if alpha_final < 0 or rho <= 0:
-            raise ValueError(f"Expected alpha_final >= 0 and rho > 0, got {alpha_final} and {rho}.")
+        if not (0 <= alpha_final < math.inf and 0 < rho < math.inf):
+            raise ValueError(f"Expected a finite alpha_final >= 0 and rho > 0, got {alpha_final} and {rho}.")
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f'Expected reduction "mean", "sum" or "none", got {reduction!r}.')
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"Expected label_smoothing in [0, 1], got {label_smoothing}.")
-        if weight is not None and tuple(weight.shape) != (num_classes + 1,):
+        if weight is not None and not (isinstance(weight, Tensor) and tuple(weight.shape) == (num_classes + 1,)):
+            given = tuple(weight.shape) if isinstance(weight, Tensor) else f"a {type(weight).__name__}"
             raise ValueError(
-                f"Expected a weight of {num_classes + 1} classes, the unknown one last, got {tuple(weight.shape)}."
+                f"Expected a tensor with the weights of {num_classes + 1} classes, the unknown one last, got {given}."
             )
         self.num_classes, self.warmup_epochs, self.total_epochs = num_classes, warmup_epochs, total_epochs
         self.warmup_steps, self.total_steps = warmup_steps, total_steps
@@ -119,7 +121,7 @@ class UnknownAwareLoss(nn.Module):
                 f"({self.num_classes} classes and the unknown output), got {tuple(logits.shape)}; build the model with "
                 "num_classes + 1 outputs."
             )
-        is_step = self.training and torch.is_grad_enabled() and logits.requires_grad
+        is_step = self.training and torch.is_grad_enabled() and logits.requires_grad and not _is_repeated()
         alpha = self.alpha
         if is_step and self.total_steps is not None:
             self._step()
@@ -202,3 +204,11 @@ class UnknownAwareLoss(nn.Module):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text
+
+
+def _is_repeated() -> bool:
+    """Whether this is a call again, in a backward pass, of what a checkpoint called before (with ``use_reentrant=True``
+    the first call records nothing, and is none of training; the second has no hooks)."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -153,7 +153,8 @@ def make_sparse(name: str, module: Any, **options: Any) -> Any:
         raise ValueError(f"{called}: expected a pattern of the weight's shape {shape}, got {layer.pattern.shape}.")
     wanted = options.get("pattern")
     if wanted is not None:
-        same = torch.equal(wanted.blocks(), layer.pattern.blocks().to(wanted.device))
+        is_meta = "meta" in (wanted.device.type, layer.pattern.device.type)
+        same = is_meta or torch.equal(wanted.blocks(), layer.pattern.blocks().to(wanted.device))
         if wanted.block != layer.pattern.block or not same:
             raise ValueError(f"{called}: expected a layer of the pattern that was given, got another.")
     elif (

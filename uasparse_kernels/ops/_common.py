@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -174,6 +175,17 @@ def autocast(*tensors: Any) -> Any:
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
     )
+
+
+def as_pair(value: Any) -> tuple[int, int]:
+    """A number (numpy's, too), or a sequence of one or two, for height and width."""
+    if isinstance(value, int):
+        return value, value
+    if not isinstance(value, tuple | list):
+        value = tuple(value) if isinstance(value, Iterable) else (operator.index(value),)
+    if len(value) not in (1, 2):
+        raise ValueError(f"Expected one number or two, for height and width, got {value}.")
+    return value[0], value[-1]
 
 
 def check_tensors(op: str, input: Tensor, weight: Tensor) -> None:

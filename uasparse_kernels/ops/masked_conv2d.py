@@ -13,6 +13,7 @@ from uasparse_kernels import _library
 from uasparse_kernels.ops._common import (
     Choice,
     announce,
+    as_pair,
     autocast,
     check_layer_arguments,
     check_tensors,
@@ -165,14 +166,6 @@ def _is_quicker_dilated(input: Tensor, pattern: SparsityPattern) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
     )
-
-
-def as_pair(value: IntPair) -> tuple[int, int]:
-    """A number, or a sequence of one or two, for height and width."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    if len(values) not in (1, 2):
-        raise ValueError(f"masked_conv2d: expected one number or two, got {value}.")
-    return values[0], values[-1]
 
 
 def _pad_by_name(input: Tensor, padding: str, shape, stride, dilation) -> tuple[Tensor, tuple[int, int]]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uasparse_kernels import _library
-from uasparse_kernels.ops._common import transformed
+from uasparse_kernels.ops._common import as_pair, transformed
 
 IntPair = int | tuple[int, int]
 
@@ -28,8 +28,8 @@ def max_pool2d(
     Raises:
         ValueError, RuntimeError: if sizes do not fit.
     """
-    kernel, pads, spread = _pair(kernel_size), _pair(padding), _pair(dilation)
-    steps = kernel if stride is None else _pair(stride)
+    kernel, pads, spread = as_pair(kernel_size), as_pair(padding), as_pair(dilation)
+    steps = kernel if stride is None else as_pair(stride)
     ours = (
         input.device.type == "cpu"
         and input.dim() == 4
@@ -44,10 +44,6 @@ def max_pool2d(
     if not ours:
         return F.max_pool2d(input, kernel, steps, pads, spread, ceil_mode)
     return torch.ops.uasparse.max_pool2d.default(input, kernel, steps, pads)[0]
-
-
-def _pair(value: IntPair) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 @_library.register_fake("max_pool2d")

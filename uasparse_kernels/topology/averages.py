@@ -86,9 +86,14 @@ class AveragedModel(nn.Module):
             )
         count = int(self.n_averaged)
         share = 1.0 if count == 0 else 1 / (count + 1) if self.decay is None else 1 - self.decay
+        averaged: set[int] = set()  # weights of layers: several may share one
         for name, average in mine.items():
             new = theirs[name]
-            if isinstance(average, SparseLayer):
+            if isinstance(average, SparseLayer) and id(average.weight) in averaged:
+                if not average.pattern.equal(new.pattern):
+                    average.pattern.become_(new.pattern)
+            elif isinstance(average, SparseLayer):
+                averaged.add(id(average.weight))
                 self._follow(name, average, new, count)
                 _mix(average.weight, _values(new, average.storage), share)
             else:
@@ -146,10 +151,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _parts(model: nn.Module) -> dict[str, Any]:
     """What an average consists of: sparse layers (for their weights), other parameters, and buffers."""
     layers = {f"{name}." if name else "": m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
-    parts: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    weights = {id(layer.weight) for layer in layers.values()}
+    parts: dict[str, Any] = {name: p for name, p in model.named_parameters() if id(p) not in weights}
+    parts |= dict(model.named_buffers())
     for prefix, layer in layers.items():
         parts[prefix + "weight"] = layer
-        parts.pop(prefix + "pattern.signature")
+        parts.pop(prefix + "pattern.signature", None)  # none where the pattern is another layer's, too
     return parts
 
 

@@ -55,10 +55,10 @@ class PatchShuffle:
             _patch_size(height, width, grid, seam)
 
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        if x.dim() != 4 or not x.is_floating_point() or y.shape != x.shape[:1]:
+        if x.dim() != 4 or not x.is_floating_point() or y.shape != x.shape[:1] or y.is_floating_point():
             raise UnknownsError(
-                f"Expected images [B, C, H, W] of floating point and their labels [B], got {list(x.shape)} of "
-                f"{x.dtype} and {list(y.shape)}; shuffle before labels become soft."
+                f"Expected images [B, C, H, W] of floating point and labels [B] of class indices, got {list(x.shape)} of "
+                f"{x.dtype} and {list(y.shape)} of {y.dtype}: give a batch its unknowns before its labels are mixed."
             )
         num = round(len(x) * self.share)
         if num == 0:
@@ -81,6 +81,8 @@ def shuffle_patches(x: Tensor, grid: int, generator: torch.Generator | None = No
     pixels, so that no edge gives the shuffling away. Raises UnknownsError unless H and W are multiples of `grid` and
     patches are at least 2 * seam wide. The permutations come from `generator` (on the CPU; torch's own without).
     """
+    if x.dim() != 4:
+        raise UnknownsError(f"Expected images [B, C, H, W], got shape {tuple(x.shape)}.")
     num, channels, height, width = x.shape
     rows, columns = (grid, grid) if grid else (height, width)
     stride = _patch_size(height, width, grid, seam)

@@ -7,6 +7,7 @@ the union of their weights, so it is denser than any of them.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,13 @@ class Vote:
         """
         if int(self.averaged.n_averaged) == 0:
             raise UnknownsError("Expected at least one update before the result of a vote, got none.")
-        update_bn(batches, self.averaged.module)
+        batches = iter(batches)
+        first = list(islice(batches, 1))
+        if not first:
+            raise UnknownsError(
+                "Expected batches to estimate batch-norm statistics from, got none; a generator gives its own once."
+            )
+        update_bn(chain(first, batches), self.averaged.module)
         return self.averaged.module.eval()
 
     def state_dict(self) -> dict[str, Any]:
