@@ -57,8 +57,8 @@ class PatchShuffle:
     def __call__(self, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         if x.dim() != 4 or not x.is_floating_point() or y.shape != x.shape[:1] or y.is_floating_point():
             raise UnknownsError(
-                f"Expected images [B, C, H, W] of floating point and labels [B] of class indices, got {list(x.shape)} of "
-                f"{x.dtype} and {list(y.shape)} of {y.dtype}: give a batch its unknowns before its labels are mixed."
+                f"Expected images [B, C, H, W] of floating point and labels [B] of class indices, got {list(x.shape)} "
+                f"of {x.dtype} and {list(y.shape)} of {y.dtype}: give a batch its unknowns before its labels are mixed."
             )
         num = round(len(x) * self.share)
         if num == 0:
