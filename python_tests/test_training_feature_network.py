@@ -108,7 +108,5 @@ def test_a_judge_and_a_shuffle_check_what_they_are_given():
         with pytest.raises(UnknownsError, match=message):
             Judge.of(model, lambda x: x, classes, images, labels)
     for images, labels in ((x, nn.functional.one_hot(y).float()), (x.byte(), y), (x[:, 0], y), (x, y[:4])):
-        with pytest.raises(
-            UnknownsError, match=r"Expected images \[B, C, H, W\] of floating point and labels \[B\]"
-        ):
+        with pytest.raises(UnknownsError, match=r"Expected images \[B, C, H, W\] of floating point and labels \[B\]"):
             PatchShuffle(3)(images, labels)
