@@ -17,7 +17,8 @@ from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops.prune_grow import active_norms, apply, block_scores, kept_blocks, resize
 from uasparse_kernels.pattern import SparsityPattern
-from uasparse_kernels.topology.dynamic import _unowned, owner_of
+from uasparse_kernels.topology.checks import why_unowned
+from uasparse_kernels.topology.dynamic import owner_of
 from uasparse_kernels.topology.saliency import best_pattern, change_to, densities_by_threshold
 from uasparse_kernels.topology.states import State
 from uasparse_kernels.topology.structure import structured_pattern
@@ -197,7 +198,7 @@ def check_changeable(name: str, layer: SparseLayer) -> None:
             f"{name or type(layer).__name__}: a DynamicSparsity changes this layer's pattern; call its detach() first, "
             "and make a new one afterwards."
         )
-    if (reason := _unowned(layer)) is not None:
+    if (reason := why_unowned(layer)) is not None:
         raise ValueError(f"{name or type(layer).__name__}: {reason}")
 
 

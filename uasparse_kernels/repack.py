@@ -9,7 +9,7 @@ from torch import nn
 
 from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_resized
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
-from uasparse_kernels.topology.dynamic import _unowned
+from uasparse_kernels.topology.checks import why_unowned
 from uasparse_kernels.topology.states import OptimizerStates
 
 
@@ -46,7 +46,7 @@ def repack(
             continue
         if resolve_storage(storage, layer.pattern, layer.weight.dtype) == layer.storage:
             continue
-        if (reason := _unowned(layer)) is not None:
+        if (reason := why_unowned(layer)) is not None:
             raise ValueError(f"{name or type(layer).__name__}: {reason}")
         nothing = layer.pattern.blocks()[:0]
         moving = states.of(name, layer.weight) if states is not None else ()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import re
-import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -16,16 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uasparse_kernels._coverage import describe_outputs, outputs_without_weights
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
+from uasparse_kernels.topology.checks import check_method, check_owned, check_same_layers, why_unowned
 from uasparse_kernels.topology.growth import GradientCapture
 from uasparse_kernels.topology.methods import MEST, METHODS, LayerUpdate, Method, NOfM, Update
+from uasparse_kernels.topology.notices import Notices
 from uasparse_kernels.topology.processes import (
     broadcast,
     find_group,
     gathered,
-    is_fully_sharded,
     is_sharded,
     largest,
     local,
@@ -34,8 +32,6 @@ from uasparse_kernels.topology.processes import (
 )
 from uasparse_kernels.topology.schedule import CosineSchedule
 from uasparse_kernels.topology.states import LoadWatch, OptimizerStates, State, start_grown
-
-logger = logging.getLogger("uasparse_kernels")
 
 _OWNERS: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[DynamicSparsity]] = weakref.WeakKeyDictionary()
 
@@ -135,28 +131,26 @@ class DynamicSparsity:
             )
         self.optimizer = optimizer
         self._states = OptimizerStates(optimizer)
-        if self.method is not None or all(_unowned(layer) is None for layer in self.layers.values()):
-            self._check_owned()
+        if self.method is not None or all(why_unowned(layer) is None for layer in self.layers.values()):
+            check_owned(self.layers, self._states, changes=self.method is not None)
         weights = [layer.weight for layer in self.layers.values()]
         self.group = find_group(model, weights, process_group, needed=self.method is not None)
         if self.method is not None:
             self._states.check_can_move(self.layers)
-            self._check_method(self.method)
+            check_method(self.method, self.layers, self.schedule, in_processes=self.group is not None)
         self._states.warn_of_decay(self.layers)
         if generator is None:
             generator = torch.Generator()
             generator.manual_seed(int(torch.randint(2**62, (), device="cpu")))
         self.generator = generator
         self.steps = 0
-        self._calls = self._idle_calls = 0  # since calls were last compared with the optimiser's steps
         self._postponed = 0  # the step whose update waits for finite gradients
         self._states_seen = self.method is None
-        self._said_postponed = self._said_unseen = self._said_extra_calls = False
-        self._said_lost = self.method is None
         if self.group is not None:
             make_alike(self.layers, self.group)
         self.initial_blocks = {name: layer.pattern.num_blocks for name, layer in self.layers.items()}
         self._attach()
+        self._notices = Notices(0 if self.method is None else self._watch.steps)
         self._arm()
 
     def __repr__(self) -> str:
@@ -186,7 +180,8 @@ class DynamicSparsity:
         if not self._states_seen:  # once: those of a checkpoint may lie outside of the pattern
             self._states.mask(self.layers)
             self._states_seen = True
-        self._compare_calls()
+        if self.method is not None:
+            self._notices.count_call(self._watch.steps)
         step = self.steps + 1
         due = step if self.method is not None and self.schedule.is_update(step) else self._postponed
         updated = self._update(due) if due else False
@@ -244,7 +239,7 @@ class DynamicSparsity:
         self.generator.set_state(state["generator"].cpu())
         self.initial_blocks = {names[name]: count for name, count in blocks.items()}
         self.steps, self._postponed = state["steps"], state.get("postponed", 0)
-        self._calls = self._idle_calls = 0
+        self._notices.forget_calls()
         self._arm()
 
     # ---- hooks ----
@@ -266,7 +261,6 @@ class DynamicSparsity:
             _OWNERS[layer] = weakref.ref(self)
             layer._watched += 1
         self._watch = LoadWatch(self.layers, self._states)
-        self._steps_seen = self._watch.steps
         # The hooks know nothing of this object. They idle when it is gone, and captures go when next called: garbage
         # is collected anywhere, in the middle of torch's loops over hooks too. Nor does what waits for its end hold
         # anything: layers and optimisers may hold this object.
@@ -300,13 +294,13 @@ class DynamicSparsity:
         names, states = self._ready()
         if names is None:
             return None
-        self._say_extra_calls()
+        self._notices.extra_calls()
         if self.method.final_sparsity is not None and self.schedule.progress(due) == 1:
-            self._say_unfinished(names)
+            self._notices.unfinished({n: layer for n, layer in self.layers.items() if n not in names})
         if not names:
             return False
         if self.method.needs_gradient and self.group is None:
-            self._say_unseen(names)
+            self._notices.unseen([(self.layers[name], self._captures[name]) for name in names])
         *_, last = self.layers.values()
         updates = []
         for name in names:
@@ -340,7 +334,7 @@ class DynamicSparsity:
             with whole(moving) as (weight, *others):
                 change(weight, layer.pattern, dropped, grown, others, reset_regrown=self.method.reset_regrown)
             start_grown(states[name])
-        self._say_lost()
+        self._notices.lost(self.layers, self.steps + 1)
         return True
 
     def _ready(self) -> tuple[list[str] | None, dict[str, list[State]]]:
@@ -352,8 +346,8 @@ class DynamicSparsity:
         weights = {name: layer.weight for name, layer in self.layers.items()}
         training = {name for name, weight in weights.items() if weight.requires_grad and id(weight) not in rests}
         try:
-            self._check_same_layers()
-            self._check_owned()
+            check_same_layers(self.layers, self._model())
+            check_owned(self.layers, self._states, changes=self.method is not None)
             self._watch.check_nobody_else()
             states = {name: self._states.of(name, weight) for name, weight in weights.items() if name in training}
         except ValueError as error:
@@ -369,13 +363,13 @@ class DynamicSparsity:
         if one_failed:
             raise refused or ValueError("Another process cannot update its topology; its error says why.")
         if not_finite:
-            self._say_postponed("gradients are not finite")
+            self._notices.postponed("gradients are not finite")
             return None, states
         table = {name: tuple(by_layer[4 * i : 4 * i + 4]) for i, name in enumerate(self.layers)}
         trained = {name: row for name, row in table.items() if not row[0]}
         if method.needs_gradient and trained and not any(seen == 2 for _, seen, _, _ in trained.values()):
             if any(seen for _, seen, _, _ in trained.values()):
-                self._say_postponed("all gradients are zero")
+                self._notices.postponed("all gradients are zero")
                 return None, states
             raise RuntimeError(
                 "Expected a backward pass through the sparse layers since the last step() (growth by gradient uses "
@@ -450,132 +444,6 @@ class DynamicSparsity:
             for name, layer in self.layers.items():
                 self._captures[name].remove_from(layer)
 
-    def _say_postponed(self, reason: str) -> None:
-        if not self._said_postponed:
-            self._said_postponed = True
-            logger.warning("Topology: %s at an update step; the update waits for the next step where they are.", reason)
-
-    def _compare_calls(self) -> None:
-        """Notes calls before which no optimiser stepped."""
-        if self.method is not None:
-            self._calls += 1
-            self._idle_calls += self._watch.steps == self._steps_seen
-            self._steps_seen = self._watch.steps
-
-    def _say_extra_calls(self) -> None:
-        """One line, once, where step() is called for every micro-batch."""
-        calls, steps = self._calls, self._calls - self._idle_calls
-        self._calls = self._idle_calls = 0
-        # An update may replace an optimiser step, and a GradScaler skip a few.
-        if steps and 3 * (steps + 1) < 2 * calls and not self._said_extra_calls:
-            self._said_extra_calls = True
-            logger.warning(
-                "Topology: step() was called %d times for %d steps of the optimizer. Call it once per optimizer step, "
-                "not for every micro-batch: updates come too often, and grow by a part of the gradient.",
-                calls,
-                steps,
-            )
-
-    def _say_unseen(self, names: list[str]) -> None:
-        """One line, once, where ``.grad`` came from passes that growth does not know."""
-        if not self._said_unseen and any(self._captures[name].lacks_passes(self.layers[name]) for name in names):
-            self._said_unseen = True
-            logger.warning(
-                "Topology: .grad is not the gradient of the backward passes that growth sees. It does not see passes "
-                "inside of torch.func transforms and forward-mode AD, third derivatives, and what hooks of a weight or "
-                "a replaced forward do. Of passes that are merged by hand (PCGrad) it sees the last alone: let them "
-                "add up in .grad (zero it before the first only), then write the result over it. Or grow at random "
-                '(method="set").'
-            )
-
-    def _say_unfinished(self, names: list[str]) -> None:
-        """One line where the last update of gradual pruning left out layers that train."""
-        left_out = [(name, layer) for name, layer in self.layers.items() if name not in names]
-        left = [f"{name!r} ({layer.pattern.density:.3g})" for name, layer in left_out if layer.weight.requires_grad]
-        if left:
-            logger.warning(
-                "Topology: the last update of gradual pruning left out layers without a gradient at this step, or at "
-                "a rate of 0; they keep their density: %s.",
-                ", ".join(left),
-            )
-
-    def _say_lost(self) -> None:
-        """One line, once, where updates took the weights of half of a layer's outputs, or more."""
-        if not self._said_lost and (lost := outputs_without_weights(self.layers)):
-            self._said_lost = True
-            logger.warning(
-                "Topology: after step %d half of the outputs of a layer or more have no weight left: %s. They are "
-                "constants. With growth by gradient, drop=topology.relative_magnitude keeps outputs alive.",
-                self.steps + 1,
-                describe_outputs(lost),
-            )
-
-    # ---- checks ----
-
-    def _check_owned(self) -> None:
-        """Raises ValueError for weights that an update cannot write to, or that the optimiser does not hold."""
-        for name, layer in self.layers.items():
-            if (reason := _unowned(layer)) is not None:
-                raise ValueError(f"{name or type(layer).__name__}: {reason}")
-        for what in ("weight", "pattern"):
-            if len({id(getattr(layer, what)) for layer in self.layers.values()}) < len(self.layers):
-                raise ValueError(f"Expected every sparse layer to have a {what} of its own, got one that layers share.")
-        self._states.check_holds(self.layers)
-        if self.method is not None:
-            self._states.check_keeps_nothing_aside(self.layers)
-
-    def _check_same_layers(self) -> None:
-        """Raises ValueError if sparse layers came into the model or left it."""
-        model = self._model()
-        if model is None:  # what was given then was a wrapper that is gone
-            return
-        now = {id(module): name for name, module in model.named_modules() if isinstance(module, SparseLayer)}
-        before = {id(layer): name for name, layer in self.layers.items()}
-        lists = {"new": [now[i] for i in now.keys() - before.keys()]}
-        lists["gone"] = [before[i] for i in before.keys() - now.keys()]
-        said = [f"{what} {', '.join(sorted(map(repr, names)))}" for what, names in lists.items() if names]
-        if said:
-            raise ValueError(
-                "The model's sparse layers are not those that this DynamicSparsity was made for: "
-                f"{'; '.join(said)}. Make another one after a change of the model, with the steps that are left."
-            )
-
-    def _check_method(self, method: Method) -> None:
-        for name, layer in self.layers.items():
-            try:
-                method.check(layer.pattern)
-            except ValueError as error:
-                raise ValueError(f"{name or type(layer).__name__}: {error}") from error
-            fixed = self.group is not None or is_sharded(layer.weight)
-            if method.resizes and fixed and layer.storage == "packed":
-                raise ValueError(
-                    f"{name}: expected dense storage under DistributedDataParallel and fully_shard, whose buffers have "
-                    "fixed sizes, for a method that changes the number of active weights; call "
-                    'sparsify(..., storage="dense").'
-                )
-        if method.scope == "global" and len({layer.pattern.block for layer in self.layers.values()}) > 1:
-            raise ValueError('Expected one block size in all layers for scope "global", whose norms it compares.')
-        if self.schedule.is_over(0):
-            text = f"Expected an update every {self.schedule.delta_t} steps before step {self.schedule.end}, got none: "
-            if method.final_sparsity is not None:
-                raise ValueError(text + "gradual pruning would never begin; give a smaller delta_t.")
-            warnings.warn(text + "the topology will never change; give a smaller delta_t.", stacklevel=3)
-        if method.final_sparsity is not None and self._leaves_nothing_to_prune(method):
-            warnings.warn(
-                f"Expected layers denser than the final_sparsity of {method.final_sparsity:g}, got none: nothing will "
-                "be pruned. Start from sparsify(model, 0.0, include_dense=True), or a lower sparsity.",
-                stacklevel=3,
-            )
-
-    def _leaves_nothing_to_prune(self, method: Method) -> bool:
-        assert method.final_sparsity is not None
-        counts = [(layer.pattern.num_blocks, math.prod(layer.pattern.grid)) for layer in self.layers.values()]
-        if method.scope == "global":
-            counts = [(sum(held for held, _ in counts), sum(size for _, size in counts))]
-        ends = [max(1, round(size * (1 - method.final_sparsity))) for _, size in counts]
-        over = [held - end for (held, _), end in zip(counts, ends, strict=True)]
-        return max(over) <= 0 and min(over) < 0  # all equal: it was resumed after the last update
-
 
 def owner_of(layer: SparseLayer) -> DynamicSparsity | None:
     """What changes a layer's pattern as it trains."""
@@ -591,36 +459,6 @@ class _ShardedUpdate(LayerUpdate):
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
         return gathered(value) if name in ("weight", "gradient") and value is not None else value
-
-
-def _unowned(layer: SparseLayer) -> str | None:
-    """Why an update cannot write to a layer's weight."""
-    weight: Any = layer.weight
-    way_out = 'Use DistributedDataParallel or fully_shard, or method="static", which changes nothing.'
-    if is_sharded(weight):
-        if not is_fully_sharded(layer):
-            return f"its weight is sharded (a DTensor), but not by fully_shard (tensor parallelism?). {way_out}"
-        if weight.device.type != layer.pattern.device.type:
-            return f"its weight is offloaded to {weight.device}, its pattern is on {layer.pattern.device}. {way_out}"
-        return None
-    if hasattr(layer, "parametrizations"):
-        return "its weight is parametrised; leave the layer dense (sparsify(..., exempt=...))."
-    flattened = hasattr(weight, "_fsdp_flattened")
-    if flattened or layer._parameters.get("weight") is not weight or not weight.is_leaf:
-        return (
-            "its weight is not a parameter of its own, as FullyShardedDataParallel (use_orig_params=True does not "
-            f"help), weight_norm and functional calls make it. {way_out}"
-        )
-    if tuple(weight.shape) not in (layer.pattern.shape, layer.pattern.packed_shape):
-        return (
-            f"expected a weight of shape {layer.pattern.shape} (dense-stored) or {layer.pattern.packed_shape} "
-            f"(packed), got {tuple(weight.shape)}: a part of it, or another pattern's."
-        )
-    if not weight.is_meta and weight.layout == torch.strided:
-        needed = (weight.storage_offset() + weight.numel()) * weight.element_size()
-        if weight.untyped_storage().nbytes() < needed:
-            return f"the memory of its weight was freed (as FullyShardedDataParallel does). {way_out}"
-    return None
 
 
 def _forget(captures: list[weakref.ref[GradientCapture]]) -> None:
