@@ -129,7 +129,7 @@ def test_what_would_capture_an_optimised_model(both):
     with pytest.raises(RuntimeError, match=r"package\(\).*densify"):
         torch.jit.trace(optimized, X)
     for model in (optimized, nn.Sequential(optimized).eval()):
-        with pytest.raises(ValueError, match="a model that is not optimised yet"):
+        with pytest.raises(ValueError, match="weights of its own, got an optimised one"):
             ua.optimize_for_inference(model, X)
 
 

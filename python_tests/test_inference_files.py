@@ -346,7 +346,7 @@ def test_a_state_that_a_file_cannot_hold_is_refused_before_anything_changes(tmp_
         (meta, ValueError, r"got 0\.weight on meta: call model\.to_empty"),
         (model().to("meta"), ValueError, r"on meta: call model\.to_empty"),
         (noted.state_dict(), TypeError, r"Expected a model \(nn\.Module\), got a OrderedDict"),
-        (nn.Sequential(optimized), RuntimeError, r"no state_dict: keep it by its save\(path\)"),
+        (nn.Sequential(optimized), ValueError, r"got an optimised one at '0': .*its save\(path\)"),
     ):
         with pytest.raises(error, match=message):
             ua.save_sparse(odd, tmp_path / "b")
@@ -375,6 +375,17 @@ def test_odd_names_and_buffers(tmp_path):
         ua.save_sparse(named("x", torch.eye(3).to_sparse()), tmp_path / "b")
     ua.save_sparse(named("x", torch._neg_view(torch.ones(3))), tmp_path / "a")
     assert torch.equal(ua.load_sparse(named("x", torch.ones(3)), tmp_path / "a").x, -torch.ones(3))
+
+
+def test_a_link_stays_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "latest").symlink_to(tmp_path / "a" / "weights")
+    for value in (1.0, 2.0):
+        model = nn.Linear(1, 1)
+        nn.init.constant_(model.weight, value)
+        ua.save_sparse(model, tmp_path / "latest")
+        assert (tmp_path / "latest").is_symlink()
+        assert ua.load_sparse(nn.Linear(1, 1), tmp_path / "a" / "weights").weight == value
 
 
 def test_threads_that_write_one_file(tmp_path):

@@ -68,9 +68,30 @@ def test_a_layer_says_what_to_pass(arguments, error, said):
         ua.SparseConv2d(16, 8, 1, **arguments)
 
 
-def test_no_module_is_refused():
-    with pytest.raises(TypeError, match="OrderedDict"):
-        ua.sparsify(network().state_dict(), 0.9)
+@pytest.mark.parametrize(
+    "function, others",
+    [
+        (ua.sparsify, (0.9,)),
+        (ua.densify, ()),
+        (ua.repack, ()),
+        (ua.summary, ()),
+        (ua.sparsify_like, ({},)),
+        (ua.add_sparse_deltas, (0.1,)),
+        (ua.merge_sparse_deltas, ()),
+        (ua.add_unknown_output, ("2",)),
+        (ua.param_groups, (0.1,)),
+        (ua.AveragedModel, ()),
+        (lambda model: ua.DynamicSparsity(model, torch.optim.SGD(network().parameters()), total_steps=10), ()),
+        (ua.optimize_for_inference, (torch.ones(2, 16),)),
+    ],
+)
+def test_what_is_no_model_or_an_optimised_one_is_refused(function, others):
+    with pytest.raises(TypeError, match=r"a model \(nn.Module\), got a OrderedDict"):
+        function(network().state_dict(), *others)
+    optimized = ua.optimize_for_inference(network().eval(), torch.ones(2, 16))
+    for model, where in ((optimized, ": use"), (nn.Sequential(nn.Identity(), optimized), " at '1'")):
+        with pytest.raises(ValueError, match=f"weights of its own, got an optimised one{where}"):
+            function(model, *others)
 
 
 def test_a_module_stands_for_its_layers():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uasparse_kernels._coverage import pattern_shape, pattern_view
+from uasparse_kernels._coverage import check_model, pattern_shape, pattern_view
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops.prune_grow import active_norms, apply, block_scores, kept_blocks, resize
@@ -173,7 +173,8 @@ def _common(pattern: SparsityPattern, other: SparsityPattern) -> Tensor:
 
 def check_not_wrapped(model: nn.Module) -> None:
     """Raises ValueError if a DistributedDataParallel around or inside the model holds its parameters (it would reduce
-    the gradients of the old ones), or if they are sharded."""
+    the gradients of the old ones), or if they are sharded, and what :func:`check_model` does."""
+    check_model(model)
     for name, module in model.named_modules():
         if getattr(module, "_is_fsdp_managed_module", False):
             raise ValueError(

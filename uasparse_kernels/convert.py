@@ -15,7 +15,6 @@ from uasparse_kernels._attention import join_attention, with_open_attention
 from uasparse_kernels._carry_over import carry_over
 from uasparse_kernels._coverage import (
     DENSE_BECAUSE,
-    check_model,
     check_names,
     dense_shape,
     describe_outputs,
@@ -330,7 +329,6 @@ def densify(model: nn.Module) -> nn.Module:
 
     Batch norms, ReLUs and pooling become torch's again, and sparse deltas are merged into their layers.
     """
-    check_model(model)
     model = merge_sparse_deltas(model)
     layers = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     _turn(model, {ours: torchs for torchs, ours in _BETWEEN.items()})

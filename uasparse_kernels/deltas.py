@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from uasparse_kernels._coverage import check_names
+from uasparse_kernels._coverage import check_model, check_names
 from uasparse_kernels._grid import check_block
 from uasparse_kernels._keep import Keep, check_not_wrapped
 from uasparse_kernels.convert import _candidates, logger
@@ -47,6 +47,7 @@ def add_sparse_deltas(
         ValueError: for unknown names, scores that are missing or do not fit, sparse layers, and if no layer is left.
             The model is then unchanged.
     """
+    check_model(model)
     check_block(block)
     if not 0 < density <= 1:
         raise ValueError(f"Expected a density in (0, 1], got {density}.")

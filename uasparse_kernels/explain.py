@@ -63,6 +63,8 @@ def explain(target: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -
     """
     if isinstance(target, OptimizedModel):
         return Explanations(target.explain(*args, **kwargs))
+    if not callable(target):
+        raise TypeError(f"Expected a model or an op to call, got a {type(target).__name__}.")
     found = Explanations()
     modules = dict(target.named_modules()) if isinstance(target, nn.Module) else {}
     names = {id(module): name for name, module in modules.items()}

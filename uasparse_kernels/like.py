@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uasparse_kernels._coverage import check_model
 from uasparse_kernels.convert import sparsify
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -34,6 +35,7 @@ def sparsify_like(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         >>> model = ua.sparsify_like(make_network(), checkpoint["model"])
         >>> model.load_state_dict(checkpoint["model"])
     """
+    check_model(model)
     layers: dict[str, dict[str, Any]] = {}
     # A state_dict lists a module under all of its names, sparsify knows it by its first.
     first = {module: name for name, module in model.named_modules()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from uasparse_kernels._coverage import check_model
 from uasparse_kernels.nn.layers import SparseLayer
 
 
@@ -35,6 +36,7 @@ def param_groups(model: nn.Module, weight_decay: float, *, no_decay: Collection[
     Raises:
         ValueError: for a negative weight_decay, or a name that is no parameter's.
     """
+    check_model(model)
     if weight_decay < 0:
         raise ValueError(f"Expected weight_decay >= 0, got {weight_decay}.")
     unknown = sorted(set(no_decay) - {name for name, _ in model.named_parameters(remove_duplicate=False)})

@@ -87,7 +87,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Constant], metadat
     field = b'"sha256": "'  # a name may have as many zeros
     text = text.replace(field + _NO_DIGEST, field + _digest(text, blocks))
     # A file that is there is whole, also where several threads or processes write it.
-    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.{threading.get_ident()}.part")
+    path = Path(os.path.realpath(path))  # a link stays one, and leads to the new file
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)

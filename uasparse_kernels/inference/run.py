@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels import _library
+from uasparse_kernels._coverage import check_model
 from uasparse_kernels.inference import files
 from uasparse_kernels.inference.builder import LOAD, LOOKUP, ROWS, STORE, Call, Plan
 from uasparse_kernels.inference.capture import capture
@@ -75,10 +76,7 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
     """
     if not _library.has_kernel_for("serve_run", "cpu"):
         raise RuntimeError("optimize_for_inference needs the compiled part of uasparse_kernels; build the package.")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected an nn.Module, got a {type(model).__name__}.")
-    if any(isinstance(module, OptimizedModel) for module in model.modules()):
-        raise ValueError("Expected a model that is not optimised yet, got one with an optimised model in it.")
+    check_model(model)
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"Expected a model in eval mode, got {training[0]!r} in training mode; call model.eval().")
@@ -103,6 +101,8 @@ def optimize_for_inference(model: nn.Module, example_inputs: Any, *, dynamic_bat
 
 class OptimizedModel(nn.Module):
     """What :func:`optimize_for_inference` returns."""
+
+    _is_optimized_copy = True  # its weights are in its graph: no parameters, no state
 
     def __init__(self, graph: Graph):
         super().__init__()

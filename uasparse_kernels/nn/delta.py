@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uasparse_kernels._coverage import check_model
 from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
@@ -128,6 +129,7 @@ def merge_sparse_deltas(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: if a base takes no sum; nothing is changed then.
     """
+    check_model(model)
     deltas = [module for module in model.modules() if isinstance(module, SparseDelta)]
     for delta in deltas:
         delta.check_can_merge()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from uasparse_kernels._coverage import check_model
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops._common import replace_data_
 
@@ -57,6 +58,7 @@ class AveragedModel(nn.Module):
         if decay is not None and not 0 <= decay <= 1:
             raise ValueError(f"Expected a decay in [0, 1], or None, got {decay}.")
         model = _unwrapped(model)
+        check_model(model)
         if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
             raise ValueError("Expected a model with whole weights, got one that is sharded (fully_shard).")
         self.decay = decay

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from uasparse_kernels._coverage import check_model
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
 from uasparse_kernels.topology.checks import check_method, check_owned, check_same_layers, why_unowned
@@ -120,6 +121,7 @@ class DynamicSparsity:
         generator: torch.Generator | None = None,
         process_group: Any | Literal[False] | None = None,
     ):
+        check_model(model)
         self.schedule = CosineSchedule(total_steps, delta_t, drop_fraction, stop_fraction)
         self.method = resolve_method(method)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
