@@ -1,5 +1,7 @@
 """What the tests of topology updates share: a small network in float64, and how it trains."""
 
+import math
+
 import torch
 from torch import nn
 
@@ -40,3 +42,11 @@ def same(a, b):
 def kept(model):
     hooks = [h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, growth.GradientCapture)]
     return sum(len(h.pairs) + sum(map(len, h._open.values())) for h in hooks)
+
+
+def tied(n, g, dtype=torch.float32):
+    """Scores with ties, both zeros, infinities and NaN."""
+    x = (4 * torch.randn(n, generator=g)).round().div(4).to(dtype)
+    for value, share in [(0.0, 0.1), (-0.0, 0.1), (math.inf, 0.02), (-math.inf, 0.02), (math.nan, 0.05)]:
+        x[torch.rand(n, generator=g) < share] = value
+    return x
