@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uasparse_kernels._coverage import describe_outputs, outputs_without_weights
+from uasparse_kernels._coverage import check_model, describe_outputs, outputs_without_weights
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
 from uasparse_kernels.topology.growth import GradientCapture
@@ -104,6 +104,7 @@ class DynamicSparsity:
             processes train models of their own.
 
     Raises:
+        TypeError: for what is no module, no optimizer or no method.
         ValueError: for an unknown method, arguments out of range, a model without sparse layers, patterns that the
             method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel, of tensor
             parallelism, parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS; on
@@ -124,6 +125,7 @@ class DynamicSparsity:
         generator: torch.Generator | None = None,
         process_group: Any | Literal[False] | None = None,
     ):
+        check_model(model)
         self.schedule = CosineSchedule(total_steps, delta_t, drop_fraction, stop_fraction)
         self.method = resolve_method(method)
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
@@ -657,8 +659,11 @@ def _say(part: Any) -> Any:
 
 def resolve_method(method: str | Method) -> Method | None:
     """The method of a name; None for "static"."""
-    if not isinstance(method, str):
+    if isinstance(method, Method):
         return method
+    if not isinstance(method, str):
+        found = f"the class {method.__name__}: make one" if isinstance(method, type) else f"a {type(method).__name__}"
+        raise TypeError(f"Expected a method by its name or a topology.Method, such as topology.RigL(), got {found}.")
     if method == "static":
         return None
     if re.fullmatch(r"\d+:\d+", method):
