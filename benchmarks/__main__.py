@@ -66,7 +66,7 @@ def main(
     try:
         modules = {suite: import_module(f"benchmarks.{SUITES[suite]}") for suite in suites}
     except ModuleNotFoundError as error:
-        extras = "'.[benchmark,training,serve-rivals]'"
+        extras = "-e '.[benchmark,training,serve-rivals]'"
         raise SystemExit(f"{error}: pip install --no-build-isolation {extras} brings what suites need.") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from uasparse_kernels import _compiled, _library
+from uasparse_kernels._compiled import built_for
 
 SCRIPT = """
 import sys, warnings
@@ -73,6 +74,17 @@ def test_a_build_for_this_torch_that_does_not_load_is_said(monkeypatch):
     """A file of this torch's name that is broken is no other version's: the references serve, with a warning."""
     monkeypatch.setattr(_compiled, "built_for", lambda: ["9.99"])
     with pytest.warns(RuntimeWarning, match="could not be loaded"):
+        assert _compiled.load("_C_torch9_99") is None
+
+
+def test_sources_that_hide_the_installed_package_are_said(monkeypatch, tmp_path):
+    """After `pip install .` Python finds the sources first where it is started in their folder."""
+    installed = tmp_path / "site-packages" / "uasparse_kernels"
+    installed.mkdir(parents=True)
+    (installed / "_C_torch9_99.abi3.so").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed.parent)])
+    monkeypatch.setattr(_compiled, "built_for", lambda folder=None: built_for(folder) if folder else [])
+    with pytest.warns(RuntimeWarning, match=r"before .*site-packages.*, which has them.* in another folder"):
         assert _compiled.load("_C_torch9_99") is None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pathlib
 import re
+import sys
 import warnings
 from types import ModuleType
 
@@ -34,17 +35,29 @@ def load(name: str = NAME) -> ModuleType | None:
     try:
         return importlib.import_module(f"uasparse_kernels.{name}")
     except ImportError as error:
-        versions = built_for()
-        if versions and name.removeprefix(PREFIX).replace("_", ".") not in versions:
+        versions, wanted = built_for(), name.removeprefix(PREFIX).replace("_", ".")
+        if versions and wanted not in versions:
             raise ImportError(
                 f"uasparse_kernels was built for torch {' and '.join(versions)}, but torch {torch.__version__} is "
                 f"installed: install torch {versions[-1]}, or build the package for this torch "
-                "(pip install --no-build-isolation --no-deps --force-reinstall . in its source folder)."
+                "(pip install --no-build-isolation --no-deps --force-reinstall -e . in its source folder)."
             ) from None
+        why, what = str(error), "Install the package with a C++ compiler present to build them."
+        if other := _other_with(wanted):
+            why = f"Python took {FOLDER}, which has none, before {other}, which has them"
+            what = "Start Python in another folder, or install with -e (pip install --no-build-isolation -e .)."
         warnings.warn(
-            f"uasparse_kernels: the compiled kernels could not be loaded ({error}); slow references in eager torch "
-            "serve instead. Install the package with a C++ compiler present to build them.",
+            f"uasparse_kernels: the compiled kernels could not be loaded ({why}); slow references in eager torch "
+            f"serve instead. {what}",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
+
+
+def _other_with(version: str) -> pathlib.Path | None:
+    """The package as it is installed with compiled parts, where Python found its sources first, as in their folder."""
+    if built_for():
+        return None
+    folders = (pathlib.Path(entry, FOLDER.name) for entry in sys.path)
+    return next((folder for folder in folders if folder.is_dir() and version in built_for(folder)), None)
