@@ -42,6 +42,7 @@ def export_run(
     `validation`). If it held out none, they are found on the test images, and the figures for the test images are then
     too good: `tuned_on` says which images were used. Raises TrainingError.
     """
+    trained = load_run(run, data_dir=data_dir)
     if onnx:
         try:
             import onnxscript  # noqa: F401
@@ -49,7 +50,6 @@ def export_run(
             raise TrainingError(
                 "An ONNX file needs the packages onnx and onnxscript: pip install onnx onnxscript, or give --no-onnx."
             ) from error
-    trained = load_run(run, data_dir=data_dir)
     model, config, test = trained.model, trained.config, trained.data.test
     k = test.num_classes
     optimized = ua.optimize_for_inference(model, trained.normalise(test.images[:1]))
