@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -86,6 +87,23 @@ def test_sources_that_hide_the_installed_package_are_said(monkeypatch, tmp_path)
     monkeypatch.setattr(_compiled, "built_for", lambda folder=None: built_for(folder) if folder else [])
     with pytest.warns(RuntimeWarning, match=r"before .*site-packages.*, which has them.* in another folder"):
         assert _compiled.load("_C_torch9_99") is None
+
+
+def test_sources_that_changed_since_the_build_are_said(monkeypatch, tmp_path):
+    package, sources = tmp_path / "uasparse_kernels", tmp_path / "csrc"
+    package.mkdir()
+    (sources / "cpu").mkdir(parents=True)
+    (sources / "cpu" / "op.cpp").write_text("int a;")
+    monkeypatch.setattr(_compiled, "FOLDER", package)
+    monkeypatch.setattr(_compiled.importlib, "import_module", lambda name: "loaded")
+    (package / f"{_compiled.NAME}.digest").write_text(_compiled.digest_of(sources))
+    (sources / "cpu" / ".op.cpp.swp").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _compiled.load() == "loaded"
+    (sources / "cpu" / "op.cpp").write_text("int b;")
+    with pytest.warns(RuntimeWarning, match="csrc has changed since .* pip install --no-build-isolation -e"):
+        assert _compiled.load() == "loaded"
 
 
 def test_which_torch_a_package_was_built_for(tmp_path):

@@ -6,6 +6,7 @@ says which: a package may hold several side by side, and one for another torch i
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pathlib
 import re
@@ -26,14 +27,33 @@ def built_for(folder: pathlib.Path = FOLDER) -> list[str]:
     return [version.replace("_", ".") for version in sorted(found, key=lambda v: [int(part) for part in v.split("_")])]
 
 
+def digest_of(sources: pathlib.Path) -> str:
+    """Of all C++ and CUDA sources; setup.py notes it beside a build that it leaves in the source folder."""
+    whole = hashlib.sha256()
+    for file in sorted(sources.rglob("*")):
+        if file.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            whole.update(file.name.encode() + file.read_bytes())
+    return whole.hexdigest()
+
+
 def load(name: str = NAME) -> ModuleType | None:
-    """The compiled module; ``None``, with a warning, where none was built or it does not load.
+    """The compiled module; ``None``, with a warning, where none was built or it does not load. A warning also says where the
+    sources have changed since it was built, as ``git pull`` changes them.
 
     Raises:
         ImportError: The package was built, but for other versions of torch.
     """
     try:
-        return importlib.import_module(f"uasparse_kernels.{name}")
+        module = importlib.import_module(f"uasparse_kernels.{name}")
+        note, sources = FOLDER / f"{name}.digest", FOLDER.parent / "csrc"
+        if note.is_file() and sources.is_dir() and note.read_text() != digest_of(sources):
+            warnings.warn(
+                f"uasparse_kernels: {sources} has changed since the compiled part was built. Build it again: "
+                "pip install --no-build-isolation -e . in the source folder.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return module
     except ImportError as error:
         versions, wanted = built_for(), name.removeprefix(PREFIX).replace("_", ".")
         if versions and wanted not in versions:
