@@ -37,8 +37,8 @@ def digest_of(sources: pathlib.Path) -> str:
 
 
 def load(name: str = NAME) -> ModuleType | None:
-    """The compiled module; ``None``, with a warning, where none was built or it does not load. A warning also says where the
-    sources have changed since it was built, as ``git pull`` changes them.
+    """The compiled module; ``None``, with a warning, where none was built or it does not load. A warning also says that
+    the sources have changed since it was built, as ``git pull`` changes them.
 
     Raises:
         ImportError: The package was built, but for other versions of torch.
