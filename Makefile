@@ -147,4 +147,4 @@ neon-build: $(VENV)/torch.done
 	! aarch64-linux-gnu-nm -C --undefined-only build/aarch64/all.o | grep "uasparse::"
 
 clean:
-	rm -rf build dist *.egg-info uasparse_kernels/*.so $(VENV)
+	rm -rf build dist *.egg-info uasparse_kernels/*.so uasparse_kernels/*.digest $(VENV)

@@ -11,6 +11,7 @@ import glob
 import os
 import pathlib
 import re
+import runpy
 import shlex
 import shutil
 import site
@@ -147,6 +148,13 @@ class Build(cpp_extension.BuildExtension.with_options(use_ninja=True)):
         to = pathlib.Path(self.get_ext_fullpath(extension.name))
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(pathlib.Path(made) / to.name, to)
+
+    def copy_extensions_to_source(self):
+        super().copy_extensions_to_source()
+        if not os.environ.get("UASPARSE_COMPILED"):
+            package = ROOT / "uasparse_kernels"
+            digest = runpy.run_path(str(package / "_compiled.py"))["digest_of"](ROOT / "csrc")
+            (package / f"{name.rpartition('.')[2]}.digest").write_text(digest)
 
 
 options = {"bdist_wheel": {"py_limited_api": "cp311"}}

@@ -7,6 +7,7 @@ python -m benchmarks linear --folder benchmarks/results/avx2    kept, and shown,
 
 from __future__ import annotations
 
+import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,8 +51,8 @@ def main(
     suites: Annotated[
         list[str], typer.Argument(help=f"Of: {', '.join(SUITES)}; all: these but {', '.join(ON_DEMAND)}, some hours.")
     ],
-    seconds: Annotated[float, typer.Option(help="Time for each variant of a row, about.")] = 1.0,
-    threads: Annotated[int, typer.Option(help="Threads, except in the suite of that name.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Time for each variant of a row, about.", min=0)] = 1.0,
+    threads: Annotated[int, typer.Option(help="Threads, except in the suite of that name.", min=1)] = 1,
     folder: Annotated[
         Path, typer.Option(help="Where JSON and plots go. Into the default, a checkout's stored figures are replaced.")
     ] = harness.RESULTS,
@@ -61,6 +62,17 @@ def main(
         raise typer.BadParameter(f"Expected suites of {', '.join(SUITES)}, or all, got {', '.join(unknown)}.")
     if "all" in suites:
         suites = [name for name in SUITES if name not in ON_DEMAND]
+    # What could not run, or be kept, is told before anything is measured.
+    try:
+        modules = {suite: import_module(f"benchmarks.{SUITES[suite]}") for suite in suites}
+    except ModuleNotFoundError as error:
+        extras = "-e '.[benchmark,training,serve-rivals]'"
+        raise SystemExit(f"{error}: pip install --no-build-isolation {extras} brings what suites need.") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise typer.BadParameter(f"Expected a folder that can be written, got {folder}: {error}.") from error
     # As `python -m training` does, for the rivals too: else new pages can cost as much as a kernel.
     ua.keep_freed_memory()
     for suite in suites:
@@ -70,7 +82,7 @@ def main(
         roofs = {}
         if suite != "serve-memory":  # which times nothing, and may run on a busy machine
             roofs = {"matmul_gflops": harness.matmul_roof(), "copy_gb_per_s": harness.copy_roof()}
-        rows: list[dict[str, Any]] = import_module(f"benchmarks.{SUITES[suite]}").run(seconds)
+        rows: list[dict[str, Any]] = modules[suite].run(seconds)
         for row in rows:
             if "gflops" in row:
                 row["of_roof"] = row["gflops"] / roofs["matmul_gflops"]

@@ -13,6 +13,7 @@ assert info["compiled"], info
 assert callable(command.load())
 files = importlib.metadata.files("uasparse_kernels") or []
 assert not any(file.parts[0] == "training" for file in files), "a user's own training.py would be shadowed"
+assert "py.typed" in {file.name for file in files}, "type checkers would ignore the annotations"
 
 
 def train(wrap):

@@ -1,6 +1,7 @@
 """The benchmarks run, on the smallest problems, and what the pages show is what was stored."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,30 @@ from benchmarks import (
 
 ROW = {"shape": "a", "pass": "step", "sparsity": 0.9, "gflops": 3.0, "of_roof": 0.5}
 ROW |= harness.compare({"dense": 4.0, "dense [in, out]": 3.0, "ours": 1.0, "torch CSR": 2.0})
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--folder", "file/within"], "Expected a folder that can be written, got file/within"),
+        (["--threads", "0"], "'--threads'"),
+        (["serve-threads"], "'.[benchmark,training,serve-rivals]' brings what suites need"),
+    ],
+)
+def test_what_cannot_run_or_be_kept_is_refused_before_it_is_measured(arguments, said, monkeypatch, tmp_path, capsys):
+    typer = pytest.importorskip("typer")
+    from benchmarks.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(sys.modules, "benchmarks.bench_serve_threads", None)  # as without what it imports
+    monkeypatch.setattr(harness, "matmul_roof", lambda: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    app = typer.Typer()
+    app.command()(main)
+    with pytest.raises(SystemExit) as stop:
+        app(["linear", *arguments])
+    assert stop.value.code and said in f"{capsys.readouterr().err} {stop.value.code}"
 
 
 def test_compare_takes_the_faster_dense_layout():

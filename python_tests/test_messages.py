@@ -159,6 +159,12 @@ def test_a_topology_shows_itself_and_refuses_another_schedule():
         other.load_state_dict(state)
     with pytest.raises(ValueError, match=r"rigl, .*got 'gmp:0.8'; .*topology.GMP\(final_sparsity=0.8\)"):
         ua.DynamicSparsity(model, optimizer, method="gmp:0.8", total_steps=40, delta_t=10)
+    with pytest.raises(TypeError, match=r"topology.RigL\(\), got the class GMP: make one"):
+        ua.DynamicSparsity(model, optimizer, method=ua.topology.GMP, total_steps=40, delta_t=10)
+    with pytest.raises(TypeError, match=r"Expected a model .*, got a SGD"):
+        ua.DynamicSparsity(optimizer, model, total_steps=40, delta_t=10)
+    with pytest.raises(TypeError, match=r"got a Sequential; of a model pass model.state_dict\(\)"):
+        ua.sparsify_like(network(), model)
 
 
 class _Reads(nn.Module):

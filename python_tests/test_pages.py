@@ -98,6 +98,7 @@ def test_a_command_exists(page, line, monkeypatch, capsys):
         project = tomllib.loads((pages.ROOT / "pyproject.toml").read_text())["project"]
         wanted = ",".join(re.findall(r"\.\[(.*?)\]", line)).split(",") if "[" in line else []
         assert arguments[0] == "install" and set(wanted) <= project["optional-dependencies"].keys()
+        assert "--no-build-isolation" in arguments or not wanted  # else the build is for pip's torch, not the user's
     else:
         assert (program, arguments[0]) == ("python", "-m"), f"{page}: {line}"
         help_of(arguments[1], arguments[2:], monkeypatch, capsys)
@@ -128,7 +129,7 @@ def help_of(module, arguments, monkeypatch, capsys):
 def test_the_api_page_has_every_public_name():
     page = (pages.ROOT / "docs" / "api.md").read_text()
     shown = set(re.findall(r"^::: [\w.]*?(\w+)$", page, re.MULTILINE))
-    modules = {"nn", "ops", "topology", "METHODS"}
+    modules = {"inference", "nn", "ops", "topology", "unknowns", "METHODS"}
     references = {name for name in ops.__all__ if name.endswith("_reference")}
     public = {*ua.__all__, *ua.nn.__all__, *ops.__all__, *topology.__all__, *ua.inference.__all__}
     public |= {*unknowns.__all__}

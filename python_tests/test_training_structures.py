@@ -147,6 +147,10 @@ def test_tables_figure_and_page(study, tmp_path):
     page.write_text("nothing")
     with pytest.raises(TrainingError, match="Expected the marks"):
         structures.write_structures(None, tmp_path, times, gpu, page)
+    for folder, its_page, said in ((study, tmp_path / "none.md", "at .*none.md"), (None, page, "Expected runs in")):
+        with pytest.raises(TrainingError, match=said):
+            structures.write_structures(folder, tmp_path / "new", times, gpu, its_page)
+    assert not (tmp_path / "new").exists() and page.read_text() == "nothing"
 
 
 def test_the_page_shows_what_is_stored():

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 
 from uasparse_kernels import _compiled, _library
+from uasparse_kernels._compiled import built_for
 
 SCRIPT = """
 import sys, warnings
@@ -74,6 +76,34 @@ def test_a_build_for_this_torch_that_does_not_load_is_said(monkeypatch):
     monkeypatch.setattr(_compiled, "built_for", lambda: ["9.99"])
     with pytest.warns(RuntimeWarning, match="could not be loaded"):
         assert _compiled.load("_C_torch9_99") is None
+
+
+def test_sources_that_hide_the_installed_package_are_said(monkeypatch, tmp_path):
+    """After `pip install .` Python finds the sources first where it is started in their folder."""
+    installed = tmp_path / "site-packages" / "uasparse_kernels"
+    installed.mkdir(parents=True)
+    (installed / "_C_torch9_99.abi3.so").touch()
+    monkeypatch.setattr(sys, "path", [*sys.path, str(installed.parent)])
+    monkeypatch.setattr(_compiled, "built_for", lambda folder=None: built_for(folder) if folder else [])
+    with pytest.warns(RuntimeWarning, match=r"before .*site-packages.*, which has them.* in another folder"):
+        assert _compiled.load("_C_torch9_99") is None
+
+
+def test_sources_that_changed_since_the_build_are_said(monkeypatch, tmp_path):
+    package, sources = tmp_path / "uasparse_kernels", tmp_path / "csrc"
+    package.mkdir()
+    (sources / "cpu").mkdir(parents=True)
+    (sources / "cpu" / "op.cpp").write_text("int a;")
+    monkeypatch.setattr(_compiled, "FOLDER", package)
+    monkeypatch.setattr(_compiled.importlib, "import_module", lambda name: "loaded")
+    (package / f"{_compiled.NAME}.digest").write_text(_compiled.digest_of(sources))
+    (sources / "cpu" / ".op.cpp.swp").touch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _compiled.load() == "loaded"
+    (sources / "cpu" / "op.cpp").write_text("int b;")
+    with pytest.warns(RuntimeWarning, match="csrc has changed since .* pip install --no-build-isolation -e"):
+        assert _compiled.load() == "loaded"
 
 
 def test_which_torch_a_package_was_built_for(tmp_path):

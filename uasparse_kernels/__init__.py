@@ -1,8 +1,8 @@
 """Fast dynamic sparse training for PyTorch, with networks that say when an input is of a kind that they never saw."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from uasparse_kernels import nn, ops, topology
+from uasparse_kernels import inference, nn, ops, topology, unknowns
 from uasparse_kernels._library import free_workspaces, keep_freed_memory
 from uasparse_kernels.convert import densify, sparsify
 from uasparse_kernels.deltas import add_sparse_deltas
@@ -43,6 +43,7 @@ __all__ = [
     "densify",
     "explain",
     "free_workspaces",
+    "inference",
     "keep_freed_memory",
     "load_optimized",
     "load_sparse",
@@ -59,10 +60,15 @@ __all__ = [
     "summary",
     "topology",
     "tune",
+    "unknowns",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":  # only when asked: reading the metadata takes a while
-        return version()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__version__: str
+
+if not TYPE_CHECKING:  # for a type checker every misspelt name would be one
+
+    def __getattr__(name):
+        if name == "__version__":  # only when asked: reading the metadata takes a while
+            return version()
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wra
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.conv2d import SparseConv2d
-from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas, put_in_place
+from uasparse_kernels.nn.delta import Model, SparseDelta, merge_sparse_deltas, put_in_place
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d, ReLU, ReLU6
 from uasparse_kernels.nn.pool import MaxPool2d
@@ -54,7 +54,7 @@ _CONVOLUTIONS = nn.Conv2d | nn.Conv1d | SparseConv2d | SparseConv1d
 
 @with_open_attention
 def sparsify(
-    model: nn.Module,
+    model: Model,
     sparsity: float,
     *,
     distribution: str = "erk",
@@ -67,7 +67,7 @@ def sparsify(
     exempt: Iterable[str] = (),
     overrides: Mapping[str, float | Mapping[str, Any]] | None = None,
     filter: Callable[[str, nn.Module], bool] | None = None,
-) -> nn.Module:
+) -> Model:
     """Replaces the linear and convolution layers of a model by sparse ones, and brings layers that are already sparse
     to the requested sparsity.
 
@@ -324,7 +324,7 @@ def _change(name: str, layer: SparseLayer, plan: dict[str, Any], structure: str 
     return Change(layer, *chooser.change(name, layer, density, structure), storage)
 
 
-def densify(model: nn.Module) -> nn.Module:
+def densify(model: Model) -> Model:
     """Replaces the sparse layers of a model by dense ones with the same weights (in place; a lone layer is returned).
 
     Batch norms, ReLUs and pooling become torch's again, and sparse deltas are merged into their layers.
@@ -415,7 +415,7 @@ def _output_embeddings(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in heads}
 
 
-def _replace(model: nn.Module, layers: Mapping[str, Any]) -> nn.Module:
+def _replace(model: Model, layers: Mapping[str, Any]) -> Model:
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     dense: dict[int, tuple[Any, Any]] = {}  # weights, and what they become, by the id of the former
     new: dict[int, nn.Module] = {}

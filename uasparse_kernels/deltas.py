@@ -10,20 +10,20 @@ from uasparse_kernels._coverage import check_model, check_names
 from uasparse_kernels._grid import check_block
 from uasparse_kernels._keep import Keep, check_not_wrapped
 from uasparse_kernels.convert import _candidates, logger
-from uasparse_kernels.nn.delta import SparseDelta, put_in_place
+from uasparse_kernels.nn.delta import Model, SparseDelta, put_in_place
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.registry import kind_of
 
 
 def add_sparse_deltas(
-    model: nn.Module,
+    model: Model,
     density: float,
     *,
     block: Sequence[int] = (1, 1),
     scores: Mapping[str, Tensor] | None = None,
     exempt: Iterable[str] = (),
     filter: Callable[[str, nn.Module], bool] | None = None,
-) -> nn.Module:
+) -> Model:
     """Gives every ``nn.Linear`` and ``nn.Conv2d`` of a pretrained model a :class:`SparseDelta`, in place, and freezes
     all else.
 

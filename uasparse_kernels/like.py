@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from uasparse_kernels._coverage import check_model
 from uasparse_kernels.convert import sparsify
+from uasparse_kernels.nn.delta import Model
 from uasparse_kernels.pattern import SparsityPattern
 
 _LAYOUT = "pattern.layout"
 
 
-def sparsify_like(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
+def sparsify_like(model: Model, state: Mapping[str, Any]) -> Model:
     """Makes the layers of a dense model sparse that are sparse in a state_dict, with its patterns and its storage.
 
     Afterwards ``model.load_state_dict(state)`` fits: of a checkpoint one need not know how its model was made sparse.
@@ -28,6 +29,7 @@ def sparsify_like(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         The model.
 
     Raises:
+        TypeError: for what is no state_dict.
         ValueError: for layers that the model does not have, or with weights of another shape, a damaged pattern, and a
             model that is sparse already. The model is then unchanged.
 
@@ -36,6 +38,8 @@ def sparsify_like(model: nn.Module, state: Mapping[str, Any]) -> nn.Module:
         >>> model.load_state_dict(checkpoint["model"])
     """
     check_model(model)
+    if not isinstance(state, Mapping):
+        raise TypeError(f"Expected a state_dict, got a {type(state).__name__}; of a model pass model.state_dict().")
     layers: dict[str, dict[str, Any]] = {}
     # A state_dict lists a module under all of its names, sparsify knows it by its first.
     first = {module: name for name, module in model.named_modules()}

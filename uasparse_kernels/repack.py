@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_resized
+from uasparse_kernels.nn.delta import Model
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.topology.checks import why_unowned
 from uasparse_kernels.topology.states import OptimizerStates
 
 
 def repack(
-    model: nn.Module,
+    model: Model,
     *,
     storage: str = "auto",
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-) -> nn.Module:
+) -> Model:
     """Changes the storage of a model's sparse layers, packed or dense, in place to what suits their density now.
 
     Use it after gradual pruning (GMP, GraNet): layers that started dense-stored are then sparse enough to be packed,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from uasparse_kernels._keep import check_changeable, check_not_wrapped
 from uasparse_kernels.nn.conv2d import SparseConv2d
-from uasparse_kernels.nn.delta import SparseDelta
+from uasparse_kernels.nn.delta import Model, SparseDelta
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.ops.topk_indices import topk_indices
@@ -17,7 +17,7 @@ from uasparse_kernels.pattern import SparsityPattern
 
 
 @torch.no_grad()
-def add_unknown_output(model: nn.Module, name: str) -> nn.Module:
+def add_unknown_output(model: Model, name: str) -> Model:
     """Adds an output for "unknown" to a model's last layer of K outputs, in place; the first K outputs do not change.
 
     The new output is the mean of the others: its weights and its bias are the means of theirs. So it is never the

@@ -26,6 +26,7 @@ from uasparse_kernels._attention import as_dense_names, as_own_names
 from uasparse_kernels._coverage import check_model
 from uasparse_kernels.inference.compact import Compact, Constant, compact, dense
 from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
+from uasparse_kernels.nn.delta import Model
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.pattern import SparsityPattern
 
@@ -210,7 +211,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write(path, as_dense_names(model, state) | zeros, {"kind": "state"})
 
 
-def load_sparse(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+def load_sparse(model: Model, path: str | os.PathLike[str]) -> Model:
     """Loads a file of :func:`save_sparse` (or any safetensors file) into a model of the same layers; returns the model.
 
     A sparse layer takes the file's nonzeros, and the active zeros that :func:`save_sparse` wrote, as its pattern where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.ops._common import dense_form
 from uasparse_kernels.pattern import SparsityPattern
+
+Model = TypeVar("Model", bound=nn.Module)  # what is changed in place; a lone layer comes back as another
 
 
 class SparseDelta(nn.Module):
@@ -122,7 +124,7 @@ class SparseDelta(nn.Module):
         return f"density={self.delta.pattern.density:.4g}"
 
 
-def merge_sparse_deltas(model: nn.Module) -> nn.Module:
+def merge_sparse_deltas(model: Model) -> Model:
     """Replaces all sparse deltas by dense layers whose weights are the sums (in place; of a lone delta the base is
     returned). Parameters stay frozen or not as they are.
 
@@ -136,7 +138,7 @@ def merge_sparse_deltas(model: nn.Module) -> nn.Module:
     return put_in_place(model, {id(delta): delta.merge() for delta in deltas})
 
 
-def put_in_place(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+def put_in_place(model: Model, new: Mapping[int, Any]) -> Model:
     """Modules in the place of others, which are given by id, under every name; a lone one is returned."""
     if id(model) in new:
         return new[id(model)]

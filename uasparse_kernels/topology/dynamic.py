@@ -101,6 +101,7 @@ class DynamicSparsity:
             processes train models of their own.
 
     Raises:
+        TypeError: for what is no module, no optimizer or no method.
         ValueError: for an unknown method, arguments out of range, a model without sparse layers, patterns that the
             method cannot keep to (SRigL, N:M), weights that cannot be updated (of FullyShardedDataParallel, of tensor
             parallelism, parametrised), an optimiser that does not hold the weights or cannot follow them (LBFGS; on
@@ -497,8 +498,11 @@ def _say(part: Any) -> Any:
 
 def resolve_method(method: str | Method) -> Method | None:
     """The method of a name; None for "static"."""
-    if not isinstance(method, str):
+    if isinstance(method, Method):
         return method
+    if not isinstance(method, str):
+        found = f"the class {method.__name__}: make one" if isinstance(method, type) else f"a {type(method).__name__}"
+        raise TypeError(f"Expected a method by its name or a topology.Method, such as topology.RigL(), got {found}.")
     if method == "static":
         return None
     if re.fullmatch(r"\d+:\d+", method):

@@ -111,7 +111,9 @@ def fit_command(
     ] = None,
     ood: Ood = [],  # noqa: B006
     score: ScoreNames = [],  # noqa: B006
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's last checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's last checkpoint, with the same settings.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:

@@ -43,6 +43,13 @@ def export_run(
     too good: `tuned_on` says which images were used. Raises TrainingError.
     """
     trained = load_run(run, data_dir=data_dir)
+    if onnx:
+        try:
+            import onnxscript  # noqa: F401
+        except ImportError as error:
+            raise TrainingError(
+                "An ONNX file needs the packages onnx and onnxscript: pip install onnx onnxscript, or give --no-onnx."
+            ) from error
     model, config, test = trained.model, trained.config, trained.data.test
     k = test.num_classes
     optimized = ua.optimize_for_inference(model, trained.normalise(test.images[:1]))
@@ -116,12 +123,6 @@ def _check_equal(logits: Tensor, model: nn.Module, images: Tensor, normalise: No
 
 
 def _write_onnx(model: nn.Module, example: Tensor, file: Path) -> None:
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise TrainingError(
-            "An ONNX file needs the packages onnx and onnxscript: pip install onnx onnxscript, or give --no-onnx."
-        ) from error
     dense = ua.densify(copy.deepcopy(model)).eval()
     with warnings.catch_warnings(), one_cudnn_precision():
         warnings.simplefilter("ignore")

@@ -272,7 +272,8 @@ def _check_folder(config: FitConfig, run_dir: Path, resume: bool) -> dict[str, A
     for name, values in found.items():
         if differences := config_in(run_dir / name, values).differences(config):
             raise CheckpointError(
-                f"{run_dir / name} is of a run with other settings: {'; '.join(differences)} (there and here)."
+                f"{run_dir / name} is of a run with other settings: {'; '.join(differences)} (there and here). "
+                "Give the same settings, or another folder."
             )
     if state is not None:
         _check_history(state, run_dir / "last.pt")

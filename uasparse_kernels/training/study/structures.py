@@ -75,10 +75,15 @@ def write_structures(folder: Path | None, out: Path, times: Path, gpu: Path, pag
     """Adds the runs of a folder to out/structures.json, draws out/structures.png, and renews the tables of `page`.
 
     `times` is what `python -m benchmarks structures` stored, `gpu` what `gpu-linear` did. Returns what was written.
+    Raises TrainingError if there are no runs, or no page; nothing is written then.
     """
     stored = out / "structures.json"
     runs = {run.key: run for run in read_stored(stored)} if stored.is_file() else {}
     runs |= {run.key: run for run in (read_runs(folder) if folder is not None else [])}
+    if not runs:
+        raise TrainingError(f"Expected runs in {stored}, or a folder of `compare --suite structures`, found neither.")
+    if not page.is_file():
+        raise TrainingError(f"Expected the page whose tables are renewed at {page}, found none: --page names it.")
     lines = ",\n".join(json.dumps(asdict(run)) for run in sorted(runs.values()))
     write_atomically(stored, lambda file: file.write(f'{{"runs": [\n{lines}\n]}}\n'.encode()))
     figure = save_figure(draw(cells_of(read_stored(stored)), speed_ups(times)), out / "structures.png")
