@@ -124,6 +124,39 @@ def test_a_soft_target_is_the_mixture_of_its_classes():
         torch.testing.assert_close(mixed, 0.3 * parts[0] + 0.7 * parts[1])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0], dtype=torch.float64)])
+@pytest.mark.parametrize("place", ["target", "unknown", "ignored"])
+def test_infinite_logits_are_what_they_are_in_cross_entropy(place, smoothing, weight):
+    """Masked logits, and whatever the padding of a sequence has."""
+    logits, _ = make(seed=3)
+    logits, target = logits[:5].requires_grad_(), torch.tensor([0, 1, 2, -100, 4])
+    with torch.no_grad():
+        if place == "target":
+            logits[[0, 1, 4], [0, 1, 4]] = -math.inf
+        elif place == "unknown":
+            logits[:, 4] = -math.inf
+        else:
+            logits[3, :2] = torch.tensor([-math.inf, math.nan])
+    options = {"label_smoothing": smoothing, "weight": weight, "reduction": "none"}
+    torchs = F.cross_entropy(logits, target, **options)
+    expected = torch.autograd.grad(torchs.sum(), logits)[0]
+    mine, _ = unknown_aware_loss(logits, target, 0.0, ignore_index=-100, **options)
+    torch.testing.assert_close(mine, torchs, equal_nan=True)
+    torch.testing.assert_close(torch.autograd.grad(mine.sum(), logits)[0], expected, equal_nan=True)
+
+
+def test_soft_targets_get_gradients_as_in_cross_entropy():
+    """Zeros among them too, and what is not a number stays that."""
+    logits, target = make()
+    soft = F.one_hot(target, CLASSES).double().requires_grad_()
+    losses = unknown_aware_loss(logits, soft, 0.0)[0], F.cross_entropy(logits, soft)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, soft)[0] for loss in losses))
+    with torch.no_grad():
+        soft[0, 0] = math.nan
+    assert unknown_aware_loss(logits, soft, 0.5)[0].isnan()
+
+
 def test_nothing_known_and_nothing_at_all():
     logits, target = make()
     loss, threshold = unknown_aware_loss(logits, torch.full_like(target, -100), 0.5, ignore_index=-100)
@@ -153,6 +186,8 @@ def test_nothing_known_and_nothing_at_all():
         ({"target": torch.full((N,), CLASSES), "weight": torch.ones(5)}, IndexError, r"\[0, 4\], got 5"),
         ({"target": torch.zeros(N, 2, dtype=torch.long)}, ValueError, "shape"),
         ({"target": torch.zeros(N)}, TypeError, "int64"),
+        ({"target": [0] * N}, TypeError, "expected target to be a tensor, got list"),
+        ({"logits": None}, TypeError, "expected logits to be a tensor, got NoneType"),
     ],
 )
 def test_bad_options_are_explained(change, error, message):

@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import numpy as np
 import pages
 import pytest
 import torch
@@ -261,6 +262,39 @@ def test_benchmarks_without_a_suite_measure_nothing(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("benchmarks", run_name="__main__")
     assert stop.value.code != 0 and "Usage" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("given", [None, [1.0, 2.0], np.zeros((2, 4, 8, 8), np.float32)])
+def test_what_is_no_tensor_is_called_so(given):
+    """As by torch's own layers: TypeError, and not what a layer happens to ask of its input first."""
+    layers = [
+        ua.nn.SparseLinear(8, 4, sparsity=0.5),
+        ua.nn.SparseConv1d(4, 4, 3, sparsity=0.5),
+        ua.nn.SparseConv2d(4, 4, 3, sparsity=0.5),
+        ua.nn.MaxPool2d(2),
+        ua.nn.ReLU(inplace=True),
+        ua.nn.ReLU6(inplace=True),
+    ]
+    for layer in layers:
+        with pytest.raises(TypeError, match=f"(?i)input.* be .*tensor.*{type(given).__name__}"):
+            layer(given)
+    loss_fn = ua.UnknownAwareLoss(3, total_steps=10)
+    logits, target = torch.randn(2, 4, requires_grad=True), torch.zeros(2, dtype=torch.int64)
+    for name, arguments in (("logits", (given, target)), ("target", (logits, given))):
+        with pytest.raises(TypeError, match=f"expected {name} to be a tensor, got {type(given).__name__}"):
+            loss_fn(*arguments)
+    with pytest.raises(TypeError, match=r"expected a SparsityPattern, got Tensor; .*from_mask"):
+        ua.ops.masked_linear(torch.zeros(2, 8), torch.zeros(4, 8), torch.ones(4, 8) > 0)
+
+
+def test_a_refused_loss_is_no_step():
+    loss_fn = ua.UnknownAwareLoss(3, total_steps=10)
+    logits, target = torch.randn(2, 4, requires_grad=True), torch.tensor([0, 4])
+    with pytest.raises(IndexError):
+        loss_fn(logits, target)
+    assert loss_fn.steps == 0
+    loss_fn(logits, target.clamp(max=3))
+    assert loss_fn.steps == 1
 
 
 def test_a_mask_may_be_numpys():

@@ -15,6 +15,7 @@ from uasparse_kernels import ops
 from uasparse_kernels.nn.conv2d import SparseConvolution, check_rows_of_groups, conv_arguments, conv_weight_gradient
 from uasparse_kernels.nn.layers import as_leaf, from_dense
 from uasparse_kernels.nn.registry import add_kind
+from uasparse_kernels.ops._common import check_are_tensors
 from uasparse_kernels.pattern import SparsityPattern
 
 IntOrOne = int | tuple[int]
@@ -97,6 +98,7 @@ class SparseConv1d(SparseConvolution):
 
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input as ``[N, C, 1, L]``, padded where the op cannot, and the padding that is left for the op."""
+        check_are_tensors("SparseConv1d", input=input)
         if input.dim() not in (2, 3) or input.shape[-2] != self.in_channels:
             raise ValueError(
                 f"SparseConv1d: expected an input [N, {self.in_channels}, L] or [{self.in_channels}, L], got "

@@ -15,7 +15,7 @@ from uasparse_kernels import ops
 from uasparse_kernels._grid import check_block
 from uasparse_kernels.nn.layers import SparseLayer, as_leaf, from_dense
 from uasparse_kernels.nn.registry import add_kind
-from uasparse_kernels.ops._common import as_pair
+from uasparse_kernels.ops._common import as_pair, check_are_tensors
 from uasparse_kernels.pattern import SparsityPattern
 
 
@@ -126,6 +126,7 @@ class SparseConv2d(SparseConvolution):
 
     def padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The input ``[N, C, H, W]``, padded where the op cannot, and the padding that is left for the op."""
+        check_are_tensors("SparseConv2d", input=input)
         if input.dim() == 3:
             input = input.unsqueeze(0)
         left, right, top, bottom = self._pad

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uasparse_kernels import ops
+from uasparse_kernels.ops._common import check_are_tensors
 
 
 class UnknownAwareLoss(nn.Module):
@@ -115,6 +116,7 @@ class UnknownAwareLoss(nn.Module):
             self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        check_are_tensors("UnknownAwareLoss", logits=logits, target=target)
         if logits.dim() < 2 or logits.shape[1] != self.num_classes + 1:
             raise ValueError(
                 f"Expected logits [N, {self.num_classes + 1}] or [N, {self.num_classes + 1}, d1, ...] "
@@ -124,7 +126,7 @@ class UnknownAwareLoss(nn.Module):
         is_step = self.training and torch.is_grad_enabled() and logits.requires_grad and not _is_repeated()
         alpha = self.alpha
         if is_step and self.total_steps is not None:
-            self._step()
+            self._set_alpha()
             alpha = self.alpha.clone()  # the next step may come before this one's backward pass
         loss, threshold = ops.unknown_aware_loss(
             logits,
@@ -137,6 +139,8 @@ class UnknownAwareLoss(nn.Module):
             weight=self.weight,
         )
         if is_step:
+            if self.total_steps is not None:
+                self.steps += 1  # not where the loss was refused
             # Few calls, as on a small batch they cost as much as the loss. A threshold is no less than 0 and has no
             # gradient. Where the running mean is not finite, one of the two is not: the other stands for it.
             average, threshold = self.average, threshold.to(self.average.dtype)
@@ -176,8 +180,8 @@ class UnknownAwareLoss(nn.Module):
         self.alpha.copy_(torch.lerp(self.alpha_start, torch.full_like(self.alpha, self.alpha_final), share))
 
     @torch.no_grad()
-    def _step(self) -> None:
-        """Counts a training step and sets its alpha, all on the device."""
+    def _set_alpha(self) -> None:
+        """Sets a training step's alpha, all on the device."""
         assert self.total_steps is not None and self.warmup_steps is not None
         after_warmup = self.steps - self.warmup_steps
         self.alpha_start.copy_(
@@ -186,7 +190,6 @@ class UnknownAwareLoss(nn.Module):
         share = (after_warmup / max(1, self.total_steps - 1 - self.warmup_steps)).clamp(0, 1).to(self.alpha.dtype)
         alpha = torch.lerp(self.alpha_start, torch.full_like(self.alpha, self.alpha_final), share)
         self.alpha.copy_(torch.where(after_warmup < 0, 0.0, alpha))
-        self.steps += 1
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"epoch": self.epoch}

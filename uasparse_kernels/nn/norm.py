@@ -100,8 +100,8 @@ class ReLU6(nn.ReLU6):
 def _sees_batch_norm(input: Tensor) -> bool:
     """Whether the op may look for a batch norm behind ``input``."""
     return (
-        input.requires_grad
-        and type(input) is Tensor
+        type(input) is Tensor
+        and input.requires_grad
         and not torch.compiler.is_compiling()
         and transformed() is None
         and _library.has_kernel("batch_norm", input)

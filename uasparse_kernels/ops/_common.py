@@ -188,11 +188,21 @@ def as_pair(value: Any) -> tuple[int, int]:
     return value[0], value[-1]
 
 
-def check_tensors(op: str, input: Tensor, weight: Tensor) -> None:
-    """Raises for what is no dense tensor."""
-    if not (isinstance(input, Tensor) and isinstance(weight, Tensor)):
-        name, given = ("weight", weight) if isinstance(input, Tensor) else ("input", input)
-        raise TypeError(f"{op}: expected {name} to be a tensor, got {type(given).__name__}.")
+def check_are_tensors(op: str, **given: Any) -> None:
+    """Raises TypeError for what is no tensor, before anything is asked of it."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{op}: expected {name} to be a tensor, got {type(value).__name__}.")
+
+
+def check_sparse_product(op: str, input: Tensor, weight: Tensor, pattern: SparsityPattern) -> None:
+    """Raises TypeError for what is no dense tensor, or no pattern."""
+    check_are_tensors(op, input=input, weight=weight)
+    if not isinstance(pattern, SparsityPattern):
+        raise TypeError(
+            f"{op}: expected a SparsityPattern, got {type(pattern).__name__}; SparsityPattern.from_mask makes one of "
+            "a mask."
+        )
     if input.layout is not torch.strided or input.is_nested:
         raise TypeError(
             f"{op}: expected a dense (strided) input, got a nested or sparse tensor; pad it, or make it dense."

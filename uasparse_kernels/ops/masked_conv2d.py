@@ -16,7 +16,7 @@ from uasparse_kernels.ops._common import (
     as_pair,
     autocast,
     check_layer_arguments,
-    check_tensors,
+    check_sparse_product,
     dense_form,
     packed_form,
     pattern_tensors,
@@ -61,7 +61,7 @@ def masked_conv2d(
     Raises:
         ValueError, TypeError: if shapes, dtypes or devices do not fit.
     """
-    check_tensors("masked_conv2d", input, weight)
+    check_sparse_product("masked_conv2d", input, weight, pattern)
     input, weight, bias = autocast(input, weight, bias)
     stride, dilation = as_pair(stride), as_pair(dilation)
     if isinstance(padding, str):

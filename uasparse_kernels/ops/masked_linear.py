@@ -15,7 +15,7 @@ from uasparse_kernels.ops._common import (
     announce,
     autocast,
     check_layer_arguments,
-    check_tensors,
+    check_sparse_product,
     dense_form,
     packed_form,
     pattern_tensors,
@@ -56,7 +56,7 @@ def masked_linear(
     Raises:
         ValueError, TypeError: if shapes, dtypes or devices do not fit.
     """
-    check_tensors("masked_linear", input, weight)
+    check_sparse_product("masked_linear", input, weight, pattern)
     input, weight, bias = autocast(input, weight, bias)
     packed = _check(input, weight, pattern, bias)
     crow, col, *transposed = pattern_tensors(pattern)

@@ -31,7 +31,8 @@ def max_pool2d(
     kernel, pads, spread = as_pair(kernel_size), as_pair(padding), as_pair(dilation)
     steps = kernel if stride is None else as_pair(stride)
     ours = (
-        input.device.type == "cpu"
+        isinstance(input, Tensor)  # torch says so where it is none
+        and input.device.type == "cpu"
         and input.dim() == 4
         and input.dtype == torch.float32
         and input.numel() > 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from uasparse_kernels import _library
-from uasparse_kernels.ops._common import transformed
+from uasparse_kernels.ops._common import check_are_tensors, transformed
 from uasparse_kernels.ops._second import register_recomputed
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -129,18 +129,18 @@ def unknown_aware_loss_reference(
         t = torch.zeros_like(z).scatter(1, y, counts.to(z.dtype))
         count = (counts if weight is None else weight.to(z)[y] * counts).sum()
     # Of each class, as if it were the target: its cross entropy, smoothed, and the factor of that.
-    wanted = torch.where(t > 0, h, 0)  # what is no target may be infinite
-    cross_entropy = wanted if weight is None else wanted * weight.to(z)
+    cross_entropy = h if weight is None else h * weight.to(z)
     if label_smoothing:
-        smooth = (h if weight is None else h * weight.to(z)).mean(1, keepdim=True)
+        smooth = cross_entropy.mean(1, keepdim=True)
         cross_entropy = (1 - label_smoothing) * cross_entropy + label_smoothing * smooth
     index = torch.arange(classes, device=z.device)
     w = torch.where(index == z.argmax(1, keepdim=True), 1.0, 1 + alpha / (1 + alpha * u))
     w = torch.where(index == classes - 1, unknown_weight, w)
-    w = torch.where(cross_entropy.isinf(), w.detach(), w)
-    losses = (t * w * cross_entropy).sum(1)
+    finite = cross_entropy.isfinite()
+    w = torch.where(finite, w, w.detach())
+    losses = torch.where(finite | (t != 0), t * w * cross_entropy, 0).sum(1)  # what is no target may be infinite
     known = t[:, :-1].detach()
-    threshold = torch.where(known > 0, (1 - u) * known * wanted[:, :-1], 0).detach().sum()  # an unknown's may be nan
+    threshold = torch.where(known > 0, (1 - u) * known * h[:, :-1], 0).detach().sum()  # an unknown's may be nan
     share = known.sum()
     threshold = torch.where(share > 0, threshold / torch.where(share > 0, share, 1), 0)
     return _reduce(losses, count, reduction, shape), threshold
@@ -162,6 +162,7 @@ def _acc_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _check(logits: Tensor, target: Tensor, alpha: float | Tensor, unknown_weight: float, reduction: str) -> None:
+    check_are_tensors("unknown_aware_loss", logits=logits, target=target)
     if logits.dim() < 2 or logits.shape[1] < 2:
         raise ValueError(
             f"unknown_aware_loss: expected logits [N, K + 1] or [N, K + 1, d1, ...] of K >= 1 known classes and the "
