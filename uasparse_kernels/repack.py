@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_resized
+from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_outdated
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.topology.dynamic import _unowned
 from uasparse_kernels.topology.states import OptimizerStates
@@ -51,7 +51,7 @@ def repack(
         nothing = layer.pattern.blocks()[:0]
         moving = states.of(name, layer.weight) if states is not None else ()
         changes.append(Change(layer, nothing, nothing, storage, moving))
-    resized = [change.layer.weight for change in changes if change.apply()]
+    outdated = [change.layer.weight for change in changes if change.apply()]
     if states is None:
-        warn_of_resized(resized)
+        warn_of_outdated(outdated)
     return model

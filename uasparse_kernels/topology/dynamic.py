@@ -135,6 +135,7 @@ class DynamicSparsity:
             )
         self.optimizer = optimizer
         self._states = OptimizerStates(optimizer)
+        self._checked: dict[str, int] = {}  # what is known to suit the method: states of patterns
         if self.method is not None or all(_unowned(layer) is None for layer in self.layers.values()):
             self._check_owned()
         weights = [layer.weight for layer in self.layers.values()]
@@ -340,6 +341,7 @@ class DynamicSparsity:
             with whole(moving) as (weight, *others):
                 change(weight, layer.pattern, dropped, grown, others, reset_regrown=self.method.reset_regrown)
             start_grown(states[name])
+            self._checked[name] = layer.pattern.changes
         self._say_lost()
         return True
 
@@ -354,6 +356,7 @@ class DynamicSparsity:
         try:
             self._check_same_layers()
             self._check_owned()
+            self._check_patterns(method)
             self._watch.check_nobody_else()
             states = {name: self._states.of(name, weight) for name, weight in weights.items() if name in training}
         except ValueError as error:
@@ -461,6 +464,7 @@ class DynamicSparsity:
             self._calls += 1
             self._idle_calls += self._watch.steps == self._steps_seen
             self._steps_seen = self._watch.steps
+            self._watch.given.clear()  # what is written from here on is an update
 
     def _say_extra_calls(self) -> None:
         """One line, once, where step() is called for every micro-batch."""
@@ -540,12 +544,20 @@ class DynamicSparsity:
                 f"{'; '.join(said)}. Make another one after a change of the model, with the steps that are left."
             )
 
-    def _check_method(self, method: Method) -> None:
+    def _check_patterns(self, method: Method) -> None:
+        """Raises ValueError for patterns that others made (at first, or by loading), and the method cannot keep to."""
         for name, layer in self.layers.items():
+            if self._checked.get(name) == layer.pattern.changes:
+                continue
             try:
                 method.check(layer.pattern)
             except ValueError as error:
                 raise ValueError(f"{name or type(layer).__name__}: {error}") from error
+            self._checked[name] = layer.pattern.changes
+
+    def _check_method(self, method: Method) -> None:
+        self._check_patterns(method)
+        for name, layer in self.layers.items():
             fixed = self.group is not None or is_sharded(layer.weight)
             if method.resizes and fixed and layer.storage == "packed":
                 raise ValueError(
