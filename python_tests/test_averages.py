@@ -6,6 +6,7 @@ import io
 import pytest
 import timm.utils
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -97,6 +98,23 @@ def test_it_is_the_masked_dense_average(decay, storage, method, options):
             averaged = copy.deepcopy(averaged)
     assert int(averaged.n_averaged) == STEPS - 2
     assert averaged._left
+
+
+def test_a_distributed_checkpoint_has_what_left(tmp_path):
+    """dcp.load asks for the keys that a new average has."""
+    model = network(0.5)
+    averaged = ua.AveragedModel(model, 0.9)
+    for _ in train(model, "set"):
+        averaged.update_parameters(model)
+    dcp.save(averaged.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    again = ua.AveragedModel(network(0.5), 0.9)
+    state = again.state_dict()
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    again.load_state_dict(state)
+    assert averaged._left
+    for name, (blocks, values, updates) in averaged._left.items():
+        assert torch.equal(again._left[name].blocks, blocks) and torch.equal(again._left[name].values, values)
+        assert again._left[name].updates == updates
 
 
 def test_what_comes_back_is_remembered():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -118,6 +119,10 @@ def worker(rank, port, folder):
     assert topology.step()
     optimizer.zero_grad()
     model(x).sum().backward()
+    # torch's helpers take the wrapper's names off and put them on.
+    other = DistributedDataParallel(build(5))
+    set_model_state_dict(other, get_model_state_dict(model))
+    torch.testing.assert_close(other(x), model(x))
     if rank:
         optimizer.state[topology.layers["module.3"].weight]["momentum_buffer"] = torch.zeros(7)
     with pytest.raises(ValueError, match="momentum_buffer" if rank else "Another process"):

@@ -6,8 +6,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.utils import fuse_conv_bn_eval, parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
@@ -254,9 +256,6 @@ def test_any_changed_entry_of_a_saved_pattern_is_refused(key):
 
 
 def test_a_distributed_checkpoint_read_into_a_state_dict_alone_refuses(tmp_path):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
     source, module = nn.Sequential(layer()), nn.Sequential(layer(seed=1))
     dcp.save(get_model_state_dict(source), checkpoint_id=tmp_path, no_dist=True)
     state = module.state_dict()
@@ -266,6 +265,24 @@ def test_a_distributed_checkpoint_read_into_a_state_dict_alone_refuses(tmp_path)
     set_model_state_dict(module, state)
     x = torch.randn(2, 300)
     torch.testing.assert_close(module(x), source(x))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_names_of_a_wrapper_come_off_and_on_again(full):
+    """torch's helpers do that for what they find as parameters and buffers."""
+    options = StateDictOptions(full_state_dict=full)
+    source, module = nn.Sequential(layer()), nn.Sequential(layer(seed=1))
+    state = get_model_state_dict(torch.compile(source), options=options)
+    assert state.keys() == source.state_dict().keys()
+    set_model_state_dict(torch.compile(module), copy.deepcopy(state), options=options)
+    x = torch.randn(2, 300)
+    torch.testing.assert_close(module(x), source(x))
+    # Values of another pattern, whose own is missing: that of the module does not take its place.
+    other, before = nn.Sequential(layer(seed=2)), copy.deepcopy(module.state_dict())
+    values = {key: value for key, value in other.state_dict().items() if "pattern" not in key}
+    with pytest.raises(RuntimeError, match="pattern"):
+        set_model_state_dict(module, values, options=StateDictOptions(full_state_dict=full, strict=False))
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
 def test_functional_calls():

@@ -1,5 +1,6 @@
 """What each method promises of its patterns, and that all layers at once is the same as one by one."""
 
+import copy
 import dataclasses
 import math
 
@@ -305,6 +306,22 @@ def test_n_of_m_patterns_stay_n_of_m_in_training():
             assert (layer.pattern.to_mask().view(out, inp // 4, 4, -1).sum(2) == 2).all()
 
     train(model, "2:4", on_update=check)
+
+
+def test_a_loaded_pattern_that_is_not_the_methods_is_refused():
+    model = network("2:4")
+    other = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    topology = ua.DynamicSparsity(model, optimizer, method="2:4", total_steps=20, delta_t=1)
+    name, layer = next(iter(sparse_layers(other).items()))
+    layer.pattern.set_blocks_(torch.arange(layer.pattern.num_blocks))
+    model.load_state_dict(other.state_dict())
+    before = copy.deepcopy(model.state_dict())
+    x, y = batch()
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.raises(ValueError, match=f"{name}: Expected 2 active weights in every 4"):
+        topology.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("block", [(1, 1), (2, 1)])

@@ -290,7 +290,21 @@ def test_what_holds_the_weights_is_named(caplog):
     model(torch.randn(3, 20)).sum().backward()
     optimizer.step()
     ua.sparsify(model, 0.95)
-    assert "SGD has state of the old size" in caplog.text
+    assert "SGD has state of the old ones" in caplog.text
+
+
+def test_other_places_of_the_same_number_are_said(caplog):
+    """Sizes stay, so that the next step of the optimiser would not fail."""
+    model = ua.sparsify(mlp(20, 30, 40), 0.5, storage="packed")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(3, 20)).sum().backward()
+    optimizer.step()
+    options = {"storage": "packed", "filter": lambda *_: False}
+    ua.sparsify(model, 0.5, overrides={"0": {"pattern": model[0].pattern}}, **options)
+    assert "new optimizer" not in caplog.text
+    other = ua.SparsityPattern.random((30, 20), model[0].pattern.density)
+    ua.sparsify(model, 0.5, overrides={"0": {"pattern": other}}, **options)
+    assert "1 weights have another size or stand at other places" in caplog.text
 
 
 def test_repack_follows_the_density_with_its_optimizer():

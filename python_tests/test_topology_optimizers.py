@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from topology_support import data, dynamic, loss_of, network, patterns, same
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import uasparse_kernels as ua
 
@@ -183,6 +185,71 @@ def test_a_whole_checkpoint_loads_in_any_order(method, model_first):
     steps(*second, 4)
     for a, b in zip(first[0].state_dict().values(), second[0].state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+class Application:
+    """What dcp.save and dcp.load take, as torch's recipe has it."""
+
+    def __init__(self, model, topology, optimizer):
+        self.model, self.topology, self.optimizer = model, topology, optimizer
+
+    def state_dict(self):
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "topology": self.topology.state_dict()}
+
+    def load_state_dict(self, state):
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        self.topology.load_state_dict(state["topology"])
+
+
+@pytest.mark.parametrize("before", [0, 5])
+@pytest.mark.parametrize("storage", ["packed", "dense"])
+def test_a_distributed_checkpoint_brings_its_momentum(storage, before, tmp_path):
+    """dcp.load writes into the tensors of state_dict(): what is there is of the checkpoint, and must not move again."""
+
+    def steps(model, topology, optimizer, n, seed):
+        torch.manual_seed(seed)
+        for _ in range(n):
+            loss_of(model, *data()).backward()
+            optimizer.step()
+            topology.step()
+            optimizer.zero_grad()
+
+    first = network(storage=storage)
+    first = first, *dynamic(first, torch.optim.Adam(first.parameters(), 0.01), delta_t=2)
+    steps(*first, 5, seed=2)
+    dcp.save({"app": Application(*first)}, checkpoint_id=tmp_path, no_dist=True)
+    steps(*first, 4, seed=3)
+    second = network(storage=storage)
+    second = second, *dynamic(second, torch.optim.Adam(second.parameters(), 0.01), delta_t=2)
+    steps(*second, before, seed=4)  # a run that goes back is as good as a new one
+    assert not same(patterns(first[0]), patterns(second[0]))
+    dcp.load({"app": Application(*second)}, checkpoint_id=tmp_path, no_dist=True)
+    steps(*second, 4, seed=3)
+    for key, value in first[0].state_dict().items():
+        assert torch.equal(value, second[0].state_dict()[key]), key
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_a_state_dict_that_was_only_looked_at_loads_nothing(update):
+    model = network()
+    topology, optimizer = dynamic(model, method="set")
+    layer = model[2]
+    best = copy.deepcopy(model.state_dict())
+    for _ in range(3):
+        loss_of(model, *data()).backward()
+        optimizer.step()
+        optimizer.state_dict()
+        topology.step()
+        optimizer.zero_grad()
+    if not update:
+        optimizer.state_dict()
+    held = layer.pattern.unpack(optimizer.state[layer.weight]["momentum_buffer"])
+    mask = layer.pattern.to_mask()
+    for _ in range(2):
+        model.load_state_dict(best)
+        now = layer.pattern.unpack(optimizer.state[layer.weight]["momentum_buffer"])
+        assert now.any() and torch.equal(now, held * mask * layer.pattern.to_mask())
 
 
 def test_an_optimizers_state_dict_that_nobody_copied_is_the_running_state():

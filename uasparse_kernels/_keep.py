@@ -147,8 +147,10 @@ class Change:
 
     @torch.no_grad()
     def apply(self) -> bool:
-        """Returns whether the parameter's size changed."""
+        """Returns whether an optimiser's state that did not move no longer fits: the parameter has another size, or its
+        packed values stand at other places."""
         layer, size = self.layer, self.layer.weight.shape
+        moved = layer.storage == "packed" and self.grown.numel() > 0
         moving = [state.tensor for state in self.states] + (
             [layer.weight.grad] if layer.weight.grad is not None else []
         )
@@ -162,7 +164,7 @@ class Change:
             for tensor in [layer.weight, *(state.tensor for state in self.states)]:
                 replace_data_(tensor, store(tensor.detach()))
             layer.weight.grad = None if grad is None else store(grad)
-        return layer.weight.shape != size
+        return moved or layer.weight.shape != size
 
 
 def _common(pattern: SparsityPattern, other: SparsityPattern) -> Tensor:
@@ -203,19 +205,21 @@ def check_changeable(name: str, layer: SparseLayer) -> None:
         raise ValueError(f"{name or type(layer).__name__}: {reason}")
 
 
-def warn_of_resized(weights: Iterable[Tensor]) -> None:
-    """Logs that optimisers have state for weights that were given another size, of those that are alive anywhere."""
-    resized = list(weights)
-    if not resized:
+def warn_of_outdated(weights: Iterable[Tensor]) -> None:
+    """Logs that optimisers have state for weights that were given another size or other places, of those that are alive
+    anywhere."""
+    changed = list(weights)
+    if not changed:
         return
     holders = {
         type(optimizer).__name__
         for optimizer in gc.get_objects()
-        if issubclass(type(optimizer), torch.optim.Optimizer) and any(optimizer.state.get(w) for w in resized)
+        if issubclass(type(optimizer), torch.optim.Optimizer) and any(optimizer.state.get(w) for w in changed)
     }
     if holders:
         logger.warning(
-            "%d weights have another size now, and %s has state of the old size for them: make a new optimizer.",
-            len(resized),
+            "%d weights have another size or stand at other places now, and %s has state of the old ones: make a new "
+            "optimizer.",
+            len(changed),
             ", ".join(sorted(holders)),
         )

@@ -23,7 +23,7 @@ from uasparse_kernels._coverage import (
     warn_of_the_rest,
 )
 from uasparse_kernels._grid import check_block, check_sparsity
-from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_resized
+from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_outdated
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.conv2d import SparseConv2d
@@ -90,8 +90,8 @@ def sparsify(
 
     **Sparse layers** change in place, to exactly the density that the distribution gives them. They drop their weights
     of smallest magnitude (or score), or grow at random (or by scores of the dense weight's shape), starting at zero.
-    Modules, parameters and block sizes stay; packed weights change their size, and optimisers with state (momentum)
-    have to be made again.
+    Modules, parameters and block sizes stay; packed weights change their size or places, and optimisers with state
+    (momentum) have to be made again.
 
     **Other modules.** ``nn.MultiheadAttention`` becomes a :class:`~uasparse_kernels.nn.SparseMultiheadAttention`; it
     stays the same object, with projections that are layers called ``in_proj`` (or ``q_proj``, ``k_proj``, ``v_proj``)
@@ -230,7 +230,7 @@ def sparsify(
     else:
         logger.warning("No layer was made sparse: %s", _by_reason(skipped))
     _turn(model, _BETWEEN)
-    warn_of_resized(change.layer.weight for change in changes if change.apply())
+    warn_of_outdated(change.layer.weight for change in changes if change.apply())
     model = _replace(model, made)
     _leave_fused_evaluation(model)
     sparse = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -414,6 +416,16 @@ class SparsityPattern(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, tensor in zip(_SAVED, (self.layout, self.crow.clone(), self.col.clone()), strict=True):
             destination[prefix + name] = tensor
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """The signature; and for torch.distributed.checkpoint, which renames and broadcasts only the entries of a
+        state_dict that it finds here, the names of the others."""
+        found = super().named_buffers(prefix, recurse, remove_duplicate)
+        if sys._getframe(1).f_globals.get("__name__") != "torch.distributed.checkpoint.state_dict":
+            return found
+        # Without values: those of an entry that is missing in what is loaded would be taken for loaded ones.
+        nothing = torch.empty(0, dtype=torch.int32, device=self.signature.device)
+        return itertools.chain(found, ((".".join(filter(None, (prefix, name))), nothing.clone()) for name in _SAVED))
 
     def _entries(self, blocks: Tensor) -> Tensor:
         """Flat indices into the dense weight of the entries of blocks: ``[n]`` for 1x1, else ``[n, bh, bw]``."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_resized
+from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_outdated
 from uasparse_kernels.nn.delta import Model
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.topology.checks import why_unowned
@@ -51,7 +51,7 @@ def repack(
         nothing = layer.pattern.blocks()[:0]
         moving = states.of(name, layer.weight) if states is not None else ()
         changes.append(Change(layer, nothing, nothing, storage, moving))
-    resized = [change.layer.weight for change in changes if change.apply()]
+    outdated = [change.layer.weight for change in changes if change.apply()]
     if states is None:
-        warn_of_resized(resized)
+        warn_of_outdated(outdated)
     return model

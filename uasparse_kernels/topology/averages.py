@@ -133,11 +133,12 @@ class AveragedModel(nn.Module):
         else:
             replace_data_(average.weight, moved)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {name: left._asdict() for name, left in self._left.items()}
+    def get_extra_state(self) -> tuple[tuple[Any, ...], ...]:
+        # A tuple is one value for dcp.load, which looks for no entries of a mapping that are new to it.
+        return tuple((name, *left) for name, left in self._left.items())
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._left = {name: _Left(**left) for name, left in state.items()}
+    def set_extra_state(self, state: tuple[tuple[Any, ...], ...]) -> None:
+        self._left = {name: _Left(*left) for name, *left in state}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -75,15 +75,24 @@ def check_same_layers(layers: dict[str, SparseLayer], model: nn.Module | None) -
         )
 
 
+def check_patterns(method: Method, layers: dict[str, SparseLayer], checked: dict[str, int]) -> None:
+    """Raises ValueError for patterns that others made (at first, or by loading), and the method cannot keep to;
+    ``checked`` has the states of those that are known to be fit."""
+    for name, layer in layers.items():
+        if checked.get(name) == layer.pattern.changes:
+            continue
+        try:
+            method.check(layer.pattern)
+        except ValueError as error:
+            raise ValueError(f"{name or type(layer).__name__}: {error}") from error
+        checked[name] = layer.pattern.changes
+
+
 def check_method(
     method: Method, layers: dict[str, SparseLayer], schedule: CosineSchedule, *, in_processes: bool
 ) -> None:
     """Raises ValueError for layers that a method cannot keep to, and warns where it would change nothing."""
     for name, layer in layers.items():
-        try:
-            method.check(layer.pattern)
-        except ValueError as error:
-            raise ValueError(f"{name or type(layer).__name__}: {error}") from error
         fixed = in_processes or is_sharded(layer.weight)
         if method.resizes and fixed and layer.storage == "packed":
             raise ValueError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from uasparse_kernels._coverage import check_model
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
-from uasparse_kernels.topology.checks import check_method, check_owned, check_same_layers, why_unowned
+from uasparse_kernels.topology.checks import check_method, check_owned, check_patterns, check_same_layers, why_unowned
 from uasparse_kernels.topology.growth import GradientCapture
 from uasparse_kernels.topology.methods import MEST, METHODS, LayerUpdate, Method, NOfM, Update
 from uasparse_kernels.topology.notices import Notices
@@ -134,12 +134,14 @@ class DynamicSparsity:
             )
         self.optimizer = optimizer
         self._states = OptimizerStates(optimizer)
+        self._checked: dict[str, int] = {}  # what is known to suit the method: states of patterns
         if self.method is not None or all(why_unowned(layer) is None for layer in self.layers.values()):
             check_owned(self.layers, self._states, changes=self.method is not None)
         weights = [layer.weight for layer in self.layers.values()]
         self.group = find_group(model, weights, process_group, needed=self.method is not None)
         if self.method is not None:
             self._states.check_can_move(self.layers)
+            check_patterns(self.method, self.layers, self._checked)
             check_method(self.method, self.layers, self.schedule, in_processes=self.group is not None)
         self._states.warn_of_decay(self.layers)
         if generator is None:
@@ -185,6 +187,7 @@ class DynamicSparsity:
             self._states_seen = True
         if self.method is not None:
             self._notices.count_call(self._watch.steps)
+            self._watch.given.clear()  # what is written from here on is an update
         step = self.steps + 1
         due = step if self.method is not None and self.schedule.is_update(step) else self._postponed
         updated = self._update(due) if due else False
@@ -337,6 +340,7 @@ class DynamicSparsity:
             with whole(moving) as (weight, *others):
                 change(weight, layer.pattern, dropped, grown, others, reset_regrown=self.method.reset_regrown)
             start_grown(states[name])
+            self._checked[name] = layer.pattern.changes
         self._notices.lost(self.layers, self.steps + 1)
         return True
 
@@ -350,7 +354,8 @@ class DynamicSparsity:
         training = {name for name, weight in weights.items() if weight.requires_grad and id(weight) not in rests}
         try:
             check_same_layers(self.layers, self._model())
-            check_owned(self.layers, self._states, changes=self.method is not None)
+            check_owned(self.layers, self._states, changes=True)
+            check_patterns(method, self.layers, self._checked)
             self._watch.check_nobody_else()
             states = {name: self._states.of(name, weight) for name, weight in weights.items() if name in training}
         except ValueError as error:

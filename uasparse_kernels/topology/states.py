@@ -230,14 +230,17 @@ class LoadWatch:
     """Keeps optimiser state with its weights where a state_dict brings another pattern in the middle of a training.
 
     Loading a layer, by itself or in whatever module it is, moves the state by position: what becomes active starts
-    anew. A state that was loaded into the optimiser since its last step is left as it is, for it belongs to the
-    checkpoint; it is checked, and masked where weights are dense-stored, before that optimiser's next step.
+    anew. A state that was loaded into the optimiser since its last step, or written into the tensors of its
+    state_dict() (as dcp.load does), is left as it is, for it belongs to the checkpoint; it is checked, and masked where
+    weights are dense-stored, before that optimiser's next step.
     """
 
     def __init__(self, layers: dict[str, SparseLayer], states: OptimizerStates):
         self._layers, self._states = layers, states
         self._loaded: set[int] = set()  # the places in states.together of what was
         self._running: set[int] = set()
+        # Of optimisers whose state_dict() was asked for: the steps so far, and the versions of the tensors in it.
+        self.given = WeakIdKeyDictionary()
         self._checking: set[int] = set()  # ids of the optimisers whose steps are preceded by settle()
         self._handles: list[Any] = []
         for layer in layers.values():
@@ -256,9 +259,17 @@ class LoadWatch:
 
                 def loaded(optimizer, me=me):
                     # A state_dict() that nobody copied is the running state: it has moved with the weights so far.
-                    if (watch := me()) is not None and not watch._memory_of_state(optimizer) <= watch._running:
-                        watch._optimizer_loaded(optimizer)
+                    if (watch := me()) is not None:
+                        watch._find_written()
+                        if not watch._memory_of_state(optimizer) <= watch._running:
+                            watch._optimizer_loaded(optimizer)
 
+                def given(optimizer, state_dict, me=me):
+                    if (watch := me()) is not None:
+                        versions = [(weakref.ref(t), local(t)._version) for t in watch._tensors_of(optimizer)]
+                        watch.given[optimizer] = _steps.get(optimizer, 0), versions
+
+                self._handles.append(optimizer.register_state_dict_post_hook(given))
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(loading))
                 self._handles.append(optimizer.register_load_state_dict_post_hook(loaded))
 
@@ -297,6 +308,7 @@ class LoadWatch:
     def _layer_loaded(self, layer: SparseLayer, before: Tensor) -> None:
         pattern, weight = layer.pattern, layer.weight
         old = SparsityPattern.from_blocks(pattern.shape, before, block=pattern.block)
+        self._find_written()
         loaded = [optimizer.state.get(weight) for place in self._loaded for optimizer in self._states.together[place]]
         states, moved = [], {_memory(tensor) for tensor in (weight, *_tensors(loaded))}
         for optimizer in self._states.optimizers:
@@ -317,9 +329,21 @@ class LoadWatch:
                     replace_data_(tensor, values)
         start_grown(states)
 
-    def _memory_of_state(self, optimizer: Any) -> set[int]:
+    def _tensors_of(self, optimizer: Any) -> list[Tensor]:
         states = [optimizer.state.get(layer.weight) for layer in self._layers.values()]
-        return {_memory(tensor) for state in states for tensor in _tensors(state) if tensor.numel() > 1}
+        return [tensor for state in states for tensor in _tensors(state) if tensor.numel() > 1]
+
+    def _memory_of_state(self, optimizer: Any) -> set[int]:
+        return set(map(_memory, self._tensors_of(optimizer)))
+
+    def _find_written(self) -> None:
+        """Before anything moves: what somebody wrote into the tensors of a state_dict() is a loaded state."""
+        for optimizer, (steps, versions) in list(self.given.items()):
+            if steps == _steps.get(optimizer, 0) and any(
+                (t := tensor()) is not None and local(t)._version != version for tensor, version in versions
+            ):
+                self._optimizer_loaded(optimizer)
+        self.given.clear()
 
     def _optimizer_loaded(self, optimizer: Any) -> None:
         self._loaded |= self._states.places(optimizer)
