@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +31,7 @@ from uasparse_kernels.training.errors import CheckpointError, NonFiniteLossError
 from uasparse_kernels.training.evaluate import load_model, read_results
 from uasparse_kernels.training.recipe import Trainer
 from uasparse_kernels.training.run import fit
-from uasparse_kernels.training.study.compare import compare
+from uasparse_kernels.training.study.compare import _Worker, compare
 from uasparse_kernels.training.study.suites import Suite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,6 +322,18 @@ def test_a_lost_worker_is_one_failure_and_the_rest_goes_on(tmp_path):
     assert summary["failed"][0].startswith(f"rigl/{killed[0]}: Its process was lost (signal 9)")
     assert len(summary["arms"]["rigl"]["seeds"]) == 2 and summary["unfinished"] == []
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_leaves_an_interrupt_to_its_parent():
+    """The terminal sends it to both: while a worker imports, it would print where it was."""
+    worker = _Worker()
+    try:
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        status = Path(f"/proc/{worker.process.pid}/status").read_text()
+        blocked = int(re.search(r"^SigBlk:\s*(\w+)$", status, re.MULTILINE)[1], 16)
+        assert blocked >> (signal.SIGINT - 1) & 1
+    finally:
+        worker.end()
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL])

@@ -9,6 +9,7 @@ import contextlib
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import threading
 import time
@@ -193,7 +194,12 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs,), daemon=True)
-        self.process.start()
+        # A Ctrl-C is for this process alone, which ends its workers; they would show where each was.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
 
     def outcome(self) -> Outcome:
@@ -220,7 +226,7 @@ def _work(connection: Connection) -> None:
     assert parent is not None
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, KeyboardInterrupt):  # of the parent, which tells
+    with contextlib.suppress(EOFError):
         while True:
             task = connection.recv()
             outcome: Outcome | TrainingError
