@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from uasparse_kernels._coverage import DENSE_BECAUSE, check_model
+from uasparse_kernels._coverage import DENSE_BECAUSE
+from uasparse_kernels._model import check_model
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.attention import (
     SparseMultiheadAttention,

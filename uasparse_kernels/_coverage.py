@@ -66,19 +66,6 @@ def pattern_view(layer: Any, weight: Tensor) -> Tensor:
     return weight if kind is None else kind.pattern_view(weight)
 
 
-def check_model(model: Any) -> None:
-    """Raises TypeError for what is no module, ValueError for a model that is optimised, or a part of it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"Expected a model (nn.Module), got a {type(model).__name__}.")
-    optimized = [name for name, module in model.named_modules() if getattr(module, "_is_optimized_copy", False)]
-    if optimized:
-        where = f" at {optimized[0]!r}" if optimized[0] else ""
-        raise ValueError(
-            f"Expected a model with weights of its own, got an optimised one{where}: use the model that it was made "
-            "from. An optimised one is kept by its save(path), and explain(model, *inputs) shows what runs in it."
-        )
-
-
 def check_names(model: nn.Module, names: Iterable[str]) -> set[str]:
     """The names of modules and of all modules in them. Where one has several names it is found by each, and called by
     that of ``named_modules()``.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uasparse_kernels._coverage import check_model, pattern_shape, pattern_view
+from uasparse_kernels._coverage import pattern_shape, pattern_view
+from uasparse_kernels._model import check_model
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.ops._common import replace_data_
 from uasparse_kernels.ops.prune_grow import active_norms, apply, block_scores, kept_blocks, resize

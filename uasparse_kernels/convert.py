@@ -24,10 +24,11 @@ from uasparse_kernels._coverage import (
 )
 from uasparse_kernels._grid import check_block, check_sparsity
 from uasparse_kernels._keep import Change, Keep, check_changeable, check_not_wrapped, warn_of_outdated
+from uasparse_kernels._model import Model
 from uasparse_kernels._readers import read_weights
 from uasparse_kernels.nn.conv1d import SparseConv1d
 from uasparse_kernels.nn.conv2d import SparseConv2d
-from uasparse_kernels.nn.delta import Model, SparseDelta, merge_sparse_deltas, put_in_place
+from uasparse_kernels.nn.delta import SparseDelta, merge_sparse_deltas, put_in_place
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.nn.norm import BatchNorm2d, ReLU, ReLU6
 from uasparse_kernels.nn.pool import MaxPool2d

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from uasparse_kernels._coverage import check_model, check_names
+from uasparse_kernels._coverage import check_names
 from uasparse_kernels._grid import check_block
 from uasparse_kernels._keep import Keep, check_not_wrapped
+from uasparse_kernels._model import Model, check_model
 from uasparse_kernels.convert import _candidates, logger
-from uasparse_kernels.nn.delta import Model, SparseDelta, put_in_place
+from uasparse_kernels.nn.delta import SparseDelta, put_in_place
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.registry import kind_of
 

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from uasparse_kernels._coverage import check_model
+from uasparse_kernels._model import Model, check_model
 from uasparse_kernels.convert import sparsify
-from uasparse_kernels.nn.delta import Model
 from uasparse_kernels.pattern import SparsityPattern
 
 _LAYOUT = "pattern.layout"

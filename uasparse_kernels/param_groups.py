@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from uasparse_kernels._coverage import check_model
+from uasparse_kernels._model import check_model
 from uasparse_kernels.nn.layers import SparseLayer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from uasparse_kernels._keep import Change, check_not_wrapped, warn_of_outdated
-from uasparse_kernels.nn.delta import Model
+from uasparse_kernels._model import Model
 from uasparse_kernels.nn.layers import SparseLayer, resolve_storage
 from uasparse_kernels.topology.checks import why_unowned
 from uasparse_kernels.topology.states import OptimizerStates

@@ -11,14 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from uasparse_kernels._attention import why_closed
-from uasparse_kernels._coverage import (
-    DENSE_BECAUSE,
-    Matrix,
-    check_model,
-    describe_outputs,
-    matrices,
-    outputs_without_weights,
-)
+from uasparse_kernels._coverage import DENSE_BECAUSE, Matrix, describe_outputs, matrices, outputs_without_weights
+from uasparse_kernels._model import check_model
 from uasparse_kernels._table import bytes_of, render
 from uasparse_kernels.convert import _candidates
 from uasparse_kernels.nn.delta import SparseDelta

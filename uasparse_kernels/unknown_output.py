@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from uasparse_kernels._keep import check_changeable, check_not_wrapped
+from uasparse_kernels._model import Model
 from uasparse_kernels.nn.conv2d import SparseConv2d
-from uasparse_kernels.nn.delta import Model, SparseDelta
+from uasparse_kernels.nn.delta import SparseDelta
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.ops.topk_indices import topk_indices

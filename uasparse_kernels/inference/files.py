@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels._attention import as_dense_names, as_own_names
-from uasparse_kernels._coverage import check_model
+from uasparse_kernels._model import Model, check_model
 from uasparse_kernels.inference.compact import Compact, Constant, compact, dense
 from uasparse_kernels.inference.graph import Graph, Node, Ref, resolve
-from uasparse_kernels.nn.delta import Model
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.pattern import SparsityPattern
 

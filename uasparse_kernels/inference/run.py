@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from uasparse_kernels import _library
-from uasparse_kernels._coverage import check_model
+from uasparse_kernels._model import check_model
 from uasparse_kernels.inference import files
 from uasparse_kernels.inference.builder import LOAD, LOOKUP, ROWS, STORE, Call, Plan
 from uasparse_kernels.inference.capture import capture

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uasparse_kernels._coverage import check_model
+from uasparse_kernels._model import Model, check_model
 from uasparse_kernels.nn.conv2d import SparseConv2d
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.nn.linear import SparseLinear
 from uasparse_kernels.ops._common import dense_form
 from uasparse_kernels.pattern import SparsityPattern
-
-Model = TypeVar("Model", bound=nn.Module)  # what is changed in place; a lone layer comes back as another
 
 
 class SparseDelta(nn.Module):

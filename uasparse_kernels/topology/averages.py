@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from uasparse_kernels._coverage import check_model
+from uasparse_kernels._model import check_model
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops._common import replace_data_
 

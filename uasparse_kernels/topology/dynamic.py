@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uasparse_kernels._coverage import check_model
+from uasparse_kernels._model import check_model
 from uasparse_kernels.nn.layers import SparseLayer
 from uasparse_kernels.ops.prune_grow import apply, resize
 from uasparse_kernels.topology.checks import check_method, check_owned, check_patterns, check_same_layers, why_unowned
