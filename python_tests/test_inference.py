@@ -363,7 +363,7 @@ def test_refusals():
         ua.optimize_for_inference(model, x[:0], dynamic_batch=False)
     with pytest.raises(ValueError, match=r"with a batch, got a number; pass dynamic_batch=False"):
         ua.optimize_for_inference(nn.Identity().eval(), torch.tensor(1.0))
-    with pytest.raises(TypeError, match=r"Expected an nn\.Module, got a function"):
+    with pytest.raises(TypeError, match=r"a model \(nn\.Module\), got a function"):
         ua.optimize_for_inference(lambda x: x, x)
     with pytest.raises(ValueError, match=r"Expected everything on the CPU, got 0\.weight on meta"):
         ua.optimize_for_inference(copy.deepcopy(model).to("meta"), x)
